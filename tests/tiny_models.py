@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints made on the fly: dense models of every family that can be converted, and
+N-vium models whose heads disagree and whose routers really choose. Every folder has a tokenizer, so
+that vLLM can serve it.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+
+BOS, EOS, PAD = 0, 1, 2
+
+DENSE_KINDS: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+# head_dim 32 is the smallest head that vLLM's CPU attention accepts.
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+
+
+def save_tokenizer(path: Path, vocab_size: int) -> None:
+    """A tokenizer of whole words: `w3 w4 ...` are tokens 3, 4, ..., after `<s>`, `</s>`, `<pad>`."""
+    names = ["<s>", "</s>", "<pad>"] + [f"w{i}" for i in range(3, vocab_size)]
+    word_level = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
+    tokenizer = Tokenizer(word_level)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<pad>",
+        chat_template="{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    ).save_pretrained(path)
+
+
+def randomise_vectors(model: PreTrainedModel, seed: int) -> None:
+    """Give norms and biases random values: freshly made ones (1 and 0) would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(0.2 * noise if name.endswith("bias") else 1.0 + 0.2 * noise)
+
+
+def make_dense(
+    path: str | Path,
+    kind: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | int = "5GB",
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write a tiny random dense checkpoint to `path` and return the model (in eval mode).
+
+    Args:
+        kind: a key of `DENSE_KINDS`.
+        overrides: configuration fields that replace those of `SIZES`.
+    """
+    config_class, model_class = DENSE_KINDS[kind]
+    fields = dict(SIZES)
+    if kind == "qwen3":
+        fields["head_dim"] = 32
+    if kind == "mistral":
+        fields["sliding_window"] = None
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(fields | overrides))).to(dtype).eval()
+    randomise_vectors(model, seed)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    save_tokenizer(Path(path), model.config.vocab_size)
+    return model
+
+
+def make_nvium(
+    path: str | Path,
+    *,
+    exit_layers: Sequence[int] = (1, 2, 3),
+    hazards: Sequence[float] | None = None,
+    seed: int = 0,
+    tied: bool = False,
+    exit_head: str = "final",
+    dtype: torch.dtype = torch.float32,
+    router_scale: float = 2.5,
+    **overrides: Any,
+) -> NviumForCausalLM:
+    """Write a tiny random N-vium checkpoint to `path` and return the model (in eval mode).
+
+    Adapters are far from the identity, heads disagree, and random routers give hazards that differ
+    between tokens over most of (0, 1).
+
+    Args:
+        hazards: constant hazards, one per exit (0 and 1 are exact), or `None` for random routers.
+        router_scale: standard deviation over tokens of the margins of random routers; their mean
+            is -0.3, so every exit and the final head are used.
+        overrides: configuration fields that replace those of `SIZES`.
+    """
+    config = NviumConfig(
+        **(
+            SIZES
+            | {
+                "exit_layers": list(exit_layers),
+                "tie_word_embeddings": tied,
+                "exit_head": exit_head,
+                "exit_adapter_size": 48,
+                "final_adapter_size": 40,
+                "router_intermediate_size": 32,
+                "router_hidden_size": 64,
+            }
+            | overrides
+        )
+    )
+    if hazards is not None and len(hazards) != len(config.exit_layers):
+        raise ValueError(f"{len(hazards)} hazards for {len(config.exit_layers)} exits")
+    torch.manual_seed(seed)
+    model = NviumForCausalLM(config).eval()
+    randomise_vectors(model, seed)
+    generator = torch.Generator().manual_seed(seed + 2)
+
+    def fill(parameter: torch.Tensor, std: float) -> None:
+        parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+    with torch.no_grad():
+        adapters = [exit.adapter for exit in model.exits] + [model.final_adapter]
+        for adapter in adapters:
+            if adapter is not None:  # a fresh one is the identity
+                fill(adapter.fc2.weight, 0.5)
+        for k, exit in enumerate(model.exits):
+            head = exit.router.head
+            if hazards is None:
+                fill(head.weight, 1.0)
+                fill(head.bias, 0.5)
+            else:
+                head.weight.zero_()
+                head.bias.copy_(torch.tensor([0.0, hazard_logit(hazards[k])]))
+        if hazards is None:
+            _spread_margins(model, generator, router_scale)
+    model = model.to(dtype)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.save_pretrained(path)
+    save_tokenizer(Path(path), config.vocab_size)
+    return model
+
+
+def _spread_margins(model: NviumForCausalLM, generator: torch.Generator, std: float) -> None:
+    """Rescale the router heads: what a random body has in common for all tokens would decide alone."""
+    tokens = torch.randint(3, model.config.vocab_size, (4, 64), generator=generator)
+    margins = model(tokens, use_cache=False, compute_logits=False).margins  # [4, 64, N-1]
+    for k, exit in enumerate(model.exits):
+        scale = std / margins[..., k].std()
+        head = exit.router.head
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+        head.bias[1] -= scale * margins[..., k].mean() + 0.3
+
+
+def hazard_logit(hazard: float) -> float:
+    """Log-odds of a hazard, with +-1e4 standing for 1 and 0 (exact after a float32 sigmoid)."""
+    if hazard in (0.0, 1.0):
+        return 1e4 if hazard else -1e4
+    return math.log(hazard) - math.log1p(-hazard)
