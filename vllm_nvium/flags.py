@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of N-vium: the one place where a flag, its default, its check and its help text live.
+They travel as flat keys of vLLM's `additional_config`, which reaches every process and is part of
+the configuration's hash; a request may override them through `vllm_xargs`."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+ARCHITECTURE = "NviumForCausalLM"
+PREFIX = "nvium_"
+SAMPLING_LAWS = ("routed", "mixture")
+
+
+@dataclass(frozen=True)
+class NviumOptions:
+    """Options of one engine.
+
+    sampling: which law tokens are drawn from. `routed` draws an exit, then a token from that
+        exit's head; `mixture` draws from the mixture of all heads.
+    max_deferred: how many positions of a sequence may be left incomplete at some depth before a
+        catch-up pass is forced; None for no limit.
+    """
+
+    sampling: str = "routed"
+    max_deferred: int | None = None
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: "VllmConfig") -> "NviumOptions":
+        """Read and check the keys `nvium_*` of `additional_config`.
+
+        Raises:
+            ValueError: a key is unknown or a value is out of range; one sentence.
+        """
+        return cls(**_read(additional_keys(vllm_config), cls(), in_config=True))
+
+
+@dataclass(frozen=True)
+class NviumRequestOptions:
+    """Options of one request; the fields mean the same as in `NviumOptions`."""
+
+    sampling: str
+    max_deferred: int | None
+
+    @classmethod
+    def from_extra_args(
+        cls, extra_args: Mapping[str, Any] | None, defaults: NviumOptions
+    ) -> "NviumRequestOptions":
+        """Read `SamplingParams.extra_args` (HTTP: `vllm_xargs`); what is absent is the engine's.
+
+        Raises:
+            ValueError: a key is unknown or a value is out of range; one sentence.
+        """
+        given = {key: value for key, value in (extra_args or {}).items() if key.startswith(PREFIX)}
+        return cls(**_read(given, defaults, in_config=False))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group "N-vium" to vLLM's parser. Unset flags are None, so that it can be told
+    whether a flag was given: one that does nothing (on another model) is refused."""
+    group = parser.add_argument_group(
+        title="N-vium", description="Mixture-of-exits models (architecture NviumForCausalLM)."
+    )
+    group.add_argument(
+        "--nvium-sampling",
+        choices=SAMPLING_LAWS,
+        default=None,
+        help="Law that tokens are drawn from: 'routed' draws an exit and then a token from that "
+        "exit's head, 'mixture' draws from the mixture of all heads. Per request: vllm_xargs "
+        f"nvium_sampling. (default: {NviumOptions.sampling})",
+    )
+    group.add_argument(
+        "--nvium-max-deferred",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="Positions that a sequence may leave incomplete at some depth before a catch-up pass "
+        "is forced; 0 completes every position at once. Per request: vllm_xargs "
+        "nvium_max_deferred. (default: unlimited)",
+    )
+
+
+def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as keys of `additional_config`."""
+    keys = [PREFIX + field.name for field in fields(NviumOptions)]
+    return {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
+
+
+def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
+    """`additional_config` with the flags added.
+
+    Raises:
+        ValueError: the same option is given twice with different values.
+    """
+    if not flags:
+        return additional_config
+    if not isinstance(additional_config, dict):
+        raise ValueError(
+            f"--additional-config is a {type(additional_config).__name__}, and {_flag(min(flags))} "
+            "can only be added to a JSON object."
+        )
+    for key, value in flags.items():
+        if key in additional_config and additional_config[key] != value:
+            raise ValueError(
+                f"{_flag(key)} is {value!r} but --additional-config says {key} = "
+                f"{additional_config[key]!r}; give one of them."
+            )
+    return {**additional_config, **flags}
+
+
+def additional_keys(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """The keys `nvium_*` of a configuration, unchecked."""
+    config = vllm_config.additional_config
+    if not isinstance(config, dict):
+        return {}
+    return {key: value for key, value in config.items() if str(key).startswith(PREFIX)}
+
+
+def is_nvium(vllm_config: "VllmConfig") -> bool:
+    """Whether the engine's model is an N-vium model."""
+    model_config = vllm_config.model_config
+    return model_config is not None and ARCHITECTURE in (model_config.architectures or [])
+
+
+def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig") -> None:
+    """Check one request to an N-vium model; called in the process that answers the client.
+
+    Raises:
+        ValueError: one sentence, sent to the client with status 400.
+    """
+    NviumRequestOptions.from_extra_args(
+        sampling_params.extra_args, NviumOptions.from_vllm_config(vllm_config)
+    )
+
+
+def _read(given: Mapping[str, Any], defaults: NviumOptions, *, in_config: bool) -> dict[str, Any]:
+    values = {field.name: getattr(defaults, field.name) for field in fields(NviumOptions)}
+    for key, value in given.items():
+        where = f"{_flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
+        name = key.removeprefix(PREFIX)
+        if name not in values:
+            source = "additional_config" if in_config else "vllm_xargs"
+            known = ", ".join(PREFIX + option for option in values)
+            raise ValueError(f"{source} {key!r} is not an option of N-vium; there are {known}.")
+        if name == "sampling" and value not in SAMPLING_LAWS:
+            laws = " or ".join(map(repr, SAMPLING_LAWS))
+            raise ValueError(f"{where} is {value!r}; it must be {laws}.")
+        if name == "max_deferred" and not _is_count_or_none(value):
+            raise ValueError(
+                f"{where} is {value!r}; it must be an integer >= 0, or absent for no limit."
+            )
+        values[name] = value
+    return values
+
+
+def _is_count_or_none(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+    return value
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")

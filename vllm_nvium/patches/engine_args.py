@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm.engine.arg_utils.EngineArgs`: the --nvium-* flags and refusals that read as one sentence.
+vLLM 0.32 offers plugins no way to add a flag; it loads them before its parser is built."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_nvium.flags import (
+    ARCHITECTURE,
+    add_arguments,
+    additional_keys,
+    given_on_command_line,
+    is_nvium,
+    merge,
+)
+from vllm_nvium.patches import Patch
+
+MODULE, CLASS = "vllm.engine.arg_utils", "EngineArgs"
+
+
+def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        add_arguments(parser)
+        return parser
+
+    return add_cli_args
+
+
+def _with_flag_values(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_cli_args(cls: type, args: Any) -> Any:
+        engine_args = original(cls, args)
+        engine_args.additional_config = merge(
+            engine_args.additional_config, given_on_command_line(args)
+        )
+        return engine_args
+
+    return from_cli_args
+
+
+def _with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            vllm_config = original(self, *args, **kwargs)
+        except ValidationError as error:
+            refusal = _own_refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from None
+        given = additional_keys(vllm_config)
+        if given and vllm_config.model_config is not None and not is_nvium(vllm_config):
+            key, value = next(iter(given.items()))
+            raise ValueError(
+                f"--{key.replace('_', '-')} (additional_config {key!r}) is {value!r}, but "
+                f"{vllm_config.model_config.model} is a "
+                f"{vllm_config.model_config.architecture} and the option works on {ARCHITECTURE} "
+                "only; remove it."
+            )
+        return vllm_config
+
+    return create_engine_config
+
+
+def _own_refusal(error: ValidationError) -> ValueError | None:
+    """The ValueError of this package inside pydantic's wrapping, if that is what it is."""
+    for line in error.errors():
+        cause = line.get("ctx", {}).get("error")
+        if isinstance(cause, ValueError) and _raised_here(cause):
+            return cause.with_traceback(None)
+    return None
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Whether the innermost frame belongs to this package: also true of `NviumConfig`, which is
+    plain transformers code and raises plain ValueErrors."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(
+        "vllm_nvium."
+    )
+
+
+PATCHES = (
+    Patch(
+        MODULE,
+        CLASS,
+        "add_cli_args",
+        _with_flags,
+        without="`vllm serve` does not know --nvium-*",
+        until="vLLM lets a plugin add an argument group",
+        kind=staticmethod,
+    ),
+    Patch(
+        MODULE,
+        CLASS,
+        "from_cli_args",
+        _with_flag_values,
+        without="--nvium-* would be parsed and dropped",
+        until="vLLM lets a plugin add an argument group",
+        kind=classmethod,
+    ),
+    Patch(
+        MODULE,
+        CLASS,
+        "create_engine_config",
+        _with_refusals,
+        without="--nvium-* on another model is accepted, and refusals come wrapped by pydantic",
+        until="additional_config has owners that can check it",
+    ),
+)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM runs before it starts an N-vium model: options that cannot work are refused with one
+sentence, and the worker class is chosen. vLLM calls it from `VllmConfig.__post_init__`, in the
+process that makes the configuration, before asynchronous scheduling and the worker are decided."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_nvium.flags import NviumOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CPU_WORKER = "vllm_nvium.worker.cpu_worker.NviumCPUWorker"
+GPU_WORKER = "vllm_nvium.worker.gpu_worker.NviumGPUWorker"
+
+
+class NviumRefusal(ValueError):
+    """A start that cannot work. A class of its own, so that it can be told apart inside pydantic's
+    ValidationError and shown without it."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An option that N-vium cannot run with. `value` returns what was set, or None when the option
+    is off; the sentence reads "FLAG is VALUE, but WHY; REMEDY."."""
+
+    flag: str
+    value: Callable[["VllmConfig"], Any]
+    why: str
+    remedy: str
+
+
+def _above_one(value: int) -> int | None:
+    return value if value > 1 else None
+
+
+def _rust_frontend(_: "VllmConfig") -> str | None:
+    import vllm.envs as envs
+
+    return "1" if envs.VLLM_USE_RUST_FRONTEND else None
+
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "--pipeline-parallel-size",
+        lambda c: _above_one(c.parallel_config.pipeline_parallel_size),
+        "an N-vium model decides between its layers how deep to go and needs them in one process",
+        "set it to 1 and use --tensor-parallel-size",
+    ),
+    Unsupported(
+        "--decode-context-parallel-size",
+        lambda c: _above_one(c.parallel_config.decode_context_parallel_size),
+        "catch-up passes of N-vium need the whole KV cache of a sequence in one place",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--prefill-context-parallel-size",
+        lambda c: _above_one(c.parallel_config.prefill_context_parallel_size),
+        "catch-up passes of N-vium need all rows of a sequence in one place",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--enable-dbo",
+        lambda c: True if c.parallel_config.enable_dbo else None,
+        "the two halves of a batch would leave an N-vium model at different depths",
+        "leave it off",
+    ),
+    Unsupported(
+        "--ubatch-size",
+        lambda c: _above_one(c.parallel_config.ubatch_size),
+        "the parts of a batch would leave an N-vium model at different depths",
+        "leave it at 0",
+    ),
+    Unsupported(
+        "--kv-transfer-config",
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        "a KV connector would move blocks whose deferred positions are not complete",
+        "remove it",
+    ),
+    Unsupported(
+        "--kv-offloading-size",
+        # vLLM turns this into a KV connector, but only after this check has run.
+        lambda c: c.cache_config.kv_offloading_size,
+        "a KV connector would move blocks whose deferred positions are not complete",
+        "remove it",
+    ),
+    Unsupported(
+        "--speculative-config",
+        lambda c: c.speculative_config and c.speculative_config.method,
+        "speculative decoding verifies drafts with a law that N-vium's exits do not follow",
+        "remove it",
+    ),
+    Unsupported(
+        "--enable-lora",
+        lambda c: True if c.lora_config is not None else None,
+        "adapters do not cover N-vium's exit heads and routers",
+        "merge the adapter into the checkpoint and leave it off",
+    ),
+    Unsupported(
+        "--enable-prompt-embeds",
+        lambda c: True if c.model_config.enable_prompt_embeds else None,
+        "N-vium starts its segments from token ids",
+        "leave it off",
+    ),
+    Unsupported(
+        "--kv-sharing-fast-prefill",
+        lambda c: True if c.cache_config.kv_sharing_fast_prefill else None,
+        "it skips prompt rows that N-vium's segments need",
+        "leave it off",
+    ),
+    Unsupported(
+        "--runner",
+        lambda c: "pooling" if c.model_config.runner_type == "pooling" else None,
+        "N-vium models generate text and have no pooler",
+        "use --runner generate",
+    ),
+    Unsupported(
+        "VLLM_USE_RUST_FRONTEND",
+        _rust_frontend,
+        "that front end does not check N-vium's per-request options",
+        "unset it",
+    ),
+)
+
+
+class NviumForCausalLMConfig(VerifyAndUpdateConfig):
+    """The row of vLLM's `MODELS_CONFIG_MAP` for `NviumForCausalLM`."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        try:
+            NviumOptions.from_vllm_config(vllm_config)
+        except ValueError as error:
+            raise NviumRefusal(str(error)) from None
+        refuse_unsupported(vllm_config)
+        if not vllm_config.use_v2_model_runner:
+            choose_v1_worker(vllm_config)
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Raise NviumRefusal for the first option in the table that is on."""
+    for option in UNSUPPORTED:
+        value = option.value(vllm_config)
+        if value is not None:
+            raise NviumRefusal(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
+
+
+def choose_v1_worker(vllm_config: "VllmConfig") -> None:
+    """Set the worker whose Model Runner V1 knows about exits, and switch off what it cannot do.
+
+    Model Runner V2 needs nothing here: it asks the model for its state class. On V1 the runner is
+    made by the worker, and vLLM replaces only the worker class "auto", so a class set here stays.
+    """
+    from vllm.platforms import current_platform
+
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    if current_platform.is_cpu():
+        worker = CPU_WORKER
+    elif current_platform.is_cuda_alike():
+        worker = GPU_WORKER
+    else:
+        raise NviumRefusal(
+            f"Model Runner V1 is in use on {current_platform.device_name!r}, but N-vium has a V1 "
+            "worker for CPU and CUDA only; set VLLM_USE_V2_MODEL_RUNNER=1."
+        )
+    # The front ends of a data-parallel start may build a configuration from one built before.
+    if parallel.worker_cls not in ("auto", worker):
+        if not _is_subclass(parallel.worker_cls, worker):
+            raise NviumRefusal(
+                f"--worker-cls is {_shown(parallel.worker_cls)}, but on Model Runner V1 an N-vium "
+                f"model needs {worker}; leave it at 'auto' or derive the class from that one."
+            )
+    else:
+        parallel.worker_cls = worker
+    # With asynchronous scheduling V1 plans a step before the last one's tokens are known on the
+    # host, and the exit draw reads them there.
+    if scheduler.async_scheduling:
+        raise NviumRefusal(
+            "--async-scheduling is True, but an N-vium model on Model Runner V1 draws its exits on "
+            "the host and needs each step's tokens first; leave it off."
+        )
+    scheduler.async_scheduling = False
+
+
+def _is_subclass(worker_cls: Any, base: str) -> bool:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    if not isinstance(worker_cls, str):
+        return False  # a pickled class: what it is can only be told by running it
+    try:
+        return issubclass(resolve_obj_by_qualname(worker_cls), resolve_obj_by_qualname(base))
+    except (ImportError, AttributeError, TypeError):
+        return False
+
+
+def _shown(worker_cls: Any) -> str:
+    return repr(worker_cls) if isinstance(worker_cls, str) else "a class object"
