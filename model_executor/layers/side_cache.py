@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -128,6 +129,7 @@ class SideCache(nn.Module, AttentionLayerBase):
         self.bytes_per_slot = -(-(self._state_bytes + 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         self._states: torch.Tensor | None = None
         self._marks: torch.Tensor | None = None
+        self._marks_host: np.ndarray | None = None
         self._kv_cache = torch.tensor([])
 
         layers = vllm_config.compilation_config.static_forward_context
@@ -144,7 +146,7 @@ class SideCache(nn.Module, AttentionLayerBase):
     def kv_cache(self, kv_cache: torch.Tensor) -> None:
         # vLLM also assigns an empty tensor here to release the memory: the views go with it.
         self._kv_cache = kv_cache
-        self._states = self._marks = None
+        self._states = self._marks = self._marks_host = None
 
     @property
     def is_bound(self) -> bool:
@@ -173,6 +175,31 @@ class SideCache(nn.Module, AttentionLayerBase):
         rows = self._kv_cache.view(torch.uint8).view(-1, self.bytes_per_slot)  # [slots, bytes]
         self._states = rows[:, : self._state_bytes].view(self.state_dtype)  # [slots, H]
         self._marks = rows[:, self._state_bytes]  # [slots]
+        # On CPU the marks are read and written without a tensor operation in between.
+        self._marks_host = self._marks.numpy() if self._marks.device.type == "cpu" else None
+
+    def set_marks(self, slots: np.ndarray, depth: int) -> None:
+        """Marks the positions in `slots` ([T] int64, host) as having been through `depth` segments."""
+        if self._marks is None:
+            self._make_views()
+        if self._marks_host is not None:
+            self._marks_host[slots] = depth
+        else:
+            self.marks[torch.from_numpy(slots).to(self.marks.device)] = depth
+
+    def get_marks(self, slots: np.ndarray) -> np.ndarray:
+        """Marks of the positions in `slots` ([T] int64, host) as a [T] uint8 host array."""
+        if self._marks_host is not None:
+            return self._marks_host[slots]
+        return self.marks[torch.from_numpy(slots).to(self.marks.device)].cpu().numpy()
+
+    def write_states(self, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """Stores states [T, H] at `slots` ([T] int64, device)."""
+        self.states.index_copy_(0, slots, states)
+
+    def read_states(self, slots: torch.Tensor) -> torch.Tensor:
+        """States [T, H] at `slots` ([T] int64, device)."""
+        return self.states.index_select(0, slots)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return SideCacheBackend

@@ -81,8 +81,8 @@ class NviumConfig(PretrainedConfig):
     exit_head: Literal["final", "embeddings", "own"] = "final"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.architectures is None:
-            self.architectures = ["NviumForCausalLM"]
+        if getattr(self, "architectures", None) is None:
+            self.architectures: list[str] | None = ["NviumForCausalLM"]
         self._validate_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -165,8 +165,8 @@ class NviumConfig(PretrainedConfig):
         kwargs.pop("max_window_layers", None)
         if in_use and window is not None:
             raise ValueError(
-                f"sliding_window is {window!r}, and N-vium attends to the whole context, so it must "
-                "be null (or use_sliding_window false)."
+                f"sliding_window is {window!r}, and N-vium attends to the whole context, so it "
+                "must be null (or use_sliding_window false)."
             )
         other = sorted({str(kind) for kind in layer_types or ()} - {"full_attention"})
         if other:

@@ -33,9 +33,10 @@ from vllm_nvium.model_executor.ops.mixture import exit_log_weights, mixture_log_
 
 @dataclass
 class NviumOutput(ModelOutput):
-    """What one forward pass returns. B sequences, T kept positions, N heads, V vocabulary, H hidden.
+    """What one forward pass returns.
 
-    `T` is the number of input positions, or fewer with `logits_to_keep`.
+    B sequences, N heads, V vocabulary, H hidden size, and T positions: those of the input, or
+    fewer with `logits_to_keep`.
 
     Attributes:
         loss: scalar, mean of `-log p_mix(next token)`, when `labels` were given.
@@ -188,7 +189,7 @@ class NviumRouter(nn.Module):
 
 
 class NviumExit(nn.Module):
-    """What stands at one early exit: norm, adapter, router, and its own unembedding if it has one."""
+    """What stands at one early exit: norm, adapter, router, and perhaps its own unembedding."""
 
     def __init__(self, config: NviumConfig) -> None:
         super().__init__()
@@ -265,7 +266,7 @@ class NviumModel(NviumPreTrainedModel):
             past_key_values: a cache to read and extend in place.
 
         Returns:
-            The residual stream `h_k` `[B, T, H]` at each exit, and `model.norm` of the last layer's.
+            The residual stream `h_k` `[B, T, H]` at each exit; `model.norm` of the last layer's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
@@ -457,6 +458,6 @@ def _positions(
 
 
 def register_with_transformers() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` know N-vium checkpoints; harmless when repeated."""
+    """Make `AutoConfig` and `AutoModelForCausalLM` know N-vium; harmless when repeated."""
     AutoConfig.register(NviumConfig.model_type, NviumConfig, exist_ok=True)
     AutoModelForCausalLM.register(NviumConfig, NviumForCausalLM, exist_ok=True)

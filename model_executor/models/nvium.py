@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`NviumForCausalLM` for vLLM: a Llama-family transformer cut into segments between its exits.
+
+It is built from vLLM's own layers, so quantised weights and tensor parallelism stay possible; each
+segment is compiled on its own, and the cascade between them is `cascade.py`.
+"""
+
+import re
+import types
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from vllm_nvium.model_executor.cascade import Step, run_cascade
+from vllm_nvium.model_executor.layers.exit_head import Adapter, Exit
+from vllm_nvium.model_executor.layers.side_cache import SideCache
+from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.ops.head_rows import MIXTURE, NO_TOKEN, unpack
+from vllm_nvium.model_executor.ops.mixture import mixture_log_probs
+
+
+class NviumAttention(LlamaAttention):
+    """Llama's attention, with Qwen3's norm of every query and key head where the model has it."""
+
+    def __init__(self, config: NviumConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.qk_norm:
+            return super().forward(positions, hidden_states)
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).view(q.shape)
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).view(k.shape)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+
+class NviumDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(vllm_config, prefix=prefix, attn_layer_type=NviumAttention)
+
+
+class _Segment(nn.Module):
+    """Layers [start, stop): residual stream in, residual stream out.
+
+    The stream travels as one tensor, `hidden + residual` in vLLM's terms, because that is what an
+    exit reads and what waits in the side cache: a position computes the same thing whether it went
+    straight on or waited.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            NviumDecoderLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(start, stop)
+        )
+
+    def run_layers(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden, residual = state, None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden + residual
+
+
+class _FirstSegment(_Segment):
+    """The same, from token ids: the embedding belongs to it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
+        super().__init__(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+
+
+def _forward(self: _Segment, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return self.run_layers(state, positions)
+
+
+def _forward_first(
+    self: _FirstSegment, input_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    return self.run_layers(self.embed_tokens(input_ids), positions)
+
+
+def _make_segment(vllm_config: VllmConfig, index: int, start: int, stop: int, prefix: str):
+    """A segment with a class and a `forward` of its own.
+
+    vLLM names the artefact of a compiled module after the qualified name and line of its `forward`,
+    with names of its attention layers inside: segments that shared one would load each other's.
+    """
+    base, forward = (_FirstSegment, _forward_first) if index == 0 else (_Segment, _forward)
+    name = f"NviumSegment_{start}_{stop}"
+    own = types.FunctionType(
+        forward.__code__.replace(co_name=f"forward_{start}_{stop}"), forward.__globals__, "forward"
+    )
+    own.__qualname__ = f"{name}.forward"
+    own.__annotations__ = dict(forward.__annotations__)
+    cls = type(name, (base,), {"forward": own, "__doc__": base.__doc__})
+    first_argument = "input_ids" if index == 0 else "state"
+    cls = support_torch_compile(dynamic_arg_dims={first_argument: 0, "positions": 0})(cls)
+    with set_model_tag(f"nvium_segment_{index}"):
+        return cls(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
+
+
+class NviumForCausalLM(nn.Module, SupportsQuant):
+    """The vLLM model (arXiv:2605.13190, section 3).
+
+    A model runner passes a `Step` to `forward`; without one (profiling, warm-up) every segment and
+    exit runs on the same rows, so that each is compiled at start.
+    """
+
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: NviumConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.vllm_config = vllm_config
+        bounds = [0, *config.exit_layers, config.num_hidden_layers]
+        model_prefix = maybe_prefix(prefix, "model")
+        self.segments = nn.ModuleList(
+            _make_segment(vllm_config, m, start, stop, model_prefix)
+            for m, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        )
+        self.exits = nn.ModuleList(
+            Exit(config, maybe_prefix(prefix, f"exits.{k}")) for k in range(len(config.exit_layers))
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_adapter = (
+            Adapter(
+                config.hidden_size, config.final_adapter_size, maybe_prefix(prefix, "final_adapter")
+            )
+            if config.final_adapter_size
+            else None
+        )
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.segments[0].embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        # vLLM orders caches by the one integer in a layer's name: after the decoder layers.
+        self.side_cache = SideCache(
+            vllm_config,
+            config.hidden_size,
+            maybe_prefix(prefix, f"side_cache.{config.num_hidden_layers}"),
+        )
+        self.num_heads = len(self.segments)
+        # With one unembedding for all heads a row need not say whose it is.
+        self.heads_differ = config.exit_head == "own" or (
+            config.exit_head == "embeddings" and not config.tie_word_embeddings
+        )
+        self.may_decide_early = get_tensor_model_parallel_world_size() == 1
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.segments[0].embed_tokens(input_ids)
+
+    def final_head(self, state: torch.Tensor) -> torch.Tensor:
+        """Residual stream after the last layer [T, H] -> inputs of the unembedding [T, H]."""
+        normed = self.norm(state)
+        return normed if self.final_adapter is None else self.final_adapter(normed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        nvium_step: Step | None = None,
+    ) -> torch.Tensor:
+        """See `run_cascade`; [T, H] or [T, W]."""
+        if nvium_step is not None:
+            return run_cascade(self, nvium_step, input_ids, positions)
+        state = self.segments[0](input_ids, positions)
+        for exit_, segment in zip(self.exits, self.segments[1:], strict=True):
+            normed = exit_.norm(state)
+            exit_.margins(normed)
+            exit_.head_input(normed)
+            state = segment(state, positions)
+        return self.final_head(state)
+
+    def head_logits(self, head_inputs: torch.Tensor, head: int) -> torch.Tensor:
+        """Logits of one head, [T, H] -> [T, V]."""
+        unembedding = self.lm_head
+        if head < len(self.exits) and self.heads_differ:
+            own = self.exits[head].lm_head
+            unembedding = self.segments[0].embed_tokens if own is None else own
+        return self.logits_processor(unembedding, head_inputs)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits of sampled rows: one head's, or `log p_mix` where the row asks for the mixture.
+
+        Args:
+            hidden_states: [T, H], or packed `HeadRows` [T, W].
+        """
+        if hidden_states.shape[1] == self.config.hidden_size:
+            return self.head_logits(hidden_states, len(self.exits))
+        heads, log_weights, single, token = unpack(
+            hidden_states, self.num_heads, self.config.hidden_size
+        )
+        # Every head on the rows that need it, and on no others.
+        needed = (log_weights > -torch.inf) & (single == MIXTURE)[:, None]  # [T, N]
+        needed |= single[:, None] == torch.arange(self.num_heads, device=single.device)
+        logits: torch.Tensor | None = None  # [T, N, V]
+        for head in range(self.num_heads):
+            index = needed[:, head].nonzero().squeeze(1)
+            if len(index) == 0:
+                continue
+            some = self.head_logits(heads[index, head].contiguous(), head)
+            if some is None:  # not the rank that samples
+                continue
+            if logits is None:
+                logits = some.new_zeros(
+                    len(heads), self.num_heads, some.shape[1], dtype=torch.float32
+                )
+            logits[index, head] = some.float()
+        result = torch.zeros(
+            len(heads), self.config.vocab_size, device=heads.device, dtype=torch.float32
+        )
+        if logits is not None:
+            mixed = (single == MIXTURE) & (log_weights > -torch.inf).any(dim=1)
+            if mixed.any():
+                result[mixed] = mixture_log_probs(logits[mixed], log_weights[mixed])
+            alone = (single != MIXTURE).nonzero().squeeze(1)
+            result[alone] = logits[alone, single[alone].long()]
+        decided = (token != NO_TOKEN).nonzero().squeeze(1)
+        if len(decided):
+            result[decided] = -torch.inf
+            result[decided, token[decided].long()] = 0.0
+        return result
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads the checkpoint layout that `nvium_reference.py` saves."""
+        loader = AutoWeightsLoader(self)
+        return loader.load_weights(self._note_constants(weights), mapper=self._weights_mapper())
+
+    def _weights_mapper(self) -> WeightsMapper:
+        bounds = [0, *self.config.exit_layers, self.config.num_hidden_layers]
+        regex: dict[re.Pattern, str | None] = {
+            re.compile(r"^model\.embed_tokens\."): "segments.0.embed_tokens.",
+            re.compile(r"^model\.norm\."): "norm.",
+        }
+        for m, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for i in range(start, stop):
+                regex[re.compile(rf"^model\.layers\.{i}\.")] = f"segments.{m}.layers.{i - start}."
+        if self.config.tie_word_embeddings:
+            regex[re.compile(r"^lm_head\.")] = None
+        return WeightsMapper(
+            orig_to_new_regex=regex,
+            orig_to_new_stacked={
+                ".q_proj": (".qkv_proj", "q"),
+                ".k_proj": (".qkv_proj", "k"),
+                ".v_proj": (".qkv_proj", "v"),
+                ".gate_proj": (".gate_up_proj", 0),
+                ".up_proj": (".gate_up_proj", 1),
+            },
+        )
+
+    def _note_constants(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Passes weights on, noticing maps of zeros whose result need not be computed."""
+        heads: dict[int, dict[str, torch.Tensor]] = {}
+        for name, weight in weights:
+            if match := re.fullmatch(r"exits\.(\d+)\.router\.head\.(weight|bias)", name):
+                heads.setdefault(int(match[1]), {})[match[2]] = weight
+            elif match := re.fullmatch(r"exits\.(\d+)\.adapter\.fc2\.weight", name):
+                self.exits[int(match[1])].adapter.is_identity = not bool(weight.any())
+            elif name == "final_adapter.fc2.weight" and self.final_adapter is not None:
+                self.final_adapter.is_identity = not bool(weight.any())
+            yield name, weight
+        for k, head in heads.items():
+            if not bool(head["weight"].any()):
+                bias = head["bias"].float()
+                self.exits[k].router.constant_margin = float(bias[1] - bias[0])
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """Model Runner V2's seam; see `worker/model_state.py`."""
+        from vllm_nvium.worker.model_state import NviumModelState
+
+        return NviumModelState

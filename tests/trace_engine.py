@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine inside the test's process, driven step by step, whose logits are held against the
+reference model. Both model runners are driven by the same code.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import EngineArgs, SamplingParams
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
+from vllm_nvium.worker import requests as nvium_requests
+
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Arrival:
+    """One request of a trace.
+
+    Attributes:
+        step: engine step before which it is added.
+        abort_after: steps after arrival at which it is aborted; None to let it finish.
+    """
+
+    step: int
+    prompt: list[int]
+    params: SamplingParams
+    abort_after: int | None = None
+
+
+@dataclass
+class Emitted:
+    """What the engine computed for one request: by position of the token that was sampled from."""
+
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    exits: dict[int, int] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+
+
+def forced_thresholds(hazards: list[float]) -> Callable[..., np.ndarray]:
+    """A stand-in for `margin_thresholds` that ignores the routers: exits follow a random script."""
+
+    def thresholds(seeds: np.ndarray, positions: np.ndarray, num_exits: int) -> np.ndarray:
+        leave = uniform_draws(seeds, positions, num_exits) < np.asarray(hazards)
+        return np.where(leave, -np.inf, np.inf)
+
+    return thresholds
+
+
+def scripted_exit(seed: int, position: int, hazards: list[float]) -> int:
+    """The exit that `forced_thresholds` makes a token leave at."""
+    seeds = np.array([request_seed(seed, "", 0)], dtype=np.uint64)
+    draws = uniform_draws(seeds, np.array([position]), len(hazards))[0]
+    leaving = np.flatnonzero(draws < np.asarray(hazards))
+    return int(leaving[0]) if len(leaving) else len(hazards)
+
+
+class TraceEngine:
+    """An `LLMEngine` in this process, with a recorder behind the model's `compute_logits`."""
+
+    def __init__(self, model: str, **overrides: Any) -> None:
+        args = {
+            "model": model,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "block_size": 32,
+            "max_num_seqs": 6,
+            "max_num_batched_tokens": 48,
+            "enable_prefix_caching": True,
+            "enable_chunked_prefill": True,
+            "async_scheduling": False,
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**(args | overrides)))
+        core = self.engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.emitted: dict[str, Emitted] = {}
+        self.preemptions = 0
+        self.deferred_rows = 0
+        model_ = self.runner.model
+        compute_logits, run = model_.compute_logits, model_.forward
+        self._step: Any = None
+
+        def record_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self._step = kwargs.get("nvium_step")
+            return run(*args, **kwargs)
+
+        def record(hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = compute_logits(hidden_states)
+            if self._step is not None:
+                self._record(logits)
+            return logits
+
+        model_.compute_logits, model_.forward = record, record_step
+
+    def _record(self, logits: torch.Tensor) -> None:
+        step, self._step = self._step, None
+        assert len(logits) == step.batch.num_requests
+        for row, request_id in enumerate(step.request_ids):
+            seen = self.emitted.setdefault(_public(request_id), Emitted())
+            position = int(step.batch.last[row])
+            seen.logits[position] = logits[row].clone()
+            seen.exits[position] = int(step.exits[row])
+
+    def run(self, trace: list[Arrival], max_steps: int = 2000) -> dict[str, Emitted]:
+        """Plays a trace to its end and returns what was emitted for every request."""
+        self.emitted = {}
+        waiting = sorted(enumerate(trace), key=lambda item: item[1].step)
+        abort_at: dict[int, list[str]] = {}
+        for step in range(max_steps):
+            while waiting and waiting[0][1].step <= step:
+                number, arrival = waiting.pop(0)
+                request_id = str(number)
+                self.engine.add_request(
+                    request_id, {"prompt_token_ids": arrival.prompt}, arrival.params
+                )
+                if arrival.abort_after is not None:
+                    abort_at.setdefault(step + arrival.abort_after, []).append(request_id)
+            self.engine.abort_request(abort_at.pop(step, []))
+            if not waiting and not abort_at and not self.engine.has_unfinished_requests():
+                return self.emitted
+            for output in self.engine.step():
+                seen = self.emitted.setdefault(output.request_id, Emitted())
+                seen.tokens = list(output.outputs[0].token_ids)
+        raise AssertionError(f"the trace did not end within {max_steps} steps")
+
+
+def _public(request_id: str) -> str:
+    """vLLM adds a random suffix to the ids that it is given."""
+    return request_id.rsplit("-", 1)[0] if "-" in request_id else request_id
+
+
+def reference_logits(reference: NviumForCausalLM, tokens: list[int]) -> tuple[Any, torch.Tensor]:
+    """The reference's output and the raw logits of every head [T, N, V] on a whole sequence."""
+    with torch.no_grad():
+        output = reference(torch.tensor([tokens]), use_cache=False, output_head_logits=True)
+    return output, output.head_logits[0].float()
+
+
+def check_against_reference(
+    reference: NviumForCausalLM, arrival: Arrival, emitted: Emitted, hazards: list[float]
+) -> int:
+    """Every emitted token's logits equal the reference's at the exit it was scripted to leave at.
+
+    Returns:
+        how many positions were compared.
+    """
+    tokens = arrival.prompt + emitted.tokens
+    if not emitted.tokens:
+        return 0
+    _, heads = reference_logits(reference, tokens)
+    compared = 0
+    for i in range(len(emitted.tokens)):
+        position = len(arrival.prompt) + i - 1
+        exit_ = scripted_exit(arrival.params.seed, position, hazards)
+        assert emitted.exits[position] == exit_
+        difference = (emitted.logits[position] - heads[position, exit_]).abs().max()
+        assert difference < TOLERANCE, (
+            f"position {position}, exit {exit_}: logits differ by {difference}"
+        )
+        compared += 1
+    return compared
+
+
+def patch_thresholds(monkeypatch: Any, hazards: list[float]) -> None:
+    monkeypatch.setattr(nvium_requests, "margin_thresholds", forced_thresholds(hazards))

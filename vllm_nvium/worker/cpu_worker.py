@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CPU worker with N-vium's Model Runner V1.
+
+`CPUWorker.init_device` makes its runner by a name in its module, so that name is replaced while it
+runs.
+"""
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_nvium.worker.model_runner import NviumModelRunnerMixin
+
+
+class NviumCPUModelRunner(NviumModelRunnerMixin, CPUModelRunner):
+    """`CPUModelRunner` that hands the model its `Step`."""
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Samples with the generators of unfinished prompts put aside.
+
+        vLLM draws for them too, discards the draw, and then rewinds the generator by an offset that
+        generators on CPU do not have: without this a seeded request whose prompt is computed in
+        chunks stops the engine. It can go when vLLM's CPU runner no longer rewinds.
+        """
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        aside = {i: generators.pop(i) for i in map(int, discarded) if i in generators}
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            generators.update(aside)
+
+
+class NviumCPUWorker(cpu_worker.CPUWorker):
+    """Chosen through `worker_cls` when an N-vium model runs on CPU."""
+
+    def init_device(self) -> None:
+        with patch.object(cpu_worker, "CPUModelRunner", NviumCPUModelRunner):
+            super().init_device()
