@@ -271,7 +271,7 @@ def _dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
 def _convert(dense: Path, out: Path, exits: Sequence[int], hazards: Sequence[float]) -> None:
     from vllm_nvium import cli
 
-    command = ["convert", str(dense), str(out), "--exits", ",".join(map(str, exits))]
+    command = ["convert", str(dense), str(out), "--exit-layers", ",".join(map(str, exits))]
     if hazards:
         command += ["--hazards", ",".join(map(str, hazards))]
     if cli.main(command):

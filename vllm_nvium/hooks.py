@@ -210,9 +210,9 @@ def is_tested(version: str | None) -> bool:
     return match is not None and tuple(map(int, match.groups())) == TESTED_VLLM
 
 
-def check(hooks: tuple[Hook, ...] = HOOKS) -> list[Hook]:
+def check() -> list[Hook]:
     """The rows of the table that the installed vLLM does not satisfy."""
-    return [hook for hook in hooks if not is_present(hook)]
+    return [hook for hook in HOOKS if not is_present(hook)]
 
 
 def is_present(hook: Hook) -> bool:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test needs: an environment in which vLLM starts quickly and asks no network, and tiny
+checkpoints made once per run."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports torch or vLLM, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def nvium_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random N-vium checkpoint with a tokenizer and a chat template."""
+    from tiny_models import make_nvium
+
+    path = tmp_path_factory.mktemp("checkpoints") / "nvium"
+    make_nvium(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint with a tokenizer and a chat template."""
+    from tiny_models import make_dense
+
+    path = tmp_path_factory.mktemp("checkpoints") / "llama"
+    make_dense(path)
+    return path
+
+
+@pytest.fixture
+def nvium_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """`caplog` that sees the plugin's logger: vLLM stops its loggers from reaching the root."""
+    logger = logging.getLogger("vllm.nvium")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.DEBUG, logger=logger.name):
+        yield caplog
+    logger.removeHandler(caplog.handler)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point: it never raises, may run twice, can be switched off, and leaves other models
+alone whatever it finds."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_nvium import hooks, patches, plugin
+from vllm_nvium.hooks import Hook
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Undo what a test registered instead of the real configuration class. Must stand before
+    `monkeypatch` in a test's arguments, so that it runs after that is undone."""
+    yield
+    plugin.register()
+
+
+def engine_config(path: Path, **options: object):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(path), **options).create_engine_config()
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_entry_point_names_register() -> None:
+    points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    assert [p.value for p in points if p.name == "nvium"] == ["vllm_nvium.plugin:register"]
+
+
+def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys, vllm_nvium.plugin, vllm_nvium.cli, vllm_nvium.doctor;"
+        "print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
+    )
+    assert python(code) == "[]"
+
+
+def test_registers_and_may_run_twice() -> None:
+    plugin.register()
+    plugin.register()
+    from transformers import AutoConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    assert "NviumForCausalLM" in ModelRegistry.get_supported_archs()
+    assert "NviumForCausalLM" in MODELS_CONFIG_MAP
+    assert type(AutoConfig.for_model("nvium")).__name__ == "NviumConfig"
+    for patch in patches.all_patches():
+        assert not patch.apply(), f"{patch.method} was applied twice"
+    original = getattr(EngineArgs.create_engine_config, "__vllm_nvium_original__")  # noqa: B009
+    assert not hasattr(original, "__vllm_nvium_original__")
+
+
+def test_disable_switch_leaves_vllm_untouched() -> None:
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm.model_executor.models import ModelRegistry as R;"
+        "from vllm.model_executor.models.config import MODELS_CONFIG_MAP as M;"
+        "from vllm.engine.arg_utils import EngineArgs as E;"
+        "print('NviumForCausalLM' in R.get_supported_archs(), 'NviumForCausalLM' in M,"
+        " hasattr(E.create_engine_config, '__vllm_nvium_original__'))"
+    )
+    assert python(code) == "True True True"
+    assert python(code, VLLM_NVIUM_DISABLE="1") == "False False False"
+
+
+def test_never_raises(restored, monkeypatch, nvium_log) -> None:
+    def fail() -> list[Hook]:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(hooks, "check", fail)
+    plugin.register()
+    assert "did not register" in nvium_log.text
+    monkeypatch.setattr(plugin, "_refuse_checkpoints", lambda reason: fail())
+    plugin.register()
+
+
+def test_missing_name_is_logged_and_refuses_nvium_only(
+    restored, monkeypatch, nvium_log, nvium_checkpoint: Path, dense_checkpoint: Path
+) -> None:
+    gone = Hook("vllm.forward_context", "no_such_name", why="a test", breaks="catch-up is lost")
+    monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, gone))
+    plugin.register()
+    version = hooks.vllm_version()
+    assert f"vLLM {version} has no vllm.forward_context:no_such_name" in nvium_log.text
+    assert "catch-up is lost" in nvium_log.text
+    assert "install vllm==0.32.*" in nvium_log.text
+    with pytest.raises(ValueError, match="lacks vllm.forward_context:no_such_name"):
+        engine_config(nvium_checkpoint)
+    engine_config(dense_checkpoint)
+
+
+def test_untested_vllm_refuses_nvium_only(
+    restored, monkeypatch, nvium_checkpoint: Path, dense_checkpoint: Path
+) -> None:
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.99.1")
+    plugin.register()
+    with pytest.raises(ValueError, match=r"vLLM is 0\.99\.1, but .* tested with 0\.32\.\* only"):
+        engine_config(nvium_checkpoint)
+    engine_config(dense_checkpoint)
+
+
+def test_stock_model_starts_as_without_the_plugin(dense_checkpoint: Path) -> None:
+    code = (
+        "import json; from vllm.engine.arg_utils import EngineArgs;"
+        f"c = EngineArgs(model={str(dense_checkpoint)!r}).create_engine_config();"
+        "print(json.dumps([c.parallel_config.worker_cls, c.scheduler_config.async_scheduling,"
+        " c.additional_config, c.compute_hash()]))"
+    )
+    assert json.loads(python(code)) == json.loads(python(code, VLLM_NVIUM_DISABLE="1"))
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.32.7+cpu", True), ("0.33.0", False), ("0.3.2", False), (None, False)],
+)
+def test_tested_range(version: str | None, tested: bool) -> None:
+    assert hooks.is_tested(version) is tested
+
+
+@pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.path)
+def test_reading_the_source_agrees_with_importing_it(hook: Hook) -> None:
+    assert hooks.is_importable(hook) == ""
+    source = hooks._source(hook.module)
+    assert source is not None
+    assert hooks._defines(source, hook.name)
+    assert not hooks._defines(source, hook.name + "_gone")
+
+
+def test_attribute_of_another_class_is_not_found() -> None:
+    source = "class A(\n    B,\n):\n    def f(self): ...\n\nclass C:\n    def g(self): ...\n"
+    assert hooks._defines(source, "A.f")
+    assert not hooks._defines(source, "A.g")

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an N-vium model cannot run with is refused at start, with one sentence that names the flag,
+the value and the remedy; what it can run with starts with the right worker."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_nvium.startup import CPU_WORKER, UNSUPPORTED
+
+
+def start(path: Path, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(path), **options).create_engine_config()
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(ValueError) as error:
+        start(path, **options)
+    message = str(error.value)
+    # Not pydantic's stack of lines, which is a ValueError too.
+    assert "\n" not in message and "validation error" not in message, message
+    assert message.endswith("."), message
+    return message
+
+
+def test_v1_on_cpu_gets_its_worker(nvium_checkpoint: Path) -> None:
+    config = start(nvium_checkpoint)
+    assert config.parallel_config.worker_cls == CPU_WORKER
+    assert config.scheduler_config.async_scheduling is False
+
+
+def test_v2_keeps_vllms_worker(nvium_checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert start(nvium_checkpoint).parallel_config.worker_cls.startswith("vllm.")
+
+
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, ["--pipeline-parallel-size is 2", "set it to 1"]),
+        ({"speculative_config": SPECULATION}, ["--speculative-config is 'ngram'", "remove it"]),
+        ({"enable_lora": True}, ["--enable-lora is True", "leave it off"]),
+        ({"enable_prompt_embeds": True}, ["--enable-prompt-embeds is True", "leave it off"]),
+        ({"enable_dbo": True}, ["--enable-dbo is True", "leave it off"]),
+        ({"kv_offloading_size": 1.0}, ["--kv-offloading-size is 1.0", "remove it"]),
+        ({"async_scheduling": True}, ["--async-scheduling is True", "leave it off"]),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ["--worker-cls is", CPU_WORKER]),
+        ({"worker_cls": "no.such.Class"}, ["--worker-cls is 'no.such.Class'", CPU_WORKER]),
+        ({"additional_config": {"nvium_sampling": "x"}}, ["--nvium-sampling", "'x'", "'mixture'"]),
+        ({"additional_config": {"nvium_max_deferred": -1}}, ["--nvium-max-deferred", "-1"]),
+        ({"additional_config": {"nvium_depth": 1}}, ["'nvium_depth'", "nvium_max_deferred"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refused_at_start(
+    nvium_checkpoint: Path, options: dict[str, Any], words: list[str]
+) -> None:
+    message = refusal(nvium_checkpoint, **options)
+    assert all(word in message for word in words), message
+
+
+def test_kv_connector(nvium_checkpoint: Path) -> None:
+    from vllm.config import KVTransferConfig
+
+    message = refusal(nvium_checkpoint, kv_transfer_config=KVTransferConfig(**CONNECTOR))
+    assert "--kv-transfer-config is 'ExampleConnector'" in message
+
+
+def test_rust_front_end(nvium_checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "VLLM_USE_RUST_FRONTEND" in refusal(nvium_checkpoint)
+
+
+def test_every_flag_in_the_table_exists_in_vllm() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    known = EngineArgs.add_cli_args(FlexibleArgumentParser())._option_string_actions
+    flags = [option.flag for option in UNSUPPORTED if option.flag.startswith("--")]
+    assert [flag for flag in flags if flag not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("exit_layers", [3, 1], ["exit_layers", "[3, 1]", "strictly increasing"]),
+        ("exit_layers", [1, 9], ["exit_layers", "9", "1..3"]),
+        ("exit_head", "none", ["exit_head", "'none'", "'final'"]),
+    ],
+)
+def test_bad_checkpoint(
+    nvium_checkpoint: Path, tmp_path: Path, field: str, value: Any, words: list[str]
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(nvium_checkpoint, bad)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | {field: value}))
+    message = refusal(bad)
+    assert all(word in message for word in words), message
+
+
+def test_other_models_are_not_checked(dense_checkpoint: Path) -> None:
+    config = start(dense_checkpoint, speculative_config=SPECULATION)
+    assert config.parallel_config.worker_cls.startswith("vllm.")
