@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
@@ -53,7 +54,7 @@ SIZES: dict[str, Any] = {
 
 
 def save_tokenizer(path: Path, vocab_size: int) -> None:
-    """A tokenizer of whole words: `w3 w4 ...` are tokens 3, 4, ..., after `<s>`, `</s>`, `<pad>`."""
+    """A tokenizer of whole words: `w3 w4 ...` are 3, 4, ... after `<s>`, `</s>`, `<pad>`."""
     names = ["<s>", "</s>", "<pad>"] + [f"w{i}" for i in range(3, vocab_size)]
     word_level = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
     tokenizer = Tokenizer(word_level)
@@ -179,7 +180,7 @@ def make_nvium(
 
 
 def _spread_margins(model: NviumForCausalLM, generator: torch.Generator, std: float) -> None:
-    """Rescale the router heads: what a random body has in common for all tokens would decide alone."""
+    """Rescale router heads: what a random body has in common for all tokens would decide."""
     tokens = torch.randint(3, model.config.vocab_size, (4, 64), generator=generator)
     margins = model(tokens, use_cache=False, compute_logits=False).margins  # [4, 64, N-1]
     for k, exit in enumerate(model.exits):

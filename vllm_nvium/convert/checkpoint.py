@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,16 @@ class Source:
         load: reads one tensor by name.
         copy_companions: puts tokenizer, generation configuration and chat template into a folder.
         folder: where it is, when it is a folder.
+        load_config: the configuration as transformers reads it (rope settings in one form).
     """
 
     name: str
     config: dict[str, Any]
     shapes: Mapping[str, Shape]
     load: Callable[[str], torch.Tensor]
-    copy_companions: Callable[[Path], None] = lambda folder: None
+    copy_companions: Callable[[Path], None]
+    load_config: Callable[[], Any]
     folder: Path | None = None
-    load_config: Callable[[], Any] = field(default=lambda: None)
 
 
 def open_folder(folder: Path, name: str) -> Source:
@@ -242,6 +243,9 @@ def staged_folder(out: Path, force: bool, size: int, source: Path | None) -> Ite
         yield stage
         stage.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would keep a server's user out
         _take_place(stage, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConvertError(f"{out} could not be written ({reason}).") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -5,8 +5,9 @@ checkpoint that vLLM serves and training continues from. `convert()` is the same
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.convert import ConvertError
 
@@ -189,10 +190,10 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _numbers(kind: type) -> "type[list]":
+def _numbers(kind: type) -> Callable[[str], list[Any]]:
     """An argparse type: a comma-separated list of `kind`."""
 
-    def parse(text: str) -> list:
+    def parse(text: str) -> list[Any]:
         try:
             return [kind(part) for part in text.split(",")]
         except ValueError:
@@ -200,7 +201,7 @@ def _numbers(kind: type) -> "type[list]":
                 f"{text!r} is not a comma-separated list of {kind.__name__} values"
             ) from None
 
-    return parse  # type: ignore[return-value]
+    return parse
 
 
 def _positive(text: str) -> int:

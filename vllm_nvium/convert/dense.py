@@ -224,14 +224,11 @@ def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan
     return config, tensors
 
 
-def check_backbone(
-    source: Source, shapes: dict[str, tuple[int, ...]], ours: Sequence[str] = ()
-) -> None:
+def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare the source's tensors with those the N-vium model takes over from it.
 
     Args:
         shapes: what the N-vium checkpoint holds.
-        ours: beginnings of further names in the source that another function answers for.
 
     Raises:
         ConvertError: a tensor is missing, has another shape, or has no place in the model.
@@ -254,10 +251,9 @@ def check_backbone(
         # Old checkpoints store the rotary frequencies, and tied ones may repeat the embeddings.
         if name in wanted or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
             continue
-        if not name.startswith(tuple(ours)):
-            raise ConvertError(
-                f"{source.name} has a tensor {name}, for which its config.json has no place."
-            )
+        raise ConvertError(
+            f"{source.name} has a tensor {name}, for which its config.json has no place."
+        )
 
 
 def _one_per_exit(hazards: Sequence[float], num_exits: int) -> list[float]:
