@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_nvium.console import complain, progress, say
+from vllm_nvium.console import complain, interactive, progress, say
 from vllm_nvium.flags import SAMPLING_LAWS
 
 CACHE_VARIABLE = "VLLM_NVIUM_CACHE"
@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling", choices=SAMPLING_LAWS, help="--nvium-sampling")
     parser.add_argument("--prompt", action="append", help="may be repeated")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-model-len", type=int, help="context length (default: the model's)")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--enforce-eager", action="store_true", help="skip compilation")
     what = parser.add_mutually_exclusive_group()
@@ -254,7 +255,10 @@ def model_type(folder: Path) -> str:
 def _dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    if not interactive():
+        logging.disable_progress_bar()
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(out))
     step(1)
     model = AutoModelForCausalLM.from_pretrained(
@@ -269,13 +273,18 @@ def _dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
 
 
 def _convert(dense: Path, out: Path, exits: Sequence[int], hazards: Sequence[float]) -> None:
-    from vllm_nvium import cli
+    from vllm_nvium.convert import ConvertError
+    from vllm_nvium.convert.command import convert
+    from vllm_nvium.convert.dense import DenseOptions
 
-    command = ["convert", str(dense), str(out), "--exit-layers", ",".join(map(str, exits))]
+    options: dict[str, Any] = {"exit_layers": list(exits)}
     if hazards:
-        command += ["--hazards", ",".join(map(str, hazards))]
-    if cli.main(command):
-        raise DemoError(f"{dense} could not be converted; the message is above.")
+        options["hazards"] = list(hazards)
+    try:
+        notes = convert(dense, out, DenseOptions(**options))
+    except ConvertError as error:
+        raise DemoError(f"{dense} could not be converted: {error}") from None
+    say(*notes)
 
 
 def _from_hub(name: str) -> Path:
@@ -343,7 +352,7 @@ def generate(request: Mapping[str, Any]) -> int:
     start = time.perf_counter()
     llm = LLM(
         model=request["checkpoint"],
-        max_model_len=2048,
+        max_model_len=request["max_model_len"],
         enforce_eager=request["enforce_eager"],
         additional_config=(
             {PREFIX + "sampling": request["sampling"]} if request["sampling"] else {}

