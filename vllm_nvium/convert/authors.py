@@ -114,7 +114,9 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     source = _without_compiled_prefix(source)
     layers = _exit_layers(yaml_fields, path)
     fields = dense_fields(source)
-    tied = _tying(yaml_fields, path, "tie_final_to_embeddings", True)
+    # Where the YAML is silent the release ties them and notes it in config.json.
+    written = bool(source.config.get("tie_word_embeddings", True))
+    tied = _tying(yaml_fields, path, "tie_final_to_embeddings", written)
     exit_head = _exit_head(yaml_fields, path)
     source = _with_unembeddings(source, len(layers), tied, exit_head)
     router = _section(yaml_fields, path, "router")

@@ -203,10 +203,16 @@ def write_checkpoint(
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     with staged_folder(out, force, size, source.folder) as stage:
         state: dict[str, torch.Tensor] = {}
+        storages: set[int] = set()
         for name in tqdm(sorted(plan), desc="convert", unit=" tensors", disable=None):
             tensor = plan[name]()
             assert tuple(tensor.shape) == shapes[name], (name, tensor.shape, shapes[name])
-            state[name] = tensor.to(dtype).contiguous()
+            # Tensors made from one source tensor must not share memory: of those that do, the
+            # library keeps one name only.
+            tensor = tensor.to(dtype).contiguous()
+            shared = tensor.untyped_storage().data_ptr() in storages
+            state[name] = tensor.clone() if shared else tensor
+            storages.add(state[name].untyped_storage().data_ptr())
         save_torch_state_dict(state, stage, max_shard_size=max_shard_size)
         source.copy_companions(stage)
         config.dtype = dtype
