@@ -345,6 +345,16 @@ DAMAGE: list[tuple[str, Damage, str]] = [
         r"cannot be read as safetensors",
     ),
     (
+        "broken bin",
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        r"cannot be read as PyTorch weights",
+    ),
+    (
+        "size of another type",
+        lambda d: change_config(d, hidden_size="wide"),
+        r"transformers cannot read .*config\.json",
+    ),
+    (
         "broken index",
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
         r"is not a valid index",

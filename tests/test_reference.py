@@ -160,6 +160,15 @@ def test_generate_from_a_left_padded_batch(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_half_precision_keeps_the_mixture_in_float32(tmp_path: Path) -> None:
+    model = make_nvium(tmp_path, dtype=torch.bfloat16)
+    out = model(tokens(2, 8))
+    assert out.head_hidden.dtype == torch.bfloat16
+    assert {out.logits.dtype, out.margins.dtype, out.exit_log_weights.dtype} == {torch.float32}
+    torch.testing.assert_close(out.logits.exp().sum(-1), torch.ones(2, 8))
+
+
+@torch.no_grad()
 def test_logits_to_keep(tmp_path: Path) -> None:
     model = make_nvium(tmp_path)
     prompt = tokens(2, 8)

@@ -5,6 +5,7 @@ all. Both kinds of conversion go through here and differ only in the tensors the
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -85,7 +87,7 @@ def open_folder(folder: Path, name: str) -> Source:
 
         try:
             return AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise ConvertError(f"transformers cannot read {config_file}: {first_line}") from error
 
@@ -143,7 +145,10 @@ def _open_bin_weights(
         raise ConvertError(f"{name} has no weights: no .safetensors and no pytorch_model.bin.")
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        try:
+            state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise ConvertError(f"{file} cannot be read as PyTorch weights.") from error
     return {key: tuple(value.shape) for key, value in state.items()}, state.__getitem__
 
 
