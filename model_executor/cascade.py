@@ -2,7 +2,7 @@
 """One engine step of an N-vium model: segments, exits, and who goes on.
 
 The loop in `run_cascade` reads like the paper: run a segment, let the newest token of every
-sequence draw at the exit, stop those that left, and take along what waits where the others go on.
+request draw at the exit, and go on, with what waits there, while one of them has not left.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class Sampling:
 
     Attributes:
         thresholds: [R, N-1] float64, leave at exit k iff `e_k - c_k > threshold`.
-        may_stop: [R] bool, whether leaving also ends this step for the sequence. False while it
+        may_stop: [R] bool, whether the step may end once this request has its head. False while it
             has prompt rows, at its deferral cap, or when its output needs every head.
         mixture: [R] bool, hand the sampler `log p_mix` instead of one head's logits.
         greedy: [R] bool, of those, the ones that only need the argmax of `p_mix`.
@@ -52,10 +52,10 @@ class Step:
     batch: Batch
     sampling: Sampling
     catch_up: CatchUp
-    # Filled in by the cascade: the exit each request's newest token left at (N-1 = final head) and
-    # the segments run for it, for metrics and tests.
+    # Filled in by the cascade, for bookkeeping, metrics and tests: the exit each request's newest
+    # token left at (N-1 = final head; [R]), and the segments that were run.
     exits: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    depths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    depth: int = 0
 
 
 def run_cascade(
@@ -70,43 +70,28 @@ def run_cascade(
         [T, H] head inputs, or packed `HeadRows` [T, W] when some row needs the mixture. Only rows
         that vLLM will sample from, or asked prompt logprobs for, hold anything.
     """
-    batch, catch_up, num_exits = step.batch, step.catch_up, len(model.exits)
+    batch, catch_up = step.batch, step.catch_up
     rows = catch_up.start(batch, positions)
     heads: _NarrowHeads | _WideHeads = (
         _WideHeads(model, step) if step.sampling.wide else _NarrowHeads(model, step)
     )
     step.exits = np.full(batch.num_requests, UNDECIDED, dtype=np.int64)
-    step.depths = np.full(batch.num_requests, num_exits + 1, dtype=np.int64)
     state = model.segments[0](input_ids[: batch.num_rows], rows.positions)
-
-    for k in range(num_exits):
-        stop = heads.at_exit(k, rows, state)  # [S] bool, or None when nobody stops
-        num_stopped = 0 if stop is None else int(np.count_nonzero(stop))
-        going = None if num_stopped == 0 else np.flatnonzero(~stop)
-        if num_stopped:
-            catch_up.stop(rows, state, depth=k + 1)
-            stopped = np.flatnonzero(stop)
-            step.depths[stopped if rows.requests is None else rows.requests[stopped]] = k + 1
-            if len(going) == 0:
-                return heads.output(state)
-        everyone = np.arange(rows.num_sequences) if going is None else going
-        frontier = catch_up.deferred(batch, rows, everyone, segment=k + 1)
-        if num_stopped or not np.array_equal(frontier, rows.first):
-            if not num_stopped:
-                catch_up.stop(rows, state, depth=k + 1)
-            rows, state = catch_up.continue_with(batch, rows, everyone, frontier)
+    for k in range(len(model.exits)):
+        heads.at_exit(k, rows, state)
+        if np.all(step.sampling.may_stop & (step.exits != UNDECIDED)):
+            step.depth = k + 1
+            catch_up.stop(rows, state, step.depth)
+            return heads.output(state)
+        rows, state = catch_up.join(batch, rows, state, segment=k + 1)
         state = model.segments[k + 1](state, rows.positions)
-
+    step.depth = len(model.segments)
     heads.at_end(rows, state)
     return heads.output(state)
 
 
-def _requests(rows: Rows, batch: Batch) -> np.ndarray:
-    return np.arange(batch.num_requests) if rows.requests is None else rows.requests
-
-
 def _take(state: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-    """Rows of a [T, H] tensor by host indices, or the tensor itself when that is all of them."""
+    """Rows of a [T, H] tensor by ascending host indices; itself when that is all of them."""
     if len(index) == len(state):
         return state
     return state.index_select(0, torch.from_numpy(index).to(state.device))
@@ -130,48 +115,35 @@ class _NarrowHeads:
         newest = batch.query_start[1:][requests].astype(np.int64) - 1
         self.result[torch.from_numpy(newest).to(head_inputs.device)] = head_inputs
 
-    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> np.ndarray | None:
-        """Draws exit k for the newest token of every sequence in the pass that has no head yet.
-
-        Returns:
-            [S] bool, which sequences stop here; None when none does.
-        """
+    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> None:
+        """Draws exit k for the newest token of every request that has no head yet."""
         step, exit_ = self.step, self.model.exits[k]
-        sampling = step.sampling
-        requests = _requests(rows, step.batch)
-        thresholds = sampling.thresholds[requests, k]
-        open_ = step.exits[requests] == UNDECIDED
+        thresholds = step.sampling.thresholds[:, k]
+        open_ = step.exits == UNDECIDED
         normed: torch.Tensor | None = None
-        margin = exit_.router.constant_margin
-        if margin is None:
+        margins: float | np.ndarray | None = exit_.router.constant_margin
+        if margins is None:
+            if not open_.any():
+                return
             normed = exit_.norm(_take(state, rows.newest()))
             margins = exit_.router(normed).cpu().numpy()
-            leave = open_ & (margins > thresholds)
-        else:
-            leave = open_ & (margin > thresholds)
-        if not leave.any():
-            return None
-        leaving = np.flatnonzero(leave)
+        leaving = np.flatnonzero(open_ & (margins > thresholds))
+        if len(leaving) == 0:
+            return
         if normed is None:
             normed = exit_.norm(_take(state, rows.newest()[leaving]))
         else:
             normed = _take(normed, leaving)
-        step.exits[requests[leaving]] = k
-        self._emit(requests[leaving], exit_.head_input(normed))
-        stop = leave & sampling.may_stop[requests]
-        return stop if stop.any() else None
+        step.exits[leaving] = k
+        self._emit(leaving, exit_.head_input(normed))
 
     def at_end(self, rows: Rows, state: torch.Tensor) -> None:
-        """The final head speaks for every sequence that left nowhere."""
-        step = self.step
-        requests = _requests(rows, step.batch)
-        staying = np.flatnonzero(step.exits[requests] == UNDECIDED)
+        """The final head speaks for every request that left nowhere."""
+        staying = np.flatnonzero(self.step.exits == UNDECIDED)
         if len(staying) == 0:
             return
-        newest = rows.newest()
-        newest = newest if len(staying) == len(newest) else newest[staying]
-        step.exits[requests[staying]] = len(self.model.exits)
-        self._emit(requests[staying], self.model.final_head(_take(state, newest)))
+        self.step.exits[staying] = len(self.model.exits)
+        self._emit(staying, self.model.final_head(_take(state, rows.newest()[staying])))
 
     def output(self, state: torch.Tensor) -> torch.Tensor:
         if self.result is None:
@@ -210,39 +182,29 @@ class _WideHeads:
             self.margins = self.margins.to(state.device)
         return self.rows
 
-    def _rows_in_pass(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Which mixture rows take part in the pass ([m]), and which of its rows they are ([m])."""
-        end = np.full(self.step.batch.num_requests, -1, dtype=np.int64)
-        end[_requests(rows, self.step.batch)] = rows.newest()
-        present = np.flatnonzero(end[self.request] >= 0)
-        return present, end[self.request[present]] - self.from_newest[present]
+    def _rows_in_pass(self, rows: Rows) -> np.ndarray:
+        """[M] int64: which rows of a pass the mixture rows are."""
+        return rows.newest()[self.request] - self.from_newest
 
-    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> np.ndarray | None:
+    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> None:
         step, exit_, packed = self.step, self.model.exits[k], self._packed(state)
         sampling = step.sampling
-        present, in_pass = self._rows_in_pass(rows)
-        if len(present):
-            normed = exit_.norm(_take(state, in_pass))
+        if len(self.output_rows):
+            normed = exit_.norm(_take(state, self._rows_in_pass(rows)))
             head_inputs = exit_.head_input(normed)
-            device = state.device
-            packed.heads[torch.from_numpy(self.output_rows[present]).to(device), k] = head_inputs
-            margins = exit_.margins(normed)
-            self.margins[torch.from_numpy(present).to(device), k] = margins
-            self._sum_up(k, present, head_inputs)
+            index = torch.from_numpy(self.output_rows).to(state.device)
+            packed.heads[index, k] = head_inputs
+            self.margins[:, k] = exit_.margins(normed)
+            self._sum_up(k, head_inputs)
 
-        requests = _requests(rows, step.batch)
-        newest = rows.newest()
-        normed = exit_.norm(_take(state, newest))
-        margins_host = exit_.margins(normed).cpu().numpy()
-        open_ = (step.exits[requests] == UNDECIDED) & ~sampling.mixture[requests]
-        leave = open_ & (margins_host > sampling.thresholds[requests, k])
-        leaving = np.flatnonzero(leave)
+        normed = exit_.norm(_take(state, rows.newest()))
+        margins = exit_.margins(normed).cpu().numpy()
+        open_ = (step.exits == UNDECIDED) & ~sampling.mixture
+        leaving = np.flatnonzero(open_ & (margins > sampling.thresholds[:, k]))
         if len(leaving):
-            step.exits[requests[leaving]] = k
-            self._emit(packed, requests[leaving], k, exit_.head_input(_take(normed, leaving)))
-        decided = self._decide(k, packed, requests)
-        stop = (leave | decided) & sampling.may_stop[requests]
-        return stop if stop.any() else None
+            step.exits[leaving] = k
+            self._emit(packed, leaving, k, exit_.head_input(_take(normed, leaving)))
+        self._decide(k, packed)
 
     def _emit(
         self, packed: HeadRows, requests: np.ndarray, head: int, inputs: torch.Tensor
@@ -252,62 +214,50 @@ class _WideHeads:
         packed.heads[index, head] = inputs
         packed.fields[index, 0] = head
 
-    def _sum_up(self, k: int, present: np.ndarray, head_inputs: torch.Tensor) -> None:
+    def _sum_up(self, k: int, head_inputs: torch.Tensor) -> None:
         """Remembers `pi_k` and head k of greedy requests; see `_decide`."""
-        log_weights = exit_log_weights(self.margins[:, : k + 1]).double().exp().cpu().numpy()
-        for i, j in enumerate(present):
-            request = int(self.request[j])
-            if self.from_newest[j] == 0 and self.step.sampling.greedy[request]:
-                weight = float(log_weights[j, k])
-                if weight > 0.0:
-                    self.waiting.setdefault(request, []).append((weight, k, head_inputs[i]))
-                    self.mass[request] += weight
+        weights = exit_log_weights(self.margins[:, : k + 1].double())[:, k].exp().cpu().numpy()
+        for row in np.flatnonzero((self.from_newest == 0) & self.step.sampling.greedy[self.request]):
+            request, weight = int(self.request[row]), float(weights[row])
+            if weight > 0.0:
+                self.waiting.setdefault(request, []).append((weight, k, head_inputs[row]))
+                self.mass[request] += weight
 
-    def _decide(self, k: int, packed: HeadRows, requests: np.ndarray) -> np.ndarray:
+    def _decide(self, k: int, packed: HeadRows) -> None:
         """Greedy tokens of the mixture that no later head can change any more.
 
         With `acc(y) = sum_{j<=k} pi_j q_j(y)` and `rest = prod_{j<=k} (1 - p_j)`, later heads add at
         most `rest` to any token, so the argmax is settled once the lead of the top token exceeds
         `rest`. A lead is at most the mass so far, so nothing is evaluated while that is below half.
         """
-        sampling = self.step.sampling
-        decided = np.zeros(len(requests), dtype=bool)
-        for i, request in enumerate(requests):
-            if not (sampling.greedy[request] and sampling.may_stop[request]):
-                continue
-            rest = 1.0 - self.mass[request]
-            if self.mass[request] <= rest or self.step.exits[request] != UNDECIDED:
-                continue
-            for weight, head, head_input in self.waiting.pop(int(request), []):
+        step, sampling = self.step, self.step.sampling
+        candidates = sampling.greedy & sampling.may_stop & (step.exits == UNDECIDED)
+        for request in map(int, np.flatnonzero(candidates & (self.mass > 0.5))):
+            for weight, head, head_input in self.waiting.pop(request, []):
                 logits = self.model.head_logits(head_input[None], head)
                 term = weight * torch.softmax(logits[0].float(), dim=-1)
-                total = self.summed.get(int(request))
-                self.summed[int(request)] = term if total is None else total + term
-            top = self.summed[int(request)].topk(2)
+                total = self.summed.get(request)
+                self.summed[request] = term if total is None else total + term
+            top = self.summed[request].topk(2)
             lead = float(top.values[0] - top.values[1])
-            if lead > rest + LEAD_TOLERANCE:
-                row = int(self.step.batch.query_start[request + 1]) - 1
-                packed.fields[row, 1] = top.indices[0].int()
-                self.step.exits[request] = k
-                decided[i] = True
-        return decided
+            if lead > 1.0 - self.mass[request] + LEAD_TOLERANCE:
+                packed.fields[int(step.batch.query_start[request + 1]) - 1, 1] = top.indices[0].int()
+                step.exits[request] = k
 
     def at_end(self, rows: Rows, state: torch.Tensor) -> None:
         step, packed = self.step, self._packed(state)
-        sampling, final = step.sampling, self.num_exits
-        present, in_pass = self._rows_in_pass(rows)
-        if len(present):
-            index = torch.from_numpy(self.output_rows[present]).to(state.device)
-            packed.heads[index, final] = self.model.final_head(_take(state, in_pass))
-            chosen = torch.from_numpy(present).to(state.device)
-            packed.log_weights[index] = exit_log_weights(self.margins[chosen])
-        requests = _requests(rows, step.batch)
-        open_ = step.exits[requests] == UNDECIDED
-        staying = np.flatnonzero(open_ & ~sampling.mixture[requests])
+        final = self.num_exits
+        if len(self.output_rows):
+            index = torch.from_numpy(self.output_rows).to(state.device)
+            inputs = self.model.final_head(_take(state, self._rows_in_pass(rows)))
+            packed.heads[index, final] = inputs
+            packed.log_weights[index] = exit_log_weights(self.margins)
+        open_ = step.exits == UNDECIDED
+        staying = np.flatnonzero(open_ & ~step.sampling.mixture)
         if len(staying):
             inputs = self.model.final_head(_take(state, rows.newest()[staying]))
-            self._emit(packed, requests[staying], final, inputs)
-        step.exits[requests[open_]] = final
+            self._emit(packed, staying, final, inputs)
+        step.exits[open_] = final
 
     def output(self, state: torch.Tensor) -> torch.Tensor:
         return self._packed(state).packed

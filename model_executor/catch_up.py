@@ -5,6 +5,11 @@ A sequence's rows at a segment are the contiguous range [frontier, newest positi
 come from the side cache, their K/V go to the paged cache, and what stops at an exit is put back
 with a depth mark. Marks, not private counters, are the truth, because prefix-cached blocks are
 shared: another sequence may have completed a position since.
+
+A step ends for all of its sequences at once: at the first exit where none needs to go on. While one
+goes on, the segment's weights are read anyway, and a position that rides along now is a position
+that nobody has to catch up on later; stopping it would save nothing and cost a scatter, a gather
+and new attention metadata.
 """
 
 from collections.abc import Callable
@@ -50,17 +55,15 @@ class Batch:
 
 @dataclass(slots=True)
 class Rows:
-    """The rows of one pass through one segment.
+    """The rows of one pass through one segment: a contiguous range of positions per request.
 
     Attributes:
-        requests: [S] int64, which requests of the batch take part, or None for all of them.
-        first, last: [S] int64, each one's contiguous range of positions.
-        query_start: [S + 1] int32.
+        first, last: [R] int64, each request's range.
+        query_start: [R + 1] int32, where it starts among the rows.
         slots: [T] int64 on the host; slots_device, positions: [T] int64 on the model's device.
-        block_table: [S, blocks] int32 on the model's device.
+        block_table: [R, blocks] int32 on the model's device.
     """
 
-    requests: np.ndarray | None
     first: np.ndarray
     last: np.ndarray
     query_start: np.ndarray
@@ -69,17 +72,8 @@ class Rows:
     positions: torch.Tensor
     block_table: torch.Tensor
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.first)
-
-    @property
-    def newest_is_only(self) -> bool:
-        """True when every sequence has one row, so rows and sequences coincide."""
-        return len(self.slots) == len(self.first)
-
     def newest(self) -> np.ndarray:
-        """[S] int64: the row of each sequence's newest position."""
+        """[R] int64: the row of each request's newest position."""
         return self.query_start[1:].astype(np.int64) - 1
 
 
@@ -88,7 +82,7 @@ EnterRows = Callable[[Rows], None]
 
 
 class CatchUp:
-    """One engine step's view of the side cache and of who has to run what.
+    """The side cache, and who has to run what.
 
     Args:
         side_cache: states and depth marks, indexed by the slots of the KV cache.
@@ -108,16 +102,15 @@ class CatchUp:
     def start(self, batch: Batch, positions: torch.Tensor) -> Rows:
         """The step's own rows, as vLLM scheduled them.
 
-        They are marked complete at once, which for now means "in flight": whoever shares such a
-        position with its sequence must not also run it. A row that stops says so in `stop`, before
-        anybody looks at marks again.
+        They are marked complete at once, which for now means "in flight": another request of this
+        step may share such a position and must not read a stale mark for it. If the step stops
+        early, `stop` says so before anybody looks at marks again.
         """
         num_rows = batch.num_rows
         slots_device = batch.slots_device[:num_rows]
         slots = slots_device.cpu().numpy()
         self.side_cache.set_marks(slots, self.num_segments)
         return Rows(
-            requests=None,
             first=batch.first,
             last=batch.last,
             query_start=batch.query_start,
@@ -128,77 +121,58 @@ class CatchUp:
         )
 
     def stop(self, rows: Rows, state: torch.Tensor, depth: int) -> None:
-        """Puts the states of rows that have been through `depth` segments into the side cache.
+        """The step ends here: states and marks of its rows wait in the side cache.
 
         Args:
             rows: the pass that just ended.
             state: [T, H] residual stream after it, model dtype.
+            depth: segments that the rows have been through.
         """
         self.side_cache.write_states(rows.slots_device, state)
         self.side_cache.set_marks(rows.slots, depth)
 
-    def deferred(self, batch: Batch, rows: Rows, going: np.ndarray, segment: int) -> np.ndarray:
-        """First position of each continuing sequence that has not been through `segment`.
+    def join(
+        self, batch: Batch, rows: Rows, state: torch.Tensor, segment: int
+    ) -> tuple[Rows, torch.Tensor]:
+        """Rows and states for the next segment: those of the last pass and what waits there.
 
         Args:
-            rows: the pass that just ended.
-            going: [G] indices into the sequences of `rows` that continue.
+            rows, state: the pass that just ended, [T, H] after it.
+            segment: the one that comes next.
 
         Returns:
-            [G] int64, at most `rows.first`.
+            the rows, in flight and entered into the forward context, and their states [T, H]. The
+            arguments themselves when nothing waits.
         """
-        requests = going if rows.requests is None else rows.requests[going]
-        complete = batch.complete[requests]
-        first = rows.first[going]
-        if (complete >= first).all():
-            return first
-        complete = np.minimum(complete, first)
-        sequence, positions, query_start = ragged_ranges(complete, first - 1)
-        slots = slots_of(batch.block_table, requests[sequence], positions, self.block_size)
+        complete = np.minimum(batch.complete, rows.first)
+        if (complete == rows.first).all():
+            return rows, state
+        sequence, positions, query_start = ragged_ranges(complete, rows.first - 1)
+        slots = slots_of(batch.block_table, sequence, positions, self.block_size)
         marks = self.side_cache.get_marks(slots)
-        return frontiers(marks, complete, first, query_start, segment)
+        frontier = frontiers(marks, complete, rows.first, query_start, segment)
+        if (frontier == rows.first).all():
+            return rows, state
 
-    def continue_with(
-        self,
-        batch: Batch,
-        rows: Rows,
-        going: np.ndarray,
-        frontier: np.ndarray,
-    ) -> tuple[Rows, torch.Tensor]:
-        """Rows and states of the next pass, when they differ from those of the last one.
-
-        The states of the last pass must be in the side cache (`stop`): it is where rows change
-        hands, so one gather serves the sequences' own rows and the positions that join them.
-
-        Returns:
-            the rows, already marked in flight and entered, and their states [T, H].
-        """
-        requests = going if rows.requests is None else rows.requests[going]
-        last = rows.last[going]
-        sequence, positions, query_start = ragged_ranges(frontier, last)
-        slots = slots_of(batch.block_table, requests[sequence], positions, self.block_size)
+        # The side cache is where rows change hands: one scatter and one gather serve the rows that
+        # go on and the positions that join them.
+        self.side_cache.write_states(rows.slots_device, state)
+        sequence, positions, query_start = ragged_ranges(frontier, rows.last)
+        slots = slots_of(batch.block_table, sequence, positions, self.block_size)
         device = rows.slots_device.device
         slots_device = torch.from_numpy(slots).to(device, non_blocking=True)
-        if len(requests) == batch.num_requests:
-            block_table = batch.block_table_device
-        else:
-            block_table = batch.block_table_device[torch.from_numpy(requests).to(device)]
-        next_rows = Rows(
-            requests=requests,
+        joined = Rows(
             first=frontier,
-            last=last,
+            last=rows.last,
             query_start=query_start,
             slots=slots,
             slots_device=slots_device,
             positions=torch.from_numpy(positions).to(device, non_blocking=True),
-            block_table=block_table,
+            block_table=rows.block_table,
         )
-        # After `stop`, so that a position which stopped with one sequence and goes on with another
-        # ends up in flight.
         self.side_cache.set_marks(slots, self.num_segments)
-        state = self.side_cache.read_states(slots_device)
-        self.enter_rows(next_rows)
-        return next_rows, state
+        self.enter_rows(joined)
+        return joined, self.side_cache.read_states(slots_device)
 
 
 def common_attention_metadata(rows: Rows) -> Any:
@@ -214,7 +188,7 @@ def common_attention_metadata(rows: Rows) -> Any:
         query_start_loc_cpu=query_start_cpu,
         seq_lens=seq_lens_cpu.to(device, non_blocking=True),
         seq_lens_cpu_upper_bound=seq_lens_cpu,
-        num_reqs=rows.num_sequences,
+        num_reqs=len(rows.first),
         num_actual_tokens=len(rows.slots),
         max_query_len=int((rows.last - rows.first).max()) + 1,
         max_seq_len=int(seq_lens_np.max()),

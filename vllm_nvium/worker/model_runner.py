@@ -94,8 +94,8 @@ class NviumModelRunnerMixin:
             )
         finally:
             context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode = entered
-        full_depth = step.depths == self.nvium_catch_up.num_segments
-        self.nvium_requests.finish_step(step.batch.last, full_depth)
+        if step.depth == self.nvium_catch_up.num_segments:
+            self.nvium_requests.completed(step.batch.last)
         self.nvium_step = step
         return output
 
@@ -109,7 +109,8 @@ class NviumModelRunnerMixin:
         prompt_lengths = batch.num_prompt_tokens_cpu_tensor.numpy()[:num_requests]
         # Several rows are a prompt, or the recomputation of what was preempted.
         decoding = (first >= prompt_lengths) & (first == last)
-        sampling = self.nvium_requests.sampling(batch.req_ids, last, decoding)
+        unfinished = self.discard_request_mask.np[:num_requests]  # type: ignore[attr-defined]
+        sampling = self.nvium_requests.sampling(batch.req_ids, last, decoding, unfinished)
         return Step(
             request_ids=list(batch.req_ids),
             batch=Batch(

@@ -159,7 +159,11 @@ class RequestTable:
         self.complete = np.array([row.complete for row in rows], dtype=np.int64)
 
     def sampling(
-        self, request_ids: Sequence[str], last: np.ndarray, decoding: np.ndarray
+        self,
+        request_ids: Sequence[str],
+        last: np.ndarray,
+        decoding: np.ndarray,
+        unfinished: np.ndarray,
     ) -> Sampling:
         """How the newest token of every request chooses its head in this step.
 
@@ -167,6 +171,7 @@ class RequestTable:
             request_ids: [R], in batch order.
             last: [R] int64, positions of the newest rows.
             decoding: [R] bool, False while a request has prompt rows in the step.
+            unfinished: [R] bool, more of the prompt follows, so nothing is sampled in this step.
         """
         if self._order != request_ids:
             self._arrange(request_ids)
@@ -179,22 +184,23 @@ class RequestTable:
         # through a full pass in its present blocks goes on, prompt row or not.
         allowed = (last + 1 - self.complete <= self._max_deferred) & (self.complete > 0)
         prompt_rows = self._prompt_logprobs & ~decoding
+        # The newest row of a prompt that goes on is an ordinary prompt row.
+        mixture = self._mixture | (prompt_rows & unfinished) if self._any_wide else self._mixture
         return Sampling(
             thresholds=thresholds,
             may_stop=decoding & allowed & self._may_stop,
-            mixture=self._mixture,
+            mixture=mixture,
             greedy=self._mixture_greedy,
             all_rows=prompt_rows,
-            wide=self._any_wide and bool(self._mixture.any() or prompt_rows.any()),
+            wide=self._any_wide and bool(mixture.any() or prompt_rows.any()),
         )
 
-    def finish_step(self, last: np.ndarray, full_depth: np.ndarray) -> None:
-        """Notes who is complete up to its newest position.
+    def completed(self, last: np.ndarray) -> None:
+        """A step went to full depth: every request of it is complete up to its newest position.
 
         Args:
-            last: [R] int64; full_depth: [R] bool, both in the order of the last `sampling` call.
+            last: [R] int64, in the order of the last `sampling` call.
         """
-        for row in np.flatnonzero(full_depth):
-            complete = int(last[row]) + 1
-            self.complete[row] = complete
-            self._rows[row].complete = complete
+        self.complete[:] = last + 1
+        for row, complete in zip(self._rows, self.complete.tolist(), strict=True):
+            row.complete = complete
