@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm_nvium.console import complain, interactive, progress, say
 from vllm_nvium.flags import SAMPLING_LAWS
+from vllm_nvium.version import __version__
 
 CACHE_VARIABLE = "VLLM_NVIUM_CACHE"
 
@@ -206,7 +207,8 @@ def converted(dense: Path, exits: Sequence[int], hazards: Sequence[float]) -> Pa
     """The N-vium checkpoint of a dense folder, made once per choice of exits and hazards."""
     layers = int(json.loads((dense / "config.json").read_text())["num_hidden_layers"])
     chosen = list(exits) or quarters(layers)
-    name = f"{dense.name}-nvium-{'-'.join(map(str, chosen))}"
+    # The version, because a checkpoint that an older converter made may not load.
+    name = f"{dense.name}-nvium-{__version__}-exits-{'-'.join(map(str, chosen))}"
     if hazards:
         name += "-hazards-" + "-".join(map(str, hazards))
     if dense.parent != cache_folder():

@@ -82,6 +82,12 @@ HOOKS: tuple[Hook, ...] = (
         "a bad override would reach the engine instead of being answered with 400",
     ),
     Hook(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        "wrapped to check them before a streamed answer has begun",
+        "a bad override of a streamed request would be answered with 200 and an error event",
+    ),
+    Hook(
         "vllm.exceptions",
         "VLLMValidationError",
         "the exception that the server answers with 400",

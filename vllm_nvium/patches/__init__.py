@@ -46,6 +46,6 @@ class Patch:
 
 def all_patches() -> tuple[Patch, ...]:
     """Every patch of this folder."""
-    from vllm_nvium.patches import engine_args, input_processor
+    from vllm_nvium.patches import async_llm, engine_args, input_processor
 
-    return (*engine_args.PATCHES, *input_processor.PATCHES)
+    return (*engine_args.PATCHES, *input_processor.PATCHES, *async_llm.PATCHES)

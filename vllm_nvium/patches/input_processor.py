@@ -11,19 +11,25 @@ from vllm_nvium.flags import is_nvium, validate_request
 from vllm_nvium.patches import Patch
 
 
-def _with_nvium_options(original: Callable[..., Any]) -> Callable[..., Any]:
+def check(params: Any, vllm_config: Any) -> None:
+    """Raise vLLM's VLLMValidationError for a request that an N-vium model refuses."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
+    if not isinstance(params, SamplingParams) or not is_nvium(vllm_config):
+        return
+    try:
+        validate_request(params, vllm_config)
+    except ValueError as error:
+        # The server answers this class with 400, a plain ValueError not in every route.
+        raise VLLMValidationError(str(error)) from None
+
+
+def _with_nvium_options(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         resolved = original(self, params, *args, **kwargs)
-        if isinstance(params, SamplingParams) and is_nvium(self.vllm_config):
-            try:
-                validate_request(params, self.vllm_config)
-            except ValueError as error:
-                # The server answers this class with 400, a plain ValueError not in every route.
-                raise VLLMValidationError(str(error)) from None
+        check(params, self.vllm_config)
         return resolved
 
     return _validate_params
