@@ -162,7 +162,8 @@ class NviumModelState(DefaultModelState):
         last = first + np.diff(query_start) - 1
         # Several rows are a prompt, or the recomputation of what was preempted.
         decoding = (first >= req_states.prompt_len.np[indices]) & (first == last)
-        sampling = self.requests.sampling(input_batch.req_ids, last, decoding)
+        unfinished = last + 1 < input_batch.prefill_len_np
+        sampling = self.requests.sampling(input_batch.req_ids, last, decoding, unfinished)
         num_blocks = int(last.max()) // self._catch_up.block_size + 1
         return Step(
             request_ids=list(input_batch.req_ids),
@@ -198,4 +199,5 @@ class NviumModelState(DefaultModelState):
         super().postprocess_state(*args, **kwargs)
         if (step := self._open_step) is not None:
             self._open_step = None
-            self.requests.finish_step(step.batch.last, step.depths == self._catch_up.num_segments)
+            if step.depth == self._catch_up.num_segments:
+                self.requests.completed(step.batch.last)
