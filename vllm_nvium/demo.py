@@ -368,10 +368,10 @@ def generate(request: Mapping[str, Any]) -> int:
     if getattr(llm.get_tokenizer(), "chat_template", None):
         chats: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
         start = time.perf_counter()
-        outputs = llm.chat(chats, sampling)
+        outputs = llm.chat(chats, sampling, use_tqdm=interactive())
     else:
         start = time.perf_counter()
-        outputs = llm.generate(prompts, sampling)
+        outputs = llm.generate(prompts, sampling, use_tqdm=interactive())
     seconds = time.perf_counter() - start
     tokens = 0
     for prompt, output in zip(prompts, outputs, strict=True):
