@@ -140,6 +140,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start(checkpoint: str, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> tuple[LLM, Any]:
     """An engine in this process with the probe as its model, and its model runner."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # vLLM lets it override kv_cache_memory_bytes.
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     ModelRegistry.register_model("SideCacheProbe", SideCacheProbe)
     arguments: dict[str, Any] = {
         "hf_overrides": {"architectures": ["SideCacheProbe"]},
