@@ -217,7 +217,9 @@ class _WideHeads:
     def _sum_up(self, k: int, head_inputs: torch.Tensor) -> None:
         """Remembers `pi_k` and head k of greedy requests; see `_decide`."""
         weights = exit_log_weights(self.margins[:, : k + 1].double())[:, k].exp().cpu().numpy()
-        for row in np.flatnonzero((self.from_newest == 0) & self.step.sampling.greedy[self.request]):
+        for row in np.flatnonzero(
+            (self.from_newest == 0) & self.step.sampling.greedy[self.request]
+        ):
             request, weight = int(self.request[row]), float(weights[row])
             if weight > 0.0:
                 self.waiting.setdefault(request, []).append((weight, k, head_inputs[row]))
@@ -226,8 +228,8 @@ class _WideHeads:
     def _decide(self, k: int, packed: HeadRows) -> None:
         """Greedy tokens of the mixture that no later head can change any more.
 
-        With `acc(y) = sum_{j<=k} pi_j q_j(y)` and `rest = prod_{j<=k} (1 - p_j)`, later heads add at
-        most `rest` to any token, so the argmax is settled once the lead of the top token exceeds
+        With `acc(y) = sum_{j<=k} pi_j q_j(y)` and `rest = prod_{j<=k} (1 - p_j)`, later heads add
+        at most `rest` to any token, so the argmax is settled once the lead of the top token exceeds
         `rest`. A lead is at most the mass so far, so nothing is evaluated while that is below half.
         """
         step, sampling = self.step, self.step.sampling
@@ -241,7 +243,8 @@ class _WideHeads:
             top = self.summed[request].topk(2)
             lead = float(top.values[0] - top.values[1])
             if lead > 1.0 - self.mass[request] + LEAD_TOLERANCE:
-                packed.fields[int(step.batch.query_start[request + 1]) - 1, 1] = top.indices[0].int()
+                newest = int(step.batch.query_start[request + 1]) - 1
+                packed.fields[newest, 1] = top.indices[0].int()
                 step.exits[request] = k
 
     def at_end(self, rows: Rows, state: torch.Tensor) -> None:

@@ -12,15 +12,21 @@ that nobody has to catch up on later; stopping it would save nothing and cost a 
 and new attention metadata.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_nvium.model_executor.layers.side_cache import SideCache
 from vllm_nvium.model_executor.ops.ragged import frontiers, ragged_ranges, slots_of
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.utils import AttentionGroup
 
 
 @dataclass(slots=True)
@@ -108,7 +114,11 @@ class CatchUp:
         """
         num_rows = batch.num_rows
         slots_device = batch.slots_device[:num_rows]
-        slots = slots_device.cpu().numpy()
+        if slots_device.device.type == "cpu":
+            slots = slots_device.numpy()
+        else:  # reading them back would make the host wait for the device before each step
+            sequence, host_positions, _ = ragged_ranges(batch.first, batch.last)
+            slots = slots_of(batch.block_table, sequence, host_positions, self.block_size)
         self.side_cache.set_marks(slots, self.num_segments)
         return Rows(
             first=batch.first,
@@ -175,10 +185,25 @@ class CatchUp:
         return joined, self.side_cache.read_states(slots_device)
 
 
+def enter_rows(groups: "Sequence[AttentionGroup]", rows: Rows) -> None:
+    """Makes the forward context describe `rows`, with the backends' own metadata builders.
+
+    Args:
+        groups: the groups of layers that compute attention (not the side cache's).
+    """
+    common = common_attention_metadata(rows)
+    metadata: dict[str, Any] = {}
+    for group in groups:
+        metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
+    context = get_forward_context()
+    context.attn_metadata = metadata
+    context.slot_mapping = dict.fromkeys(metadata, rows.slots_device)
+    # Graphs were captured for batches as vLLM schedules them, not for these rows.
+    context.cudagraph_runtime_mode = CUDAGraphMode.NONE
+
+
 def common_attention_metadata(rows: Rows) -> Any:
     """vLLM's description of a ragged batch, for exactly these rows (causal, aligned to the end)."""
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     device = rows.slots_device.device
     query_start_cpu = torch.from_numpy(rows.query_start)
     seq_lens_np = (rows.last + 1).astype(np.int32)

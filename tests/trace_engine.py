@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm import EngineArgs, SamplingParams
+from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm_nvium.model_executor.cascade import Step
+from vllm_nvium.model_executor.catch_up import CatchUp, Rows
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
+from vllm_nvium.model_executor.ops.ragged import slots_of
 from vllm_nvium.worker import requests as nvium_requests
 
 TOLERANCE = 1e-4
@@ -83,15 +86,33 @@ class TraceEngine:
         self.scheduler = core.scheduler
         self.runner = core.model_executor.driver_worker.worker.model_runner
         self.emitted: dict[str, Emitted] = {}
+        # The last output of every request, and the segments run in every step.
+        self.outputs: dict[str, RequestOutput] = {}
+        self.depths: list[int] = []
+        # What happened since the engine was made: a trace in which none of it happens tests little.
         self.preemptions = 0
-        self.deferred_rows = 0
+        self.catch_up_passes = 0
+        self.unfinished_hits = 0
+        self._watched: CatchUp | None = None
         model_ = self.runner.model
         compute_logits, run = model_.compute_logits, model_.forward
+        preempt = self.scheduler._preempt_request
         self._step: Any = None
 
+        def count_preemption(*args: Any, **kwargs: Any) -> Any:
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = count_preemption
+
         def record_step(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self._step = kwargs.get("nvium_step")
-            return run(*args, **kwargs)
+            step = self._step = kwargs.get("nvium_step")
+            if step is None:
+                return run(*args, **kwargs)
+            self._watch(step)
+            output = run(*args, **kwargs)
+            self.depths.append(step.depth)
+            return output
 
         def record(hidden_states: torch.Tensor) -> torch.Tensor:
             logits = compute_logits(hidden_states)
@@ -100,6 +121,24 @@ class TraceEngine:
             return logits
 
         model_.compute_logits, model_.forward = record, record_step
+
+    def _watch(self, step: Step) -> None:
+        """Counts passes that more rows joined, and prefix hits on positions not yet complete."""
+        batch, catch_up = step.batch, step.catch_up
+        if catch_up is not self._watched:
+            self._watched, enter = catch_up, catch_up.enter_rows
+
+            def count_pass(rows: Rows) -> None:
+                self.catch_up_passes += 1
+                enter(rows)
+
+            catch_up.enter_rows = count_pass
+        for request in np.flatnonzero((batch.complete == 0) & (batch.first > 0)):
+            positions = np.arange(batch.first[request])
+            sequence = np.full(len(positions), request)
+            slots = slots_of(batch.block_table, sequence, positions, catch_up.block_size)
+            marks = catch_up.side_cache.get_marks(slots)
+            self.unfinished_hits += bool((marks < catch_up.num_segments).any())
 
     def _record(self, logits: torch.Tensor) -> None:
         step, self._step = self._step, None
@@ -112,7 +151,7 @@ class TraceEngine:
 
     def run(self, trace: list[Arrival], max_steps: int = 2000) -> dict[str, Emitted]:
         """Plays a trace to its end and returns what was emitted for every request."""
-        self.emitted = {}
+        self.emitted, self.outputs, self.depths = {}, {}, []
         waiting = sorted(enumerate(trace), key=lambda item: item[1].step)
         abort_at: dict[int, list[str]] = {}
         for step in range(max_steps):
@@ -130,6 +169,7 @@ class TraceEngine:
             for output in self.engine.step():
                 seen = self.emitted.setdefault(output.request_id, Emitted())
                 seen.tokens = list(output.outputs[0].token_ids)
+                self.outputs[output.request_id] = output
         raise AssertionError(f"the trace did not end within {max_steps} steps")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What turns the residual stream at an exit into the input of the unembedding.
 
-The head of an exit is `u_k = n_k + A_k2 SiLU(A_k1 n_k)` with `n_k = RMSNorm_k(h_k)` (arXiv:2605.13190);
-the final head is the same adapter on the model's own final norm.
+The head of an exit is `u_k = n_k + A_k2 SiLU(A_k1 n_k)` with `n_k = RMSNorm_k(h_k)`
+(arXiv:2605.13190); the final head is the same adapter on the model's own final norm.
 """
 
 import torch

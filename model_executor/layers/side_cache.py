@@ -179,7 +179,7 @@ class SideCache(nn.Module, AttentionLayerBase):
         self._marks_host = self._marks.numpy() if self._marks.device.type == "cpu" else None
 
     def set_marks(self, slots: np.ndarray, depth: int) -> None:
-        """Marks the positions in `slots` ([T] int64, host) as having been through `depth` segments."""
+        """Marks positions in `slots` ([T] int64, host) as having been through `depth` segments."""
         if self._marks is None:
             self._make_views()
         if self._marks_host is not None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
 from vllm_nvium.flags import NviumOptions
@@ -17,8 +16,7 @@ from vllm_nvium.model_executor.cascade import Step
 from vllm_nvium.model_executor.catch_up import (
     Batch,
     CatchUp,
-    Rows,
-    common_attention_metadata,
+    enter_rows,
 )
 from vllm_nvium.worker.requests import RequestTable
 
@@ -49,14 +47,16 @@ class NviumModelRunnerMixin:
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         model = self.get_model()  # type: ignore[attr-defined]
-        # The group of real attention layers; the side cache is a group of its own beside it.
+        # The layers that compute attention; the side cache is a group of its own beside them.
         side_cache = model.side_cache.layer_name
         groups = [g for groups in self.attn_groups for g in groups]  # type: ignore[attr-defined]
-        self._nvium_groups = [g for g in groups if side_cache not in g.layer_names]
-        self._nvium_layers = [name for g in self._nvium_groups for name in g.layer_names]
+        attention = [g for g in groups if side_cache not in g.layer_names]
         block_table = self.input_batch.block_table[0]  # type: ignore[attr-defined]
         self.nvium_catch_up = CatchUp(
-            model.side_cache, model.num_heads, block_table.block_size, self._nvium_enter_rows
+            model.side_cache,
+            model.num_heads,
+            block_table.block_size,
+            lambda rows: enter_rows(attention, rows),
         )
 
     def _update_states(self, scheduler_output: "SchedulerOutput") -> Any:
@@ -125,15 +125,3 @@ class NviumModelRunnerMixin:
             sampling=sampling,
             catch_up=self.nvium_catch_up,
         )
-
-    def _nvium_enter_rows(self, rows: Rows) -> None:
-        """Makes the forward context describe `rows`, with the backend's own metadata builder."""
-        common = common_attention_metadata(rows)
-        metadata: dict[str, Any] = {}
-        for group in self._nvium_groups:
-            metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
-        context = get_forward_context()
-        context.attn_metadata = metadata
-        context.slot_mapping = dict.fromkeys(self._nvium_layers, rows.slots_device)
-        # Graphs were captured for batches as vLLM schedules them, not for these rows.
-        context.cudagraph_runtime_mode = CUDAGraphMode.NONE

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.forward_context import get_forward_context
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_nvium.flags import NviumOptions
@@ -19,8 +18,7 @@ from vllm_nvium.model_executor.cascade import Step
 from vllm_nvium.model_executor.catch_up import (
     Batch,
     CatchUp,
-    Rows,
-    common_attention_metadata,
+    enter_rows,
 )
 from vllm_nvium.worker.requests import RequestTable
 
@@ -103,7 +101,8 @@ class NviumModelState(DefaultModelState):
             side_cache,
             int(self.model.num_heads),  # type: ignore[arg-type]
             block_tables.block_sizes[self._group],
-            self._enter_rows,
+            # The groups are known from the first `prepare_attn` on.
+            lambda rows: enter_rows(self._attn_groups, rows),
         )
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
@@ -179,21 +178,6 @@ class NviumModelState(DefaultModelState):
             sampling=sampling,
             catch_up=self._catch_up,
         )
-
-    def _enter_rows(self, rows: Rows) -> None:
-        """Makes the forward context describe `rows`, with the backend's own metadata builder.
-
-        The context is not put back: it ends with the forward pass, which only ever moves on.
-        """
-        common = common_attention_metadata(rows)
-        metadata: dict[str, Any] = {}
-        for group in self._attn_groups:
-            metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
-        context = get_forward_context()
-        context.attn_metadata = metadata
-        context.slot_mapping = dict.fromkeys(metadata, rows.slots_device)
-        # Graphs were captured for batches as vLLM schedules them, not for these rows.
-        context.cudagraph_runtime_mode = CUDAGraphMode.NONE
 
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         super().postprocess_state(*args, **kwargs)

@@ -128,7 +128,8 @@ class RequestTable:
             and self.decide_early
             and not self.always_full
             and is_plain_greedy(params),
-            prompt_logprobs=params.prompt_logprobs is not None,
+            prompt_logprobs=params.prompt_logprobs is not None
+            or params.prompt_logprob_token_ids is not None,
             max_deferred=UNLIMITED if options.max_deferred is None else options.max_deferred,
         )
         self._order = []
@@ -141,6 +142,8 @@ class RequestTable:
         """The request was preempted: what it held complete it may no longer hold."""
         if info := self.requests.get(request_id):
             info.complete = 0
+            # It may come back into the same batch: `reset_prefix_cache` preempts all at once.
+            self._order = []
 
     def _arrange(self, request_ids: Sequence[str]) -> None:
         """Per-request constants in batch order; remade only when the batch changes."""
