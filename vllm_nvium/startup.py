@@ -5,11 +5,17 @@ process that makes the configuration, before asynchronous scheduling and the wor
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_nvium.flags import NviumOptions
+from vllm_nvium.model_executor.models.checkpoint_layout import (
+    LayoutError,
+    check_files,
+    indexed_files,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -137,6 +143,7 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
         except ValueError as error:
             raise NviumRefusal(str(error)) from None
         refuse_unsupported(vllm_config)
+        refuse_mismatched_weights(vllm_config)
         if not vllm_config.use_v2_model_runner:
             choose_v1_worker(vllm_config)
 
@@ -147,6 +154,56 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
         value = option.value(vllm_config)
         if value is not None:
             raise NviumRefusal(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
+
+
+# The values of --load-format that read plain safetensors when there are any.
+SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+
+
+def refuse_mismatched_weights(vllm_config: "VllmConfig") -> None:
+    """Raise NviumRefusal when the checkpoint's tensors are not those its configuration describes.
+
+    vLLM would find out in the engine's process, after seconds, from inside a layer. Weights that
+    are not here yet, or not in the checkpoint's own shapes (quantised, dummy), are not looked at.
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format not in SAFETENSORS_FORMATS or model.quantization is not None:
+        return
+    try:
+        if Path(model.model).is_dir():
+            files = _local_files(Path(model.model))
+        else:
+            files = _cached_files(model.model, model.revision, load.download_dir)
+        if files:
+            check_files(model.hf_config, files)
+    except LayoutError as error:
+        raise NviumRefusal(str(error)) from None
+
+
+def _local_files(folder: Path) -> list[Path]:
+    """The `.safetensors` files of a folder that vLLM would read."""
+    files = indexed_files(folder)
+    return sorted(folder.glob("*.safetensors")) if files is None else files
+
+
+def _cached_files(model: str, revision: str | None, cache_dir: str | None) -> list[Path]:
+    """The same for a model of the hub, when the cache holds all of them."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json", cache_dir, revision)
+    except HFValidationError:
+        return []
+    if not isinstance(config, str):
+        return []
+    folder = Path(config).parent
+    try:
+        files = indexed_files(folder)
+    except LayoutError:  # a part is still to be downloaded
+        return []
+    single = folder / "model.safetensors"
+    return ([single] if single.is_file() else []) if files is None else files
 
 
 def choose_v1_worker(vllm_config: "VllmConfig") -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from vllm_nvium.convert import ConvertError
-from vllm_nvium.convert.checkpoint import Source, TensorPlan, expected_shapes
+from vllm_nvium.convert.checkpoint import Source, TensorPlan
 from vllm_nvium.convert.dense import dense_fields, make_config
+from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
 ARCHITECTURE = "NviumModel"

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from vllm_nvium.convert import ConvertError
+from vllm_nvium.model_executor.models.checkpoint_layout import (
+    LayoutError,
+    Shape,
+    expected_shapes,
+    indexed_files,
+    read_shapes,
+)
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
-from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
 # Files of a checkpoint that are neither its weights nor its configuration.
 COMPANIONS = (
@@ -37,7 +44,6 @@ COMPANIONS = (
     "spiece.model",
 )
 
-Shape = tuple[int, ...]
 # Name in the N-vium checkpoint -> how to make that tensor. Nothing is read before it is needed.
 TensorPlan = dict[str, Callable[[], torch.Tensor]]
 
@@ -109,30 +115,30 @@ def _open_weights(
     if not files:
         return _open_bin_weights(folder, name)
     shapes: dict[str, Shape] = {}
-    where: dict[str, Any] = {}
+    where: dict[str, Path] = {}
     for file in files:
         try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ConvertError(f"{file} cannot be read as safetensors ({error}).") from error
-        for tensor in handle.keys():  # noqa: SIM118 - a handle is not a mapping
-            shapes[tensor] = tuple(handle.get_slice(tensor).get_shape())
-            where[tensor] = handle
-    return shapes, lambda tensor: where[tensor].get_tensor(tensor)
+            found = read_shapes(file)
+        except LayoutError as error:
+            raise ConvertError(str(error)) from error
+        shapes.update(found)
+        where.update(dict.fromkeys(found, file))
+
+    @cache
+    def opened(file: Path) -> Any:
+        return safe_open(file, framework="pt")
+
+    return shapes, lambda tensor: opened(where[tensor]).get_tensor(tensor)
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
     """The files that the index names, else `model.safetensors`, else every `.safetensors` file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConvertError(f"{index} is not a valid index of weight files.") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ConvertError(f"{index} names {missing[0]}, which is not in the folder.")
-        return [folder / name for name in names]
+    try:
+        indexed = indexed_files(folder)
+    except LayoutError as error:
+        raise ConvertError(str(error)) from error
+    if indexed is not None:
+        return indexed
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
@@ -161,16 +167,6 @@ def copy_companions(folder: Path, out: Path) -> None:
                 shutil.copytree(path, target, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target)
-
-
-def expected_shapes(config: NviumConfig) -> dict[str, Shape]:
-    """Every tensor that an N-vium checkpoint of this configuration holds, and its shape."""
-    with torch.device("meta"):
-        model = NviumForCausalLM(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
 
 
 def source_dtype(source: Source, dtype: str) -> torch.dtype:

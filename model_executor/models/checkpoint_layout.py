@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors an N-vium checkpoint holds, how large each is, and whether a folder agrees.
+
+Only the headers of the weight files are read, so a mistake is found before an engine starts.
+Conversion writes by the same list. A size is kept with the configuration field it comes from: that
+field, or the file, is what has to be corrected when the two disagree.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+
+Shape = tuple[int, ...]
+INDEX = "model.safetensors.index.json"
+
+
+class LayoutError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the message is one sentence."""
+
+
+class Dim(NamedTuple):
+    """One size of a tensor, and the fields that make it so, for messages."""
+
+    size: int
+    why: str
+
+
+def expected_dims(config: NviumConfig) -> dict[str, tuple[Dim, ...]]:
+    """Every tensor that an N-vium checkpoint of this configuration holds, in the model's order."""
+
+    def field(name: str) -> Dim:
+        return Dim(getattr(config, name), f"{name} = {getattr(config, name)}")
+
+    def heads(name: str) -> Dim:
+        count, size = getattr(config, name), config.head_dim
+        assert size is not None  # the configuration fills it in
+        return Dim(count * size, f"{name} * head_dim = {count} * {size}")
+
+    hidden, vocabulary = field("hidden_size"), field("vocab_size")
+    inner = field("intermediate_size")
+    query, key = heads("num_attention_heads"), heads("num_key_value_heads")
+    dims: dict[str, tuple[Dim, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+
+    def linear(name: str, size_out: Dim, size_in: Dim, bias: bool) -> None:
+        dims[f"{name}.weight"] = (size_out, size_in)
+        if bias:
+            dims[f"{name}.bias"] = (size_out,)
+
+    def adapter(name: str, size: Dim) -> None:
+        if size.size:
+            linear(f"{name}.fc1", size, hidden, False)
+            linear(f"{name}.fc2", hidden, size, False)
+
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        linear(f"{layer}.self_attn.q_proj", query, hidden, config.qkv_bias)
+        linear(f"{layer}.self_attn.k_proj", key, hidden, config.qkv_bias)
+        linear(f"{layer}.self_attn.v_proj", key, hidden, config.qkv_bias)
+        linear(f"{layer}.self_attn.o_proj", hidden, query, config.attention_bias)
+        if config.qk_norm:
+            dims[f"{layer}.self_attn.q_norm.weight"] = (field("head_dim"),)
+            dims[f"{layer}.self_attn.k_norm.weight"] = (field("head_dim"),)
+        linear(f"{layer}.mlp.gate_proj", inner, hidden, config.mlp_bias)
+        linear(f"{layer}.mlp.up_proj", inner, hidden, config.mlp_bias)
+        linear(f"{layer}.mlp.down_proj", hidden, inner, config.mlp_bias)
+        dims[f"{layer}.input_layernorm.weight"] = (hidden,)
+        dims[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    dims["model.norm.weight"] = (hidden,)
+
+    router_inner, router_hidden = field("router_intermediate_size"), field("router_hidden_size")
+    two = Dim(2, "two logits per router")
+    for k in range(len(config.exit_layers)):
+        dims[f"exits.{k}.norm.weight"] = (hidden,)
+        adapter(f"exits.{k}.adapter", field("exit_adapter_size"))
+        for block in range(config.router_num_blocks):
+            name = f"exits.{k}.router.blocks.{block}"
+            linear(f"{name}.fc1", router_inner, router_hidden if block else hidden, True)
+            linear(f"{name}.fc2", router_hidden, router_inner, True)
+        dims[f"exits.{k}.router.norm.weight"] = (router_hidden,)
+        linear(f"exits.{k}.router.head", two, router_hidden, True)
+        if config.exit_head == "own":
+            dims[f"exits.{k}.lm_head.weight"] = (vocabulary, hidden)
+    adapter("final_adapter", field("final_adapter_size"))
+    if not config.tie_word_embeddings:
+        dims["lm_head.weight"] = (vocabulary, hidden)
+    return dims
+
+
+def expected_shapes(config: NviumConfig) -> dict[str, Shape]:
+    """Every tensor that an N-vium checkpoint of this configuration holds, and its shape."""
+    return {name: tuple(dim.size for dim in dims) for name, dims in expected_dims(config).items()}
+
+
+def indexed_files(folder: Path) -> list[Path] | None:
+    """The weight files that the folder's index names, or None when it has no index.
+
+    Raises:
+        LayoutError: the index is not one, or names a file that is not there.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LayoutError(f"{index} is not a valid index of weight files.") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise LayoutError(f"{index} names {missing[0]}, which is not in the folder.")
+    return files
+
+
+def read_shapes(file: Path) -> dict[str, Shape]:
+    """The shape of every tensor in a `.safetensors` file; its data is not touched.
+
+    Raises:
+        LayoutError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            names = handle.keys()
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise LayoutError(f"{file} cannot be read as safetensors ({error}).") from error
+
+
+def check_files(config: NviumConfig, files: Iterable[Path]) -> None:
+    """Refuse weight files that do not hold what the configuration asks for.
+
+    Raises:
+        LayoutError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    found: dict[str, Shape] = {}
+    where: dict[str, Path] = {}
+    for file in files:
+        shapes = read_shapes(file)
+        found.update(shapes)
+        where.update(dict.fromkeys(shapes, file))
+    expected = expected_dims(config)
+    _check_shapes(expected, found, where)
+    folder = next(iter(where.values())).parent if where else "The checkpoint"
+    missing = [name for name in expected if name not in found]
+    if missing:
+        name = missing[0]
+        shape = [dim.size for dim in expected[name]]
+        raise LayoutError(
+            f"{folder} has no tensor {name}{_others(missing)}, but config.json asks for one of "
+            f"shape {shape} ({_governed_by(config, name)}); {_REMEDY}"
+        )
+    unexpected = [name for name in found if name not in expected and not _is_ignored(config, name)]
+    if unexpected:
+        name = unexpected[0]
+        raise LayoutError(
+            f"{where[name]} has a tensor {name}{_others(unexpected)} of shape "
+            f"{list(found[name])}, but config.json has no place for one "
+            f"({_governed_by(config, name)}); {_REMEDY}"
+        )
+
+
+_REMEDY = "correct config.json or convert the checkpoint again."
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[Dim, ...]],
+    found: Mapping[str, Shape],
+    where: Mapping[str, Path],
+) -> None:
+    wrong = [
+        name
+        for name, dims in expected.items()
+        if name in found and found[name] != tuple(dim.size for dim in dims)
+    ]
+    if not wrong:
+        return
+    name = wrong[0]
+    dims, shape = expected[name], found[name]
+    disagree = [
+        dim.why for i, dim in enumerate(dims) if len(dims) != len(shape) or dim.size != shape[i]
+    ]
+    raise LayoutError(
+        f"{name}{_others(wrong)} in {where[name]} has shape {list(shape)}, but config.json asks "
+        f"for {[dim.size for dim in dims]} ({', '.join(disagree)}); {_REMEDY}"
+    )
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _is_ignored(config: NviumConfig, name: str) -> bool:
+    """Old checkpoints store the rotary frequencies, and tied ones may repeat the embeddings."""
+    tied = config.tie_word_embeddings and name == "lm_head.weight"
+    return tied or name.endswith("rotary_emb.inv_freq")
+
+
+# Which field decides whether a tensor is there at all: the first pattern that fits its name.
+_FIELDS = (
+    (r"model\.layers\.\d+\.self_attn\.[qkv]_proj\.bias", "qkv_bias"),
+    (r"model\.layers\.\d+\.self_attn\.o_proj\.bias", "attention_bias"),
+    (r"model\.layers\.\d+\.self_attn\.[qk]_norm\.", "qk_norm"),
+    (r"model\.layers\.\d+\.mlp\.\w+\.bias", "mlp_bias"),
+    (r"model\.layers\.", "num_hidden_layers"),
+    (r"exits\.\d+\.adapter\.", "exit_adapter_size"),
+    (r"exits\.\d+\.router\.blocks\.", "router_num_blocks"),
+    (r"exits\.\d+\.lm_head\.", "exit_head"),
+    (r"exits\.", "exit_layers"),
+    (r"final_adapter\.", "final_adapter_size"),
+    (r"lm_head\.", "tie_word_embeddings"),
+    (r"", "model_type"),
+)
+
+
+def _governed_by(config: NviumConfig, name: str) -> str:
+    field = next(field for pattern, field in _FIELDS if re.match(pattern, name))
+    # A layer or exit that should not be there at all is not a matter of its parts.
+    number = re.match(r"(?:model\.layers|exits)\.(\d+)\.", name)
+    if number and name.startswith("exits.") and int(number[1]) >= len(config.exit_layers):
+        field = "exit_layers"
+    if number and name.startswith("model.") and int(number[1]) >= config.num_hidden_layers:
+        field = "num_hidden_layers"
+    return f"{field} = {getattr(config, field)!r}"
