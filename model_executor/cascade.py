@@ -72,8 +72,10 @@ def run_cascade(
     """
     batch, catch_up = step.batch, step.catch_up
     rows = catch_up.start(batch, positions)
+    # Heads with unembeddings of their own cannot share the plain [T, H] output either.
+    wide = step.sampling.wide or model.heads_differ
     heads: _NarrowHeads | _WideHeads = (
-        _WideHeads(model, step) if step.sampling.wide else _NarrowHeads(model, step)
+        _WideHeads(model, step) if wide else _NarrowHeads(model, step)
     )
     step.exits = np.full(batch.num_requests, UNDECIDED, dtype=np.int64)
     state = model.segments[0](input_ids[: batch.num_rows], rows.positions)

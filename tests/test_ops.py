@@ -216,9 +216,7 @@ def test_packed_rows_come_back_bit_by_bit(
         (slice(0, 9, 2), rows.packed[::2]),
     ]:
         got = unpack(packed, num_heads, hidden_size)
-        for value, expected in zip(
-            got, (heads, weights, fields[:, 0], fields[:, 1]), strict=True
-        ):
+        for value, expected in zip(got, (heads, weights, fields[:, 0], fields[:, 1]), strict=True):
             assert torch.equal(value, expected[chosen])
 
 
@@ -323,9 +321,7 @@ def _table(**options: Any) -> RequestTable:
 
 def _step(table: RequestTable, ids: list[str], last: list[int], decoding: bool = True) -> Any:
     count = len(ids)
-    return table.sampling(
-        ids, np.array(last), np.full(count, decoding), np.full(count, False)
-    )
+    return table.sampling(ids, np.array(last), np.full(count, decoding), np.full(count, False))
 
 
 def test_a_request_may_stop_once_it_is_complete() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
+
 from vllm_nvium.model_executor.cascade import Step
 from vllm_nvium.model_executor.catch_up import CatchUp, Rows
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
@@ -28,12 +29,15 @@ class Arrival:
     Attributes:
         step: engine step before which it is added.
         abort_after: steps after arrival at which it is aborted; None to let it finish.
+        continues: number of an arrival whose tokens so far come before `prompt`, so that this one
+            hits blocks in which positions wait. `prompt` is the whole once it has arrived.
     """
 
     step: int
     prompt: list[int]
     params: SamplingParams
     abort_after: int | None = None
+    continues: int | None = None
 
 
 @dataclass
@@ -158,6 +162,12 @@ class TraceEngine:
             while waiting and waiting[0][1].step <= step:
                 number, arrival = waiting.pop(0)
                 request_id = str(number)
+                if arrival.continues is not None:
+                    before, so_far = (
+                        trace[arrival.continues],
+                        self.emitted.get(str(arrival.continues), Emitted()),
+                    )
+                    arrival.prompt = (before.prompt + so_far.tokens)[:180] + arrival.prompt
                 self.engine.add_request(
                     request_id, {"prompt_token_ids": arrival.prompt}, arrival.params
                 )
