@@ -2,6 +2,7 @@
 """The entry point: it never raises, may run twice, can be switched off, and leaves other models
 alone whatever it finds."""
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_nvium import hooks, patches, plugin
+from vllm_nvium import hooks, model_executor, patches, plugin
 from vllm_nvium.hooks import Hook
 
 
@@ -146,6 +147,47 @@ def test_reading_the_source_agrees_with_importing_it(hook: Hook) -> None:
     assert source is not None
     assert hooks._defines(source, hook.name)
     assert not hooks._defines(source, hook.name + "_gone")
+
+
+def imported_from_vllm() -> Iterator[tuple[Path, str, str]]:
+    """Every `from vllm.x import name` and `import vllm.x` (with an empty name) of the package."""
+    package = Path(hooks.__file__).parent
+    for folder in (package, Path(model_executor.__file__).parent):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("vllm."):
+                    yield from ((path, str(node.module), alias.name) for alias in node.names)
+                elif isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                    yield from ((path, name, "") for name in names if name.startswith("vllm."))
+
+
+def test_every_import_from_vllm_is_in_the_table() -> None:
+    names = {(hook.module, hook.name.split(".")[0]) for hook in hooks.HOOKS}
+    modules = {hook.module for hook in hooks.HOOKS}
+    imports = list(imported_from_vllm())
+    assert len(imports) > 50
+    unlisted = [
+        f"{path.name}: {module} {name}"
+        for path, module, name in imports
+        if (module, name) not in names and f"{module}.{name}".rstrip(".") not in modules
+    ]
+    assert unlisted == []
+
+
+def test_no_row_is_there_twice() -> None:
+    paths = [hook.path for hook in hooks.HOOKS]
+    assert len(paths) == len(set(paths))
+
+
+def test_names_that_are_imported_or_set_on_instances() -> None:
+    source = (
+        "from .a import (\n    B,\n    C,\n)\n"
+        "class D:\n    f: int\n    def __init__(self):\n        self.g: int = 1\n"
+        "        if self.h == 2: ...\n"
+    )
+    assert all(hooks._defines(source, name) for name in ("B", "C", "D.f", "D.g"))
+    assert not any(hooks._defines(source, name) for name in ("A", "D.h", "D.B"))
 
 
 def test_attribute_of_another_class_is_not_found() -> None:

@@ -31,6 +31,12 @@ class Hook:
         return f"{self.module}:{self.name}"
 
 
+def _each(module: str, owner: str, names: str, why: str, breaks: str) -> tuple[Hook, ...]:
+    """One row for each of the space-separated `names` of a class (or of the module, owner "")."""
+    prefix = f"{owner}." if owner else ""
+    return tuple(Hook(module, prefix + name, why, breaks) for name in names.split())
+
+
 HOOKS: tuple[Hook, ...] = (
     # Start-up: registration, flags and checks.
     Hook(
@@ -93,6 +99,65 @@ HOOKS: tuple[Hook, ...] = (
         "the exception that the server answers with 400",
         "a bad override would be answered with 500",
     ),
+    *_each(
+        "vllm.model_executor.models",
+        "",
+        "ModelRegistry",
+        "N-vium's architecture is registered with it",
+        "vLLM does not know N-vium checkpoints",
+    ),
+    *_each(
+        "vllm.config",
+        "",
+        "VllmConfig CUDAGraphMode",
+        "the configuration that is checked, and the graph mode that a catch-up pass sets",
+        "nothing can be checked or run",
+    ),
+    *_each(
+        "vllm.platforms",
+        "",
+        "current_platform",
+        "says which device a worker is chosen for",
+        "the worker cannot be chosen",
+    ),
+    *_each(
+        "vllm.utils.import_utils",
+        "",
+        "resolve_obj_by_qualname",
+        "finds out whether a --worker-cls is derived from N-vium's",
+        "a worker without exits would be accepted",
+    ),
+    *_each(
+        "vllm.envs",
+        "",
+        "VLLM_USE_RUST_FRONTEND",
+        "says whether requests pass through another front end",
+        "a front end that does not check overrides would be accepted",
+    ),
+    *_each(
+        "vllm",
+        "",
+        "LLM SamplingParams",
+        "`vllm-nvium demo` generates with them",
+        "no `vllm-nvium demo`",
+    ),
+    *_each(
+        "vllm.sampling_params",
+        "",
+        "SamplingParams",
+        "a request's own options and the law its tokens follow",
+        "requests cannot be read",
+    ),
+    *_each(
+        "vllm.sampling_params",
+        "SamplingParams",
+        "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty "
+        "logit_bias allowed_token_ids bad_words min_tokens structured_outputs logprobs "
+        "logprob_token_ids thinking_token_budget trace_decode_token_ids watermarking "
+        "prompt_logprobs prompt_logprob_token_ids seed extra_args",
+        "says whether a request may leave early without changing its law",
+        "requests would be taken for plain ones, or none could be read",
+    ),
     # The model.
     Hook(
         "vllm.model_executor.models.llama",
@@ -123,6 +188,135 @@ HOOKS: tuple[Hook, ...] = (
         "CommonAttentionMetadata",
         "input of the attention metadata builders for a catch-up pass",
         "catch-up rows cannot be described to the attention backend",
+    ),
+    *_each(
+        "vllm.model_executor.models.utils",
+        "",
+        "AutoWeightsLoader WeightsMapper maybe_prefix",
+        "names of a checkpoint's tensors become those of segments and exits",
+        "the checkpoint cannot be loaded",
+    ),
+    *_each(
+        "vllm.model_executor.models.interfaces",
+        "",
+        "SupportsQuant",
+        "says how quantised projections are packed",
+        "the model cannot be built",
+    ),
+    *_each(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "",
+        "VocabParallelEmbedding ParallelLMHead",
+        "embedding and unembeddings, sharded by tensor parallelism",
+        "the model cannot be built",
+    ),
+    *_each(
+        "vllm.model_executor.layers.logits_processor",
+        "",
+        "LogitsProcessor",
+        "applies an unembedding and gathers its shards",
+        "no logits",
+    ),
+    *_each(
+        "vllm.model_executor.layers.layernorm",
+        "",
+        "RMSNorm",
+        "norms of exits, routers and the final head",
+        "the model cannot be built",
+    ),
+    *_each(
+        "vllm.model_executor.layers.linear",
+        "",
+        "ReplicatedLinear",
+        "maps of adapters and routers, whole on every rank so that all ranks decide alike",
+        "the model cannot be built",
+    ),
+    *_each(
+        "vllm.distributed.parallel_state",
+        "",
+        "get_tensor_model_parallel_world_size",
+        "greedy decoding of the mixture stops early only where one rank sees all logits",
+        "the model cannot be built",
+    ),
+    *_each(
+        "vllm.sequence",
+        "",
+        "IntermediateTensors",
+        "an argument of every vLLM model",
+        "the model cannot be built",
+    ),
+    *_each(
+        "vllm.compilation.backends",
+        "",
+        "set_model_tag",
+        "keeps the compiled segments apart",
+        "segments would load each other's compiled code",
+    ),
+    # The side cache and catch-up passes.
+    *_each(
+        "vllm.v1.kv_cache_interface",
+        "",
+        "KVCacheSpec KVCacheConfig get_kv_quant_mode",
+        "describes the side cache in the words of the KV cache",
+        "the side cache is not allocated",
+    ),
+    *_each(
+        "vllm.v1.kv_cache_interface",
+        "KVCacheConfig",
+        "kv_cache_groups",
+        "the group of the side cache is found in it",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.kv_cache_layout",
+        "",
+        "KVCacheLayout",
+        "layouts in which a slot's state is one row",
+        "the side cache is not allocated",
+    ),
+    *_each(
+        "vllm.utils.torch_utils",
+        "",
+        "kv_cache_dtype_str_to_dtype",
+        "the side cache declares the KV cache's dtype",
+        "the side cache is not allocated",
+    ),
+    *_each(
+        "vllm.v1.attention.backend",
+        "",
+        "AttentionBackend AttentionMetadataBuilder AttentionCGSupport",
+        "base classes of the side cache's backend, which computes nothing",
+        "the side cache is not allocated",
+    ),
+    *_each(
+        "vllm.v1.attention.backend",
+        "CommonAttentionMetadata",
+        "query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound num_reqs "
+        "num_actual_tokens max_query_len max_seq_len block_table_tensor slot_mapping causal "
+        "positions",
+        "describes the rows of a catch-up pass",
+        "catch-up rows cannot be described to the attention backend",
+    ),
+    *_each(
+        "vllm.v1.worker.utils",
+        "",
+        "AttentionGroup",
+        "layers that share an attention backend",
+        "catch-up rows cannot be described to the attention backend",
+    ),
+    *_each(
+        "vllm.v1.worker.utils",
+        "AttentionGroup",
+        "layer_names build_metadata",
+        "makes the backend's own metadata for a catch-up pass",
+        "catch-up rows cannot be described to the attention backend",
+    ),
+    *_each(
+        "vllm.forward_context",
+        "ForwardContext",
+        "attn_metadata slot_mapping cudagraph_runtime_mode",
+        "what a catch-up pass replaces and a step puts back",
+        "catch-up would read and write the wrong slots",
     ),
     Hook(
         "vllm.forward_context",
@@ -155,6 +349,57 @@ HOOKS: tuple[Hook, ...] = (
         "overridden to bracket one step",
         "no exits on Model Runner V1",
     ),
+    *_each(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "load_model initialize_kv_cache get_model input_batch attn_groups query_start_loc "
+        "discard_request_mask sample_tokens",
+        "the step's requests, blocks and layers are read from it",
+        "no exits on Model Runner V1",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        "req_ids num_reqs block_table num_computed_tokens_cpu num_prompt_tokens_cpu_tensor "
+        "generators",
+        "where every request of the step stands",
+        "no exits on Model Runner V1",
+    ),
+    *_each(
+        "vllm.v1.worker.block_table",
+        "BlockTable",
+        "block_size slot_mapping get_numpy_array get_device_tensor",
+        "the slots of waiting positions",
+        "no exits on Model Runner V1",
+    ),
+    *_each(
+        "vllm.v1.core.sched.output",
+        "",
+        "SchedulerOutput NewRequestData",
+        "requests that come, go or were preempted",
+        "requests cannot be followed",
+    ),
+    *_each(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "finished_req_ids scheduled_new_reqs scheduled_cached_reqs",
+        "requests that come, go or were preempted",
+        "requests cannot be followed",
+    ),
+    *_each(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        "req_id sampling_params",
+        "a new request's id and options",
+        "requests cannot be followed",
+    ),
+    *_each(
+        "vllm.v1.core.sched.output",
+        "CachedRequestData",
+        "resumed_req_ids",
+        "requests whose blocks were taken away",
+        "positions would be taken for complete that are not",
+    ),
     Hook(
         "vllm.v1.worker.cpu_model_runner",
         "CPUModelRunner",
@@ -178,6 +423,69 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.worker.gpu.model_states.default",
         "DefaultModelState",
         "base class of the N-vium model state",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.model_states",
+        "",
+        "resolve_model_state_cls",
+        "asks the model for that class",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.model_states.interface",
+        "ModelState",
+        "initialize_kv_cache preprocess_state postprocess_state",
+        "overridden to bracket one step",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.model_states.default",
+        "DefaultModelState",
+        "add_request remove_request prepare_attn prepare_inputs",
+        "overridden to follow requests and to hand the model its step",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.block_table",
+        "",
+        "BlockTables",
+        "the blocks of every request",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.block_table",
+        "BlockTables",
+        "append_block_ids block_tables block_sizes num_blocks",
+        "wrapped to know on the host which blocks a request holds",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.input_batch",
+        "",
+        "InputBatch",
+        "the requests of a step",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch",
+        "req_ids num_reqs idx_mapping_np query_start_loc_np num_computed_tokens_np prefill_len_np",
+        "where every request of the step stands",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.states",
+        "",
+        "RequestState",
+        "what the runner keeps of every request",
+        "no N-vium on Model Runner V2",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.states",
+        "RequestState",
+        "prompt_len",
+        "tells prompt rows from generated ones",
         "no N-vium on Model Runner V2",
     ),
 )
@@ -228,8 +536,11 @@ def is_present(hook: Hook) -> bool:
     the runners here would cost seconds in processes that never run a model.
     """
     module = sys.modules.get(hook.module)
-    if module is not None:
-        return _has_attribute(module, hook.name)
+    if module is not None and _has_attribute(module, hook.name):
+        return True
+    # What instances get in `__init__`, and fields without a default, are no attributes of a class.
+    if module is not None and "." not in hook.name:
+        return False
     source = _source(hook.module)
     return source is not None and _defines(source, hook.name)
 
@@ -240,7 +551,7 @@ def is_importable(hook: Hook) -> str:
         module = importlib.import_module(hook.module)
     except Exception as error:  # noqa: BLE001 - a report on whatever a broken installation raises
         return f"{type(error).__name__}: {error}"
-    return "" if _has_attribute(module, hook.name) else "no such name"
+    return "" if _has_attribute(module, hook.name) or is_present(hook) else "no such name"
 
 
 def _has_attribute(owner: object, dotted: str) -> bool:
@@ -264,16 +575,27 @@ def _source(module: str) -> str | None:
 
 
 def _defines(source: str, dotted: str) -> bool:
-    """Whether Python text defines `name` at module level or `Class.name` in the class's body."""
+    """Whether Python text has `name` at module level, or `Class.name` in the class's body."""
     if "." not in dotted:
-        return _statement(source, dotted, indent="") is not None
+        return _statement(source, dotted, indent="") is not None or _offers(source, dotted)
     class_name, attribute = dotted.split(".")
     start = _statement(source, class_name, indent="")
     if start is None:
         return False
     # The body ends at the next line that starts at the margin, decorators and comments aside.
     end = re.compile(r"^[^\s#)\]]", re.MULTILINE).search(source, start)
-    return _statement(source[start : end.start() if end else None], attribute, "    ") is not None
+    body = source[start : end.start() if end else None]
+    if _statement(body, attribute, "    ") is not None:
+        return True
+    return re.search(rf"^\s+self\.{attribute}\s*[:=](?!=)", body, re.MULTILINE) is not None
+
+
+def _offers(source: str, name: str) -> bool:
+    """Whether Python text offers `name` to importers without defining it: it imports it from
+    elsewhere, or declares it for type checkers and makes it when it is asked for."""
+    imported = rf"^\s*from\s+\S+\s+import\s+(?:\([^)]*|[^\n(]*)\b{name}\b"
+    declared = rf"^if TYPE_CHECKING:\n(?:    .*\n|\n)*?    {name}\s*:"
+    return re.search(f"(?:{imported})|(?:{declared})", source, re.MULTILINE) is not None
 
 
 def _statement(source: str, name: str, indent: str) -> int | None:
