@@ -60,18 +60,18 @@ class Worker:
         self.count = 0
 
     def measure(
-        self, batch: int, prompt_length: int, new_tokens: int, temperature: float, seed: int
+        self, prompts: list[int], new_tokens: int, temperature: float, seed: int
     ) -> dict[str, Any]:
-        """Times one batch of random prompts.
+        """Times one batch of random prompts, whose lengths are given.
 
         Returns:
-            prefill: seconds until every request has its first token; decode: seconds from there to
-            the end; tokens: new tokens in the decode part.
+            prefill: seconds until every request has its first token; started: new tokens by then;
+            decode: seconds from there to the end; tokens: new tokens in that part.
         """
         from vllm import SamplingParams
 
         draw = random.Random(seed)
-        for i in range(batch):
+        for i, prompt_length in enumerate(prompts):
             prompt = [draw.randrange(10, self.vocabulary - 10) for _ in range(prompt_length)]
             params = SamplingParams(
                 temperature=temperature,
@@ -88,11 +88,16 @@ class Worker:
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 lengths[output.request_id] = len(output.outputs[0].token_ids)
-            if len(lengths) == batch and not started_tokens:
+            if len(lengths) == len(prompts) and not started_tokens:
                 first, started_tokens = time.perf_counter(), sum(lengths.values())
         end = time.perf_counter()
         tokens = sum(lengths.values()) - started_tokens
-        return {"prefill": first - start, "decode": end - first, "tokens": tokens}
+        return {
+            "prefill": first - start,
+            "started": started_tokens,
+            "decode": end - first,
+            "tokens": tokens,
+        }
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ The head of an exit is `u_k = n_k + A_k2 SiLU(A_k1 n_k)` with `n_k = RMSNorm_k(h
 import torch
 from torch import nn
 from torch.nn import functional as F
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from vllm_nvium.model_executor.layers.layernorm import FusedRMSNorm
 from vllm_nvium.model_executor.layers.router import Router
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -50,7 +50,7 @@ class Exit(nn.Module):
     def __init__(self, config: NviumConfig, prefix: str) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.norm = RMSNorm(hidden, eps=eps)
+        self.norm = FusedRMSNorm(hidden, eps=eps)
         self.adapter = (
             Adapter(hidden, config.exit_adapter_size, f"{prefix}.adapter")
             if config.exit_adapter_size

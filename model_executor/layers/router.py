@@ -8,8 +8,9 @@ It has no attention and no KV: an MLP on the normed residual stream of one token
 import torch
 from torch import nn
 from torch.nn import functional as F
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from vllm_nvium.model_executor.layers.layernorm import FusedRMSNorm
 
 
 class RouterBlock(nn.Module):
@@ -68,7 +69,7 @@ class Router(nn.Module):
             )
             for j in range(num_blocks)
         )
-        self.norm = RMSNorm(router_hidden_size, eps=eps)
+        self.norm = FusedRMSNorm(router_hidden_size, eps=eps)
         self.head = RouterHead(router_hidden_size)
         self.constant_margin: float | None = None
 

@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
@@ -75,15 +76,17 @@ class _Segment(nn.Module):
             NviumDecoderLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(start, stop)
         )
 
-    def run_layers(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def run_layers(
+        self, state: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = state, None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
-        return hidden + residual
+        return hidden, residual
 
 
 class _FirstSegment(_Segment):
-    """The same, from token ids: the embedding belongs to it."""
+    """Token ids in, residual stream out: the embedding belongs to it."""
 
     def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
         super().__init__(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
@@ -96,23 +99,46 @@ class _FirstSegment(_Segment):
         )
 
 
-def _forward(self: _Segment, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return self.run_layers(state, positions)
+class _LastSegment(_Segment):
+    """Residual stream in, normed states out: the model's own final norm belongs to it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
+        super().__init__(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 def _forward_first(
     self: _FirstSegment, input_ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    return self.run_layers(self.embed_tokens(input_ids), positions)
+    hidden, residual = self.run_layers(self.embed_tokens(input_ids), positions)
+    return hidden + residual
 
 
-def _make_segment(vllm_config: VllmConfig, index: int, start: int, stop: int, prefix: str):
+def _forward(self: _Segment, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    hidden, residual = self.run_layers(state, positions)
+    return hidden + residual
+
+
+def _forward_last(self: _LastSegment, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    hidden, residual = self.run_layers(state, positions)
+    normed, _ = self.norm(hidden, residual)
+    return normed
+
+
+def _make_segment(vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> nn.Module:
     """A segment with a class and a `forward` of its own.
 
     vLLM names the artefact of a compiled module after the qualified name and line of its `forward`,
     with names of its attention layers inside: segments that shared one would load each other's.
     """
-    base, forward = (_FirstSegment, _forward_first) if index == 0 else (_Segment, _forward)
+    base: type[_Segment]
+    if start == 0:
+        base, forward = _FirstSegment, _forward_first
+    elif stop == vllm_config.model_config.hf_config.num_hidden_layers:
+        base, forward = _LastSegment, _forward_last
+    else:
+        base, forward = _Segment, _forward
     name = f"NviumSegment_{start}_{stop}"
     own = types.FunctionType(
         forward.__code__.replace(co_name=f"forward_{start}_{stop}"), forward.__globals__, "forward"
@@ -120,9 +146,9 @@ def _make_segment(vllm_config: VllmConfig, index: int, start: int, stop: int, pr
     own.__qualname__ = f"{name}.forward"
     own.__annotations__ = dict(forward.__annotations__)
     cls = type(name, (base,), {"forward": own, "__doc__": base.__doc__})
-    first_argument = "input_ids" if index == 0 else "state"
+    first_argument = "input_ids" if start == 0 else "state"
     cls = support_torch_compile(dynamic_arg_dims={first_argument: 0, "positions": 0})(cls)
-    with set_model_tag(f"nvium_segment_{index}"):
+    with set_model_tag(f"nvium_segment_{start}_{stop}"):
         return cls(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
 
 
@@ -146,13 +172,12 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         bounds = [0, *config.exit_layers, config.num_hidden_layers]
         model_prefix = maybe_prefix(prefix, "model")
         self.segments = nn.ModuleList(
-            _make_segment(vllm_config, m, start, stop, model_prefix)
-            for m, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+            _make_segment(vllm_config, start, stop, model_prefix)
+            for start, stop in zip(bounds, bounds[1:], strict=False)
         )
         self.exits = nn.ModuleList(
             Exit(config, maybe_prefix(prefix, f"exits.{k}")) for k in range(len(config.exit_layers))
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.final_adapter = (
             Adapter(
                 config.hidden_size, config.final_adapter_size, maybe_prefix(prefix, "final_adapter")
@@ -180,14 +205,15 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         self.heads_differ = config.exit_head == "own" or (
             config.exit_head == "embeddings" and not config.tie_word_embeddings
         )
+        # [N-1] margins of exits, when they are the same for every token; known once weights are.
+        self.constant_margins: np.ndarray | None = None
         self.may_decide_early = get_tensor_model_parallel_world_size() == 1
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.segments[0].embed_tokens(input_ids)
 
-    def final_head(self, state: torch.Tensor) -> torch.Tensor:
-        """Residual stream after the last layer [T, H] -> inputs of the unembedding [T, H]."""
-        normed = self.norm(state)
+    def final_head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Normed states of the last segment [T, H] -> inputs of the unembedding [T, H]."""
         return normed if self.final_adapter is None else self.final_adapter(normed)
 
     def forward(
@@ -207,6 +233,11 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
             exit_.margins(normed)
             exit_.head_input(normed)
             state = segment(state, positions)
+        for segment in self.segments:
+            # Once compiled, a segment's guards can only cost time: vLLM drops those of an artefact
+            # that it loads from disk, but checks those of one that it has just made.
+            if (compiled := getattr(segment, "aot_compiled_fn", None)) is not None:
+                compiled.disable_guard_check()
         return self.final_head(state)
 
     def head_logits(self, head_inputs: torch.Tensor, head: int) -> torch.Tensor:
@@ -262,13 +293,16 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the checkpoint layout that `nvium_reference.py` saves."""
         loader = AutoWeightsLoader(self)
-        return loader.load_weights(self._note_constants(weights), mapper=self._weights_mapper())
+        loaded = loader.load_weights(self._note_constants(weights), mapper=self._weights_mapper())
+        margins = [exit_.router.constant_margin for exit_ in self.exits]
+        self.constant_margins = None if None in margins else np.array(margins)
+        return loaded
 
     def _weights_mapper(self) -> WeightsMapper:
         bounds = [0, *self.config.exit_layers, self.config.num_hidden_layers]
         regex: dict[re.Pattern, str | None] = {
             re.compile(r"^model\.embed_tokens\."): "segments.0.embed_tokens.",
-            re.compile(r"^model\.norm\."): "norm.",
+            re.compile(r"^model\.norm\."): f"segments.{len(bounds) - 2}.norm.",
         }
         for m, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             for i in range(start, stop):
