@@ -81,7 +81,8 @@ def run_cascade(
     state = model.segments[0](input_ids[: batch.num_rows], rows.positions)
     for k in range(len(model.exits)):
         heads.at_exit(k, rows, state)
-        if np.all(step.sampling.may_stop & (step.exits != UNDECIDED)):
+        stoppable = np.all(step.sampling.may_stop & (step.exits != UNDECIDED))
+        if stoppable and catch_up.has_room(rows):
             step.depth = k + 1
             catch_up.stop(rows, state, step.depth)
             return heads.output(state)

@@ -12,6 +12,7 @@ that nobody has to catch up on later; stopping it would save nothing and cost a 
 and new attention metadata.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ from vllm_nvium.model_executor.ops.ragged import frontiers, ragged_ranges, slots
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
+
+# Below "vllm", because vLLM configures that logger only and other INFO lines are lost.
+logger = logging.getLogger("vllm.nvium")
 
 
 @dataclass(slots=True)
@@ -104,6 +108,8 @@ class CatchUp:
         self.num_segments = num_segments
         self.block_size = block_size
         self.enter_rows = enter_rows
+        # How often a step went on because its states had no place to wait.
+        self.steps_without_room = 0
 
     def start(self, batch: Batch, positions: torch.Tensor) -> Rows:
         """The step's own rows, as vLLM scheduled them.
@@ -119,7 +125,8 @@ class CatchUp:
         else:  # reading them back would make the host wait for the device before each step
             sequence, host_positions, _ = ragged_ranges(batch.first, batch.last)
             slots = slots_of(batch.block_table, sequence, host_positions, self.block_size)
-        self.side_cache.set_marks(slots, self.num_segments)
+        self.side_cache.release(slots)  # of whoever had these blocks before
+        self.side_cache.marks[slots] = self.num_segments
         return Rows(
             first=batch.first,
             last=batch.last,
@@ -138,8 +145,21 @@ class CatchUp:
             state: [T, H] residual stream after it, model dtype.
             depth: segments that the rows have been through.
         """
-        self.side_cache.write_states(rows.slots_device, state)
-        self.side_cache.set_marks(rows.slots, depth)
+        self.side_cache.write_states(rows.slots, rows.slots_device, state)
+        self.side_cache.marks[rows.slots] = depth
+
+    def has_room(self, rows: Rows) -> bool:
+        """Whether `stop` can keep the states of these rows; if not, the step has to go on."""
+        if self.side_cache.has_room(len(rows.slots)):
+            return True
+        if self.steps_without_room == 0:
+            logger.info(
+                "the side cache is full of waiting positions: steps that could end early go on "
+                "until some are complete (exact, but slower); --nvium-max-deferred bounds how many "
+                "wait"
+            )
+        self.steps_without_room += 1
+        return False
 
     def join(
         self, batch: Batch, rows: Rows, state: torch.Tensor, segment: int
@@ -159,16 +179,22 @@ class CatchUp:
             return rows, state
         sequence, positions, query_start = ragged_ranges(complete, rows.first - 1)
         slots = slots_of(batch.block_table, sequence, positions, self.block_size)
-        marks = self.side_cache.get_marks(slots)
+        marks = self.side_cache.marks[slots]
         frontier = frontiers(marks, complete, rows.first, query_start, segment)
         if (frontier == rows.first).all():
             return rows, state
 
-        # The side cache is where rows change hands: one scatter and one gather serve the rows that
-        # go on and the positions that join them.
-        self.side_cache.write_states(rows.slots_device, state)
         sequence, positions, query_start = ragged_ranges(frontier, rows.last)
         slots = slots_of(batch.block_table, sequence, positions, self.block_size)
+        waiting = positions < rows.first[sequence]  # [T] bool
+        waiting_slots = slots[waiting]
+        joined_state = torch.cat([self.side_cache.read_states(waiting_slots), state])
+        if batch.num_requests > 1:  # the rows of each request follow each other
+            order = np.empty(len(slots), dtype=np.int64)
+            order[waiting] = np.arange(len(waiting_slots))
+            order[~waiting] = np.arange(len(waiting_slots), len(slots))
+            joined_state = joined_state.index_select(0, torch.from_numpy(order).to(state.device))
+        self.side_cache.release(waiting_slots)
         device = rows.slots_device.device
         slots_device = torch.from_numpy(slots).to(device, non_blocking=True)
         joined = Rows(
@@ -180,9 +206,9 @@ class CatchUp:
             positions=torch.from_numpy(positions).to(device, non_blocking=True),
             block_table=rows.block_table,
         )
-        self.side_cache.set_marks(slots, self.num_segments)
+        self.side_cache.marks[waiting_slots] = self.num_segments
         self.enter_rows(joined)
-        return joined, self.side_cache.read_states(slots_device)
+        return joined, joined_state
 
 
 def enter_rows(groups: "Sequence[AttentionGroup]", rows: Rows) -> None:

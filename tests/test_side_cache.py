@@ -5,12 +5,14 @@ budget) and as the catch-up sees it (states and marks at the KV cache's slots)."
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from tiny_models import make_dense
 from vllm_nvium.model_executor.layers.side_cache import SideCache
@@ -38,7 +40,7 @@ def bind(cache: SideCache, dtype: torch.dtype, num_blocks: int = 3) -> torch.Ten
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_states_and_marks_are_views_of_a_slots_own_bytes(
+def test_states_are_views_of_a_slots_own_bytes(
     state_dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> None:
     cache = make_side_cache(state_dtype)
@@ -46,33 +48,46 @@ def test_states_and_marks_are_views_of_a_slots_own_bytes(
     assert cache.states.shape == (3 * BLOCK_SIZE, 20)
     assert cache.states.dtype == state_dtype
     assert cache.marks.shape == (3 * BLOCK_SIZE,)
-    assert cache.marks.dtype == torch.uint8
+    assert cache.pool is None and cache.has_room(10**9)
 
     slots = torch.tensor([0, 31, 32, 95])
     states = torch.randn(4, 20).to(state_dtype)
-    cache.states.index_copy_(0, slots, states)
-    cache.marks[slots] = 3
-    assert torch.equal(cache.states[slots], states)
-    state_bytes = 20 * state_dtype.itemsize
-    assert torch.equal(raw[slots, :state_bytes].view(state_dtype), states)
-    assert raw[slots, state_bytes].tolist() == [3] * 4
+    cache.write_states(slots.numpy(), slots, states)
+    assert torch.equal(cache.read_states(slots.numpy()), states)
+    assert torch.equal(raw[slots, : 20 * state_dtype.itemsize].view(state_dtype), states)
     others = torch.ones(len(raw), dtype=torch.bool)
     others[slots] = False
     assert not raw[others].any()
-    assert cache.marks.numpy()[[0, 1, 95]].tolist() == [3, 0, 3]
+
+
+def test_fewer_states_than_slots() -> None:
+    cache = make_side_cache(torch.float32, hidden_size=60)
+    assert cache.row_bytes == 240
+    cache.bytes_per_slot = 80
+    raw = bind(cache, torch.float32)
+    assert len(cache.marks) == 3 * BLOCK_SIZE and len(cache.states) == BLOCK_SIZE
+    assert cache.states.data_ptr() == raw.data_ptr()
+
+    slots = np.array([95, 3, 50, 3])  # two requests share the prefix that slot 3 belongs to
+    states = torch.randn(4, 60)
+    states[3] = states[1]
+    cache.write_states(slots, torch.from_numpy(slots), states)
+    assert torch.equal(cache.read_states(slots), states)
+    assert cache.has_room(BLOCK_SIZE - 3) and not cache.has_room(BLOCK_SIZE - 2)
+    cache.release(np.array([3, 3, 7]))
+    assert cache.has_room(BLOCK_SIZE - 2)
+    assert torch.equal(cache.read_states(slots[[0, 2]]), states[[0, 2]])
 
 
 def test_views_follow_what_is_bound() -> None:
     cache = make_side_cache(torch.float32)
     assert not cache.is_bound
-    with pytest.raises(RuntimeError, match=r"model\.side_cache\.4 is used before"):
-        cache.states  # noqa: B018
     bind(cache, torch.float32)
     old = cache.states
     bind(cache, torch.float32)
     assert cache.states.data_ptr() != old.data_ptr()
     cache.kv_cache = torch.tensor([])  # what vLLM does at shutdown
-    assert not cache.is_bound
+    assert not cache.is_bound and len(cache.states) == len(cache.marks) == 0
 
 
 def test_name_must_be_free() -> None:
@@ -109,9 +124,10 @@ class SideCacheProbe(LlamaForCausalLM):
             self._note(batch, positions)
             num_rows = batch.num_actual_tokens
             slots = batch.slot_mapping[:num_rows]
-            cache.states.index_copy_(0, slots, hidden[:num_rows])
-            cache.marks[slots] = 1
-            assert torch.equal(cache.states[slots], hidden[:num_rows])
+            cache.write_states(slots.numpy(), slots, hidden[:num_rows])
+            cache.marks[slots.numpy()] = 1
+            assert torch.equal(cache.read_states(slots.numpy()), hidden[:num_rows])
+            cache.release(slots.numpy())
         return hidden
 
     def _note(self, batch: Any, positions: torch.Tensor) -> None:
@@ -126,7 +142,7 @@ class SideCacheProbe(LlamaForCausalLM):
             assert (
                 slots[length - stop + start :].tolist() == batch.slot_mapping[start:stop].tolist()
             )
-            seen.append((slots.tolist(), self.side_cache.marks[slots].tolist()))
+            seen.append((slots.tolist(), self.side_cache.marks[slots.numpy()].tolist()))
         self.seen.append(seen)
 
 
@@ -175,10 +191,12 @@ def test_in_an_engine(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
 
     # Part of the budget: a block is the page of 4 layers (K and V of one head of 32) and its own.
-    page = BLOCK_SIZE * (4 * 2 * 32 * 4 + cache.bytes_per_slot)
-    assert cache.bytes_per_slot == 64 * 4 + 16
+    layers = 4 * 2 * 32 * 4
+    page = BLOCK_SIZE * (layers + cache.bytes_per_slot)
+    assert cache.bytes_per_slot == int(0.12 * layers) // 16 * 16
     assert config.num_blocks == KV_BYTES // page
     assert len(cache.marks) == config.num_blocks * BLOCK_SIZE
+    assert len(cache.states) == len(cache.marks) * cache.bytes_per_slot // (64 * 4)
 
     # Chunked prefill and several sequences: a row is marked once it has run, and not before.
     seen = runner.model.seen
@@ -189,7 +207,7 @@ def test_in_an_engine(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(set(slots)) == len(slots)
             assert marks == sorted(marks, reverse=True)
     finished = {slot for step in seen for slots, _ in step for slot in slots}
-    assert cache.marks.sum().item() == len(finished)
+    assert cache.marks.sum() == len(finished)
 
     # A prefix-cache hit finds the marks of the finished request: 3 of the 100 tokens' blocks.
     seen.clear()
@@ -206,5 +224,41 @@ def test_quantised_kv_cache_leaves_states_alone(
     cache, config = runner.model.side_cache, runner.kv_cache_config
     assert cache.states.dtype == torch.bfloat16
     assert not config.needs_kv_cache_zeroing
+    assert cache.bytes_per_slot <= 0.12 * 4 * 2 * 32
     page = BLOCK_SIZE * (4 * 2 * 32 + cache.bytes_per_slot)
     assert config.num_blocks == KV_BYTES // page
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "kv_heads", "head_size", "share_of_a_state"),
+    [
+        (1536, 28, 2, 128, 1.0),  # Qwen2.5-1.5B
+        (2048, 28, 8, 128, 1.0),  # Qwen3-1.7B
+        (2048, 16, 8, 64, 0.96),  # Llama-3.2-1B
+        (2048, 22, 4, 64, 0.66),  # TinyLlama-1.1B
+    ],
+)
+def test_share_of_the_kv_bytes(
+    hidden: int, layers: int, kv_heads: int, head_size: int, share_of_a_state: float
+) -> None:
+    class Layer(AttentionLayerBase):
+        def get_attn_backend(self) -> Any:
+            raise NotImplementedError
+
+        def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
+            return FullAttentionSpec(
+                block_size=16, num_kv_heads=kv_heads, head_size=head_size, dtype=torch.bfloat16
+            )
+
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(cache_dtype="bfloat16", block_size=16),
+        compilation_config=SimpleNamespace(
+            static_forward_context={str(i): Layer() for i in range(layers)}
+        ),
+    )
+    cache = SideCache(config, hidden, f"model.side_cache.{layers}")
+    page = cache.get_kv_cache_spec(config).page_size_bytes
+    assert page <= 0.12 * layers * Layer().get_kv_cache_spec(config).page_size_bytes
+    assert page == 16 * cache.bytes_per_slot
+    assert cache.bytes_per_slot / (2 * hidden) == pytest.approx(share_of_a_state, abs=0.01)

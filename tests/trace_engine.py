@@ -141,7 +141,7 @@ class TraceEngine:
             positions = np.arange(batch.first[request])
             sequence = np.full(len(positions), request)
             slots = slots_of(batch.block_table, sequence, positions, catch_up.block_size)
-            marks = catch_up.side_cache.get_marks(slots)
+            marks = catch_up.side_cache.marks[slots]
             self.unfinished_hits += bool((marks < catch_up.num_segments).any())
 
     def _record(self, logits: torch.Tensor) -> None:

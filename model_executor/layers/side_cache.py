@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged side cache: one residual state and one depth mark for every slot of the KV cache.
+"""The side cache: residual states and depth marks of positions that left the model early.
 
-A position that left the model at an early exit keeps its state here until a catch-up pass takes it
-further; the mark says how many segments it has been through (`catch_up.py` reads and writes both).
+A position's state stays here until a catch-up pass takes it further; the mark says how many
+segments it has been through (`catch_up.py` reads and writes both). Both belong to a slot of the KV
+cache: `block_table[request, position // block_size] * block_size + position % block_size`.
 
-To vLLM this is one more attention layer, whose KV cache spec has the block size of all the others.
-All are full attention, so vLLM puts them into one KV cache group: one block table, one slot
-mapping, one prefix cache, and a page that is part of the KV memory budget. A slot here is therefore
-the same number as a slot of the KV cache:
-`block_table[request, position // block_size] * block_size + position % block_size`.
+States are on the device. To vLLM they are one more attention layer, whose KV cache spec has the
+block size of all the others. All are full attention, so vLLM puts them into one KV cache group: one
+block table, one slot mapping, one prefix cache, and a page that is part of the KV memory budget.
+Where one state per slot takes no more than `SideCache.SHARE` of what the other layers take, state
+and slot have the same number. Otherwise the layer's memory is cut to that share and its rows are
+given to whichever slots wait (`state_pool.py`); a step that finds none left goes on to full depth.
 
-A slot is a row of `bytes_per_slot` bytes:
-`[state: hidden_size values of the model's dtype | mark: one byte | padding]`.
-State and mark lie side by side so that whatever moves a block moves both (a copy-on-write of a
-shared block, for instance).
+Marks, and that map, are on the host: one byte per slot, and eight more where there is a map. vLLM
+moves or copies no block of such a group: hits are whole blocks, since a group that is alone hashes
+by its own block size (`KVCacheCoordinator`), and a KV connector is refused at start.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-# Rows start at multiples of this many bytes, so a state can be viewed in any dtype and is moved by
+from vllm_nvium.model_executor.layers.state_pool import StatePool
+
+# Rows are multiples of this many bytes, so a state can be viewed in any dtype and is moved by
 # vector instructions. More than 16 gained nothing when measured.
 _ROW_ALIGNMENT = 16
 
@@ -104,7 +107,7 @@ class SideCacheBackend(AttentionBackend):
 
 
 class SideCache(nn.Module, AttentionLayerBase):
-    """Storage for the state and depth mark of every slot, allocated and counted with the KV cache.
+    """Storage for states and depth marks, allocated and counted with the KV cache.
 
     Args:
         vllm_config: vLLM's configuration of this engine. The layer registers itself there.
@@ -114,11 +117,24 @@ class SideCache(nn.Module, AttentionLayerBase):
 
     Attributes:
         layer_name: `prefix`, the key into the forward context's `attn_metadata` and `slot_mapping`.
-        bytes_per_slot: size of a row, padding included.
+        row_bytes: size of one state, padding included.
+        bytes_per_slot: what the layer's memory is worth per slot; less than `row_bytes` where not
+            every slot can have a state at the same time.
+        states: `[num_rows, H]`, model's dtype.
+        marks: `[num_slots]` uint8 on the host: how many segments a slot's position has been
+            through.
+        pool: which state belongs to which slot; None where it is the one of the same number.
 
     Raises:
         ValueError: the name is taken.
     """
+
+    # Of the bytes of all other layers. A lower one leaves fewer states, not other results.
+    SHARE = 0.12
+
+    states: torch.Tensor
+    marks: np.ndarray
+    pool: StatePool | None
 
     def __init__(self, vllm_config: VllmConfig, hidden_size: int, prefix: str) -> None:
         super().__init__()
@@ -126,11 +142,9 @@ class SideCache(nn.Module, AttentionLayerBase):
         self.hidden_size = hidden_size
         self.state_dtype: torch.dtype = vllm_config.model_config.dtype
         self._state_bytes = hidden_size * self.state_dtype.itemsize
-        self.bytes_per_slot = -(-(self._state_bytes + 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        self._states: torch.Tensor | None = None
-        self._marks: torch.Tensor | None = None
-        self._marks_host: np.ndarray | None = None
-        self._kv_cache = torch.tensor([])
+        self.row_bytes = -(-self._state_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        self.bytes_per_slot = self.row_bytes
+        self.kv_cache = torch.tensor([])
 
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
@@ -144,72 +158,54 @@ class SideCache(nn.Module, AttentionLayerBase):
 
     @kv_cache.setter
     def kv_cache(self, kv_cache: torch.Tensor) -> None:
-        # vLLM also assigns an empty tensor here to release the memory: the views go with it.
+        # vLLM also assigns an empty tensor here to release the memory: the view goes with it.
         self._kv_cache = kv_cache
-        self._states = self._marks = self._marks_host = None
+        memory = kv_cache.view(torch.uint8).view(-1)
+        num_slots, num_rows = len(memory) // self.bytes_per_slot, len(memory) // self.row_bytes
+        rows = memory[: num_rows * self.row_bytes].view(num_rows, self.row_bytes)
+        self.states = rows[:, : self._state_bytes].view(self.state_dtype)  # [num_rows, H]
+        self.marks = np.zeros(num_slots, dtype=np.uint8)
+        self.pool = StatePool(num_slots, num_rows) if num_rows < num_slots else None
 
     @property
     def is_bound(self) -> bool:
         """False during the profile run, which comes before the KV cache exists."""
         return self._kv_cache.numel() > 0
 
-    @property
-    def states(self) -> torch.Tensor:
-        """`[num_slots, H]`, model's dtype: a slot's residual state. Rows contiguous, strided."""
-        if self._states is None:
-            self._make_views()
-        assert self._states is not None
-        return self._states
+    def has_room(self, num_states: int) -> bool:
+        """Whether so many more states can be written."""
+        return self.pool is None or num_states <= self.pool.num_free
 
-    @property
-    def marks(self) -> torch.Tensor:
-        """`[num_slots]` uint8, strided: how many segments a slot's position has been through."""
-        if self._marks is None:
-            self._make_views()
-        assert self._marks is not None
-        return self._marks
+    def write_states(
+        self, slots: np.ndarray, slots_device: torch.Tensor, states: torch.Tensor
+    ) -> None:
+        """Stores states [T, H] at `slots` ([T] int64, host and device), which hold none."""
+        if self.pool is not None:
+            slots_device = torch.from_numpy(self.pool.take(slots)).to(states.device)
+        self.states.index_copy_(0, slots_device, states)
 
-    def _make_views(self) -> None:
-        if not self.is_bound:
-            raise RuntimeError(f"{self.layer_name} is used before the KV cache was allocated")
-        rows = self._kv_cache.view(torch.uint8).view(-1, self.bytes_per_slot)  # [slots, bytes]
-        self._states = rows[:, : self._state_bytes].view(self.state_dtype)  # [slots, H]
-        self._marks = rows[:, self._state_bytes]  # [slots]
-        # On CPU the marks are read and written without a tensor operation in between.
-        self._marks_host = self._marks.numpy() if self._marks.device.type == "cpu" else None
+    def read_states(self, slots: np.ndarray) -> torch.Tensor:
+        """The states [T, H] that wait at `slots` ([T] int64, host)."""
+        rows = slots if self.pool is None else self.pool.rows(slots)
+        return self.states.index_select(0, torch.from_numpy(rows).to(self.states.device))
 
-    def set_marks(self, slots: np.ndarray, depth: int) -> None:
-        """Marks positions in `slots` ([T] int64, host) as having been through `depth` segments."""
-        if self._marks is None:
-            self._make_views()
-        if self._marks_host is not None:
-            self._marks_host[slots] = depth
-        else:
-            self.marks[torch.from_numpy(slots).to(self.marks.device)] = depth
-
-    def get_marks(self, slots: np.ndarray) -> np.ndarray:
-        """Marks of the positions in `slots` ([T] int64, host) as a [T] uint8 host array."""
-        if self._marks_host is not None:
-            return self._marks_host[slots]
-        return self.marks[torch.from_numpy(slots).to(self.marks.device)].cpu().numpy()
-
-    def write_states(self, slots: torch.Tensor, states: torch.Tensor) -> None:
-        """Stores states [T, H] at `slots` ([T] int64, device)."""
-        self.states.index_copy_(0, slots, states)
-
-    def read_states(self, slots: torch.Tensor) -> torch.Tensor:
-        """States [T, H] at `slots` ([T] int64, device)."""
-        return self.states.index_select(0, slots)
+    def release(self, slots: np.ndarray) -> None:
+        """What waits at `slots` ([T] int64, host), if anything does, is not needed any more."""
+        if self.pool is not None:
+            self.pool.release(slots)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return SideCacheBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """One head, whose content is the whole row.
+        """One head, whose content is the share of a state that each slot pays for.
 
         The dtype named is the KV cache's although the content is not of that type: when the dtypes
         of layers differ vLLM zeroes every block it hands out, which nothing here needs.
         """
+        share = int(self.SHARE * self._bytes_of_other_layers(vllm_config))
+        share -= share % _ROW_ALIGNMENT
+        self.bytes_per_slot = min(self.row_bytes, max(share, _ROW_ALIGNMENT))
         cache_dtype = vllm_config.cache_config.cache_dtype
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
@@ -220,6 +216,15 @@ class SideCache(nn.Module, AttentionLayerBase):
             kv_quant_mode=get_kv_quant_mode(cache_dtype),
             state_content_bytes=self.bytes_per_slot,
         )
+
+    def _bytes_of_other_layers(self, vllm_config: VllmConfig) -> int:
+        """What all other layers of the KV cache take per slot."""
+        total = 0
+        for layer in vllm_config.compilation_config.static_forward_context.values():
+            if layer is not self and isinstance(layer, AttentionLayerBase):
+                spec = layer.get_kv_cache_spec(vllm_config)
+                total += spec.page_size_bytes // spec.block_size if spec else 0
+        return total
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, bytes_per_slot={self.bytes_per_slot}"
