@@ -244,7 +244,7 @@ def run(args: argparse.Namespace, bench: Bench, scratch: Path) -> list[str]:
         f"flags: {mode}; prompts of {args.prompt_lengths} random tokens, {args.new_tokens} new "
         f"tokens, {args.repeats} runs in turn, medians; prefill included",
         "",
-        "| row | batch | dense tok/s | N-vium tok/s | N-vium / dense | N-vium / ideal | layers run |",
+        "| row | batch | dense tok/s | N-vium tok/s | N-vium / dense | / ideal | layers run |",
         "|---|---|---|---|---|---|---|",
     ]
     batches = [int(batch) for batch in args.batches.split(",")]
