@@ -72,21 +72,24 @@ def run_cascade(
     """
     batch, catch_up = step.batch, step.catch_up
     rows = catch_up.start(batch, positions)
+    # Nothing starts to wait while a step runs, so what does is known from its start.
+    something_waits = bool((batch.complete < rows.first).any())
+    may_stop = bool(step.sampling.may_stop.all())
+    step.exits = np.full(batch.num_requests, UNDECIDED, dtype=np.int64)
     # Heads with unembeddings of their own cannot share the plain [T, H] output either.
     wide = step.sampling.wide or model.heads_differ
     heads: _NarrowHeads | _WideHeads = (
         _WideHeads(model, step) if wide else _NarrowHeads(model, step)
     )
-    step.exits = np.full(batch.num_requests, UNDECIDED, dtype=np.int64)
     state = model.segments[0](input_ids[: batch.num_rows], rows.positions)
     for k in range(len(model.exits)):
-        heads.at_exit(k, rows, state)
-        stoppable = np.all(step.sampling.may_stop & (step.exits != UNDECIDED))
-        if stoppable and catch_up.has_room(rows):
+        undecided = heads.at_exit(k, rows, state)
+        if may_stop and not undecided and catch_up.has_room(rows):
             step.depth = k + 1
             catch_up.stop(rows, state, step.depth)
             return heads.output(state)
-        rows, state = catch_up.join(batch, rows, state, segment=k + 1)
+        if something_waits:
+            rows, state = catch_up.join(batch, rows, state, segment=k + 1)
         state = model.segments[k + 1](state, rows.positions)
     step.depth = len(model.segments)
     heads.at_end(rows, state)
@@ -106,6 +109,13 @@ class _NarrowHeads:
     def __init__(self, model: "NviumForCausalLM", step: Step) -> None:
         self.model, self.step = model, step
         self.result: torch.Tensor | None = None
+        self.undecided = step.batch.num_requests
+        # Hazards that are the same for every token need no states: all draws are made at once.
+        self.leave: np.ndarray | None = None
+        self.nobody_leaves = False
+        if model.constant_margins is not None:
+            self.leave = model.constant_margins > step.sampling.thresholds  # [R, N-1]
+            self.nobody_leaves = not self.leave.any()
 
     def _emit(self, requests: np.ndarray, head_inputs: torch.Tensor) -> None:
         """Puts [n, H] head inputs of the newest rows of `requests` into the step's output."""
@@ -118,33 +128,38 @@ class _NarrowHeads:
         newest = batch.query_start[1:][requests].astype(np.int64) - 1
         self.result[torch.from_numpy(newest).to(head_inputs.device)] = head_inputs
 
-    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> None:
-        """Draws exit k for the newest token of every request that has no head yet."""
+    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> int:
+        """Draws exit k for the newest token of every request that has no head yet.
+
+        Returns:
+            how many have none after that.
+        """
+        if self.nobody_leaves or self.undecided == 0:
+            return self.undecided
         step, exit_ = self.step, self.model.exits[k]
-        thresholds = step.sampling.thresholds[:, k]
-        open_ = step.exits == UNDECIDED
         normed: torch.Tensor | None = None
-        margins: float | np.ndarray | None = exit_.router.constant_margin
-        if margins is None:
-            if not open_.any():
-                return
+        if self.leave is None:
             normed = exit_.norm(_take(state, rows.newest()))
-            margins = exit_.router(normed).cpu().numpy()
-        leaving = np.flatnonzero(open_ & (margins > thresholds))
+            leave = exit_.margins(normed).cpu().numpy() > step.sampling.thresholds[:, k]
+        else:
+            leave = self.leave[:, k]
+        leaving = np.flatnonzero(leave & (step.exits == UNDECIDED))
         if len(leaving) == 0:
-            return
+            return self.undecided
         if normed is None:
             normed = exit_.norm(_take(state, rows.newest()[leaving]))
         else:
             normed = _take(normed, leaving)
         step.exits[leaving] = k
         self._emit(leaving, exit_.head_input(normed))
+        self.undecided -= len(leaving)
+        return self.undecided
 
     def at_end(self, rows: Rows, state: torch.Tensor) -> None:
         """The final head speaks for every request that left nowhere."""
-        staying = np.flatnonzero(self.step.exits == UNDECIDED)
-        if len(staying) == 0:
+        if self.undecided == 0:
             return
+        staying = np.flatnonzero(self.step.exits == UNDECIDED)
         self.step.exits[staying] = len(self.model.exits)
         self._emit(staying, self.model.final_head(_take(state, rows.newest()[staying])))
 
@@ -189,7 +204,7 @@ class _WideHeads:
         """[M] int64: which rows of a pass the mixture rows are."""
         return rows.newest()[self.request] - self.from_newest
 
-    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> None:
+    def at_exit(self, k: int, rows: Rows, state: torch.Tensor) -> int:
         step, exit_, packed = self.step, self.model.exits[k], self._packed(state)
         sampling = step.sampling
         if len(self.output_rows):
@@ -208,6 +223,7 @@ class _WideHeads:
             step.exits[leaving] = k
             self._emit(packed, leaving, k, exit_.head_input(_take(normed, leaving)))
         self._decide(k, packed)
+        return int(np.count_nonzero(step.exits == UNDECIDED))
 
     def _emit(
         self, packed: HeadRows, requests: np.ndarray, head: int, inputs: torch.Tensor

@@ -152,6 +152,7 @@ class RequestTable:
         self._seeds = np.array([row.seed for row in rows], dtype=np.uint64)
         self._greedy = np.array([row.greedy for row in rows], dtype=bool)
         self._any_sampled = not self._greedy.all()
+        self._greedy_thresholds = np.zeros((len(rows), self.num_exits))
         self._mixture = np.array([row.mixture for row in rows], dtype=bool)
         self._mixture_greedy = np.array([row.mixture_greedy for row in rows], dtype=bool)
         # What needs the mixture never stops early, unless its argmax can be settled.
@@ -182,7 +183,7 @@ class RequestTable:
             thresholds = margin_thresholds(self._seeds, last, self.num_exits)
             thresholds[self._greedy] = 0.0
         else:
-            thresholds = np.zeros((len(last), self.num_exits))
+            thresholds = self._greedy_thresholds
         # Stopping now would leave positions complete..last behind. A request that has not yet been
         # through a full pass in its present blocks goes on, prompt row or not.
         allowed = (last + 1 - self.complete <= self._max_deferred) & (self.complete > 0)
