@@ -187,12 +187,21 @@ class CatchUp:
         sequence, positions, query_start = ragged_ranges(frontier, rows.last)
         slots = slots_of(batch.block_table, sequence, positions, self.block_size)
         waiting = positions < rows.first[sequence]  # [T] bool
+        in_flight = ~waiting
+        # Another request of this step may be computing what this one takes for its prefix: such a
+        # position waits nowhere, its state is in that request's rows.
+        shared = waiting & (self.side_cache.marks[slots] == self.num_segments)
+        waiting &= ~shared
         waiting_slots = slots[waiting]
         joined_state = torch.cat([self.side_cache.read_states(waiting_slots), state])
         if batch.num_requests > 1:  # the rows of each request follow each other
             order = np.empty(len(slots), dtype=np.int64)
             order[waiting] = np.arange(len(waiting_slots))
-            order[~waiting] = np.arange(len(waiting_slots), len(slots))
+            order[in_flight] = np.arange(len(waiting_slots), len(waiting_slots) + len(rows.slots))
+            if shared.any():
+                by_slot = np.argsort(rows.slots)
+                found = np.searchsorted(rows.slots, slots[shared], sorter=by_slot)
+                order[shared] = len(waiting_slots) + by_slot[found]
             joined_state = joined_state.index_select(0, torch.from_numpy(order).to(state.device))
         self.side_cache.release(waiting_slots)
         device = rows.slots_device.device
