@@ -113,6 +113,14 @@ def test_request_seeds() -> None:
     assert all(0 <= seed < 2**64 for seed in others)
 
 
+def test_offline_requests_without_a_seed_repeat_with_the_engines() -> None:
+    assert request_seed(None, "7-1f0c9a2b", 0) == request_seed(None, "7-00000000", 0)
+    assert request_seed(None, "0_7-1f0c9a2b", 0) == request_seed(None, "0_7-00000000", 0)
+    assert request_seed(None, "7-1f0c9a2b", 0) != request_seed(None, "7-1f0c9a2b", 1)
+    # A server's ids are not running numbers: two requests that share one draw independently.
+    assert request_seed(None, "cmpl-x-1f0c9a2b", 0) != request_seed(None, "cmpl-x-00000000", 0)
+
+
 # --------------------------------------------------------------------------------------- ragged
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), min_size=1, max_size=6)
