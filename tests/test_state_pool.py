@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from test_traces import arrivals, hazard
+from test_traces import hazard, traces
 from trace_engine import TraceEngine, check_against_reference, patch_thresholds
 
 from tiny_models import make_nvium
@@ -68,7 +68,7 @@ def served(request, tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    trace=st.lists(arrivals(), min_size=1, max_size=8),
+    trace=traces(),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
 )
 def test_traces(served, trace, hazards):
@@ -89,11 +89,11 @@ def test_traces(served, trace, hazards):
 def test_the_pool_did_run_out(served):
     # Runs after the traces, in the same engine.
     _, engine = served
-    traces = int(os.environ.get("NVIUM_POOL_TRACES", "60"))
+    number = int(os.environ.get("NVIUM_POOL_TRACES", "60"))
     catch_up, pool = engine.runner.nvium_catch_up, engine.runner.model.side_cache.pool
     if pool is None:
         assert catch_up.steps_without_room == 0
     else:
-        assert catch_up.steps_without_room > 2 * traces
+        assert catch_up.steps_without_room > 2 * number
         # Whatever waits has a state, and nothing else holds one.
         assert pool.num_free + np.count_nonzero(pool.rows(np.arange(384)) != NONE) == FEW
