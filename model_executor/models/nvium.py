@@ -7,7 +7,7 @@ segment is compiled on its own, and the cascade between them is `cascade.py`.
 
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -133,6 +133,7 @@ def _make_segment(vllm_config: VllmConfig, start: int, stop: int, prefix: str) -
     with names of its attention layers inside: segments that shared one would load each other's.
     """
     base: type[_Segment]
+    forward: Callable[..., torch.Tensor]
     if start == 0:
         base, forward = _FirstSegment, _forward_first
     elif stop == vllm_config.model_config.hf_config.num_hidden_layers:
