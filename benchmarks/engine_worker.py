@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine in a process of its own, timed on command, so that several models can take turns
-on one machine. Commands and answers are JSON lines on a pair of pipes.
+"""One vLLM engine in a process of its own that takes one timed step at a time, so that several
+models can take turns on one machine. Commands and answers are JSON lines on a pair of pipes.
 """
 
 import argparse
@@ -24,7 +24,14 @@ class EngineProcess:
         command = [sys.executable, str(Path(__file__)), "--model", model]
         command += ["--engine-args", json.dumps(engine_args)]
         command += ["--read", str(down_read), "--write", str(up_write)]
-        environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
+        environment = os.environ | {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            # The engine in the worker itself: only then is a step something that can be asked for.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Intel OpenMP's threads spin for 200 ms after their work unless told otherwise (vLLM
+            # tells its own worker processes 5): here they would spin on the next engine's turn.
+            "KMP_BLOCKTIME": "1",
+        }
         self.process = subprocess.Popen(
             command, pass_fds=(down_read, up_write), env=environment, stdout=subprocess.DEVNULL
         )
@@ -39,11 +46,18 @@ class EngineProcess:
             raise SystemExit(f"{self.name}: the engine process ended; run it alone to see why")
         return json.loads(line)
 
-    def measure(self, **command: Any) -> dict[str, Any]:
-        """Runs one batch; see `Worker.measure` for what goes in and comes back."""
+    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
         self._out.write(json.dumps(command) + "\n")
         self._out.flush()
         return self._answer()
+
+    def begin(self, **batch: Any) -> None:
+        """Hands the engine one batch; see `Worker.begin`."""
+        self._ask(batch)
+
+    def step(self) -> dict[str, Any]:
+        """One engine step; see `Worker.step` for what comes back."""
+        return self._ask({})
 
     def close(self) -> None:
         self._out.close()
@@ -59,20 +73,16 @@ class Worker:
         self.vocabulary = self.engine.model_config.get_vocab_size()
         self.count = 0
 
-    def measure(
-        self, prompts: list[int], new_tokens: int, temperature: float, seed: int
+    def begin(
+        self, prompts: list[Any], new_tokens: int, temperature: float, seed: int
     ) -> dict[str, Any]:
-        """Times one batch of random prompts, whose lengths are given.
-
-        Returns:
-            prefill: seconds until every request has its first token; started: new tokens by then;
-            decode: seconds from there to the end; tokens: new tokens in that part.
-        """
+        """Adds one batch of prompts, token ids or the lengths of random ones; nothing runs yet."""
         from vllm import SamplingParams
 
         draw = random.Random(seed)
-        for i, prompt_length in enumerate(prompts):
-            prompt = [draw.randrange(10, self.vocabulary - 10) for _ in range(prompt_length)]
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, int):
+                prompt = [draw.randrange(10, self.vocabulary - 10) for _ in range(prompt)]
             params = SamplingParams(
                 temperature=temperature,
                 seed=seed * 1000 + i if temperature else None,
@@ -82,22 +92,37 @@ class Worker:
             )
             self.count += 1
             self.engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)
-        lengths: dict[str, int] = {}
-        start = first = time.perf_counter()
-        started_tokens = 0
-        while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                lengths[output.request_id] = len(output.outputs[0].token_ids)
-            if len(lengths) == len(prompts) and not started_tokens:
-                first, started_tokens = time.perf_counter(), sum(lengths.values())
-        end = time.perf_counter()
-        tokens = sum(lengths.values()) - started_tokens
+        self.waiting = len(prompts)
+        self.lengths: dict[str, int] = {}
+        return {}
+
+    def step(self) -> dict[str, Any]:
+        """One engine step.
+
+        Returns:
+            seconds: what it took; tokens: new tokens of all requests; prefill: whether some
+            request had no token before it; unfinished: whether there is more to do; depth: the
+            segments that an N-vium model ran, 0 of another.
+        """
+        prefill = len(self.lengths) < self.waiting
+        before = sum(self.lengths.values())
+        start = time.perf_counter()
+        outputs = self.engine.step()
+        seconds = time.perf_counter() - start
+        for output in outputs:
+            self.lengths[output.request_id] = len(output.outputs[0].token_ids)
         return {
-            "prefill": first - start,
-            "started": started_tokens,
-            "decode": end - first,
-            "tokens": tokens,
+            "seconds": seconds,
+            "tokens": sum(self.lengths.values()) - before,
+            "prefill": prefill,
+            "unfinished": self.engine.has_unfinished_requests(),
+            "depth": self.engine.collective_rpc(_depth_of_last_step)[0],
         }
+
+
+def _depth_of_last_step(worker: Any) -> int:
+    step = getattr(worker.model_runner, "nvium_step", None)
+    return 0 if step is None else step.depth
 
 
 def main() -> None:
@@ -111,7 +136,9 @@ def main() -> None:
     with os.fdopen(args.read) as commands, os.fdopen(args.write, "w") as answers:
         print("{}", file=answers, flush=True)
         for line in commands:
-            print(json.dumps(worker.measure(**json.loads(line))), file=answers, flush=True)
+            command = json.loads(line)
+            answer = worker.begin(**command) if command else worker.step()
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -49,11 +50,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hazards", default="0.3,0.3,0.3")
     parser.add_argument("--paper-shape", action="store_true", help="random weights, paper's shape")
     parser.add_argument("--layers", type=int, help="with --paper-shape: shorten to so many layers")
+    parser.add_argument(
+        "--nvium",
+        type=Path,
+        help="an N-vium checkpoint made from --dense, with routers of its own: instead of constant "
+        "hazards it is compared, on --prompts",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help="with --nvium: JSON lines with question, prompt or turns"
+    )
     parser.add_argument("--batches", default="1,2,4,8,32", help="of the rows that compare")
     parser.add_argument("--prompt-lengths", default="32,128,512", help="requests take turns")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="engines of every kind, whose times are averaged: where a process's memory happens to "
+        "lie makes two engines of the same model differ by a few per cent",
+    )
     parser.add_argument(
         "--scratch",
         type=Path,
@@ -118,18 +135,33 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, engine_args: dict[str, Any]) -> None:
         self.args, self.engine_args = args, engine_args
-        self.engines: dict[str, EngineProcess] = {}
+        self.engines: dict[str, list[EngineProcess]] = {}
         self.prompt_lengths = [int(n) for n in args.prompt_lengths.split(",")]
+        self.texts = read_prompts(args) if args.prompts else []
+        # Share of the layers in the first one, two, ... segments of the N-vium model.
+        self.depths: list[float] = []
 
     def start(self, name: str, model: str, **overrides: Any) -> None:
-        self.engines[name] = EngineProcess(name, model, self.engine_args | overrides)
+        self.engines[name] = [
+            EngineProcess(name, model, self.engine_args | overrides)
+            for _ in range(self.args.processes)
+        ]
 
-    def prompts(self, batch: int, repeat: int) -> list[int]:
+    def stop(self, name: str) -> None:
+        """Frees the memory of engines that no further row needs."""
+        for engine in self.engines.pop(name):
+            engine.close()
+
+    def prompts(self, batch: int, repeat: int) -> list[Any]:
+        """Lengths of random prompts, or the token ids of real ones."""
+        if self.texts:
+            first = repeat * batch
+            return [self.texts[(first + i) % len(self.texts)] for i in range(batch)]
         lengths = self.prompt_lengths
         return [lengths[(i + repeat) % len(lengths)] for i in range(batch)]
 
     def compare(self, names: dict[str, float], batch: int) -> dict[str, list[dict[str, float]]]:
-        """Runs every engine in turn, `repeats` times after one warm-up.
+        """Runs the same batch on every engine, `repeats` times after one warm-up.
 
         Args:
             names: engine -> temperature.
@@ -137,26 +169,74 @@ class Bench:
         results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         label = f"batch {batch}: {', '.join(names)}"
         for repeat in tqdm(range(self.args.repeats + 1), desc=label, disable=None, leave=False):
-            prompts = self.prompts(batch, repeat)
             for name, temperature in names.items():
-                measured = self.engines[name].measure(
-                    prompts=prompts,
-                    new_tokens=self.args.new_tokens,
-                    temperature=temperature,
-                    seed=repeat,
-                )
-                if repeat:
-                    results[name].append(measured | {"repeat": repeat})
+                for engine in self.engines[name]:
+                    engine.begin(
+                        prompts=self.prompts(batch, repeat),
+                        new_tokens=self.args.new_tokens,
+                        temperature=temperature,
+                        seed=repeat,
+                    )
+            runs = self.take_turns(list(names))
+            if repeat:
+                for name, run in runs.items():
+                    results[name].append(run | {"repeat": repeat})
         return results
 
+    def take_turns(self, names: list[str]) -> dict[str, dict[str, float]]:
+        """Runs the batches that have begun, one engine step of each in turn, until all are done.
+
+        Returns:
+            name -> seconds of `prefill` (every request has its first token) and `decode`, and the
+            new `tokens`, means over the name's engines; and of an N-vium model the sum of what
+             its decoding `steps` ran (`depth`, as shares of the layers).
+        """
+        fields = ("prefill", "decode", "tokens", "depth", "steps")
+        runs = {name: dict.fromkeys(fields, 0.0) for name in names}
+        todo = [(name, engine) for name in names for engine in self.engines[name]]
+        while todo:
+            for name, engine in list(todo):
+                step, share = engine.step(), 1 / len(self.engines[name])
+                runs[name]["prefill" if step["prefill"] else "decode"] += share * step["seconds"]
+                runs[name]["tokens"] += share * step["tokens"]
+                if not step["prefill"] and step["depth"]:
+                    runs[name]["depth"] += self.depths[step["depth"] - 1]
+                    runs[name]["steps"] += 1
+                if not step["unfinished"]:
+                    todo.remove((name, engine))
+            todo = todo[1:] + todo[:1]  # nobody always follows the same engine
+        return runs
+
     def close(self) -> None:
-        for engine in self.engines.values():
-            engine.close()
+        for name in list(self.engines):
+            self.stop(name)
+
+
+def read_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """Token ids of the prompts in a file of JSON lines, in the model's chat template if any."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.dense)
+    found = []
+    for line in args.prompts.read_text().splitlines():
+        row = json.loads(line)
+        text = row.get("question") or row.get("prompt") or row["turns"][0]
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        if len(ids) <= 512:
+            found.append(ids)
+    # Files are ordered by kind; a run should meet all kinds.
+    random.Random(0).shuffle(found)
+    return found
 
 
 def rates(runs: list[dict[str, float]]) -> list[float]:
     """Tokens per second of every run, prefill included."""
-    return [(run["tokens"] + run["started"]) / (run["prefill"] + run["decode"]) for run in runs]
+    return [run["tokens"] / (run["prefill"] + run["decode"]) for run in runs]
 
 
 def ratios(mine: list[float], other: list[float]) -> str:
@@ -192,15 +272,33 @@ def ideal_rates(
         prompts = bench.prompts(batch, repeat)
         share = executed_share(batch, prompts, args.new_tokens, repeat, hazards, depths)
         decode = run["decode"] - layer_time * (1 - share)
-        result.append((run["tokens"] + run["started"]) / (run["prefill"] + decode))
+        result.append(run["tokens"] / (run["prefill"] + decode))
         shares.append(share)
     return result, statistics.median(shares)
+
+
+def trained_rows(bench: Bench, batches: list[int]) -> list[str]:
+    """A model with routers of its own, sampled and greedy."""
+    lines = []
+    for batch in batches:
+        for law, temperature in (("T=1", 1.0), ("greedy", 0.0)):
+            found = bench.compare({"dense": temperature, "nvium": temperature}, batch)
+            mine, other = rates(found["nvium"]), rates(found["dense"])
+            steps = sum(run["steps"] for run in found["nvium"])
+            mean = sum(run["depth"] for run in found["nvium"]) / steps
+            lines.append(
+                f"| trained routers, {law} | {batch} | {statistics.median(other):.1f} | "
+                f"{statistics.median(mine):.1f} | {ratios(mine, other)} | | {mean:.0%} |"
+            )
+    return lines
 
 
 def main() -> None:
     args = parse()
     if bool(args.dense) == args.paper_shape:
         raise SystemExit("give either --dense FOLDER or --paper-shape")
+    if bool(args.nvium) != bool(args.prompts) or (args.nvium and args.paper_shape):
+        raise SystemExit("--nvium and --prompts go together, with --dense")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     engine_args = {
         "dtype": "bfloat16",
@@ -223,37 +321,42 @@ def main() -> None:
 
 def run(args: argparse.Namespace, bench: Bench, scratch: Path) -> list[str]:
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
-    dense = Path(args.dense) if args.dense else scratch / "dense"
+    dense = Path(args.dense or scratch)
     if args.paper_shape:
         layers = args.layers or PAPER_SHAPE["num_hidden_layers"]
+        dense = scratch / f"dense-{layers}"
         if not (dense / "config.json").exists():
             make_paper_shape(dense, layers)
         args.exit_layers = ",".join(str(layers * k // 4) for k in (1, 2, 3))
         args.hazards = ",".join([str(PAPER_HAZARD)] * 3)
+    if args.nvium:
+        exits = json.loads((args.nvium / "config.json").read_text())["exit_layers"]
+        args.exit_layers = ",".join(map(str, exits))
     config = json.loads((dense / "config.json").read_text())
     num_layers = config["num_hidden_layers"]
     depths = [int(layer) / num_layers for layer in args.exit_layers.split(",")] + [1.0]
+    bench.depths = depths
     half_layers = num_layers // 2
     shape = ", ".join(
         f"{key} {config[key]}"
         for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
     )
+    prompts = args.prompts.name if args.prompts else f"of {args.prompt_lengths} random tokens"
     lines = [
         f"machine: {machine()}",
         f"model: {dense.name} ({shape}), bfloat16, exits after {args.exit_layers}",
-        f"flags: {mode}; prompts of {args.prompt_lengths} random tokens, {args.new_tokens} new "
-        f"tokens, {args.repeats} runs in turn, medians; prefill included",
+        f"flags: {mode}; prompts {prompts}, {args.new_tokens} new "
+        f"tokens, {args.repeats} runs, {args.processes} engines of each kind, steps in turn, "
+        "medians; prefill included",
         "",
         "| row | batch | dense tok/s | N-vium tok/s | N-vium / dense | / ideal | layers run |",
         "|---|---|---|---|---|---|---|",
     ]
     batches = [int(batch) for batch in args.batches.split(",")]
     bench.start("dense", str(dense))
-    bench.start(
-        "half", str(dense), load_format="dummy", hf_overrides={"num_hidden_layers": half_layers}
-    )
-    nvium = convert_to(scratch / "nvium", dense, args.exit_layers, args.hazards)
-    bench.start("nvium", nvium)
+    if args.nvium:
+        bench.start("nvium", str(args.nvium))
+        return lines + trained_rows(bench, batches)
     if not args.paper_shape:
         off = convert_to(scratch / "off", dense, args.exit_layers, "0")
         bench.start("off", off)
@@ -264,6 +367,11 @@ def run(args: argparse.Namespace, bench: Bench, scratch: Path) -> list[str]:
                 f"| routing off, greedy | {batch} | {statistics.median(other):.1f} | "
                 f"{statistics.median(mine):.1f} | {ratios(mine, other)} | | 100 % |"
             )
+        bench.stop("off")
+    bench.start(
+        "half", str(dense), load_format="dummy", hf_overrides={"num_hidden_layers": half_layers}
+    )
+    bench.start("nvium", convert_to(scratch / "nvium", dense, args.exit_layers, args.hazards))
     for batch in [b for b in batches if b <= 8]:
         found = bench.compare({"dense": 1.0, "nvium": 1.0, "half": 1.0}, batch)
         mine, other = rates(found["nvium"]), rates(found["dense"])

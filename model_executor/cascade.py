@@ -159,6 +159,10 @@ class _NarrowHeads:
         """The final head speaks for every request that left nowhere."""
         if self.undecided == 0:
             return
+        if self.undecided == len(self.step.exits) == len(state):  # one row each, and nobody left
+            self.step.exits.fill(len(self.model.exits))
+            self.result = self.model.final_head(state)
+            return
         staying = np.flatnonzero(self.step.exits == UNDECIDED)
         self.step.exits[staying] = len(self.model.exits)
         self._emit(staying, self.model.final_head(_take(state, rows.newest()[staying])))
