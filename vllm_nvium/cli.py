@@ -3,10 +3,22 @@
 `setup-cpu` must work before vLLM and torch do."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from vllm_nvium.version import __version__
+
+# Commands whose modules may need torch and transformers, so that a module is imported only when its
+# command is meant: name -> module (with `add_arguments` and `run`), line in the help.
+LAZY_COMMANDS = {
+    "convert": ("vllm_nvium.convert.command", "make an N-vium checkpoint"),
+    "train": ("vllm_nvium.training.command", "train an N-vium checkpoint"),
+    "eval": (
+        "vllm_nvium.training.evaluate_command",
+        "measure a checkpoint: perplexity, exits, expected speed-up",
+    ),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,26 +40,25 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
 
-    # The converter's module may need torch and transformers, so it is asked only when it is meant.
-    convert = commands.add_parser("convert", help="make an N-vium checkpoint", add_help=False)
-    convert.add_argument("rest", nargs=argparse.REMAINDER)
-    convert.set_defaults(run=None)
+    for name, (_, text) in LAZY_COMMANDS.items():
+        command = commands.add_parser(name, help=text, add_help=False)
+        command.add_argument("rest", nargs=argparse.REMAINDER)
+        command.set_defaults(run=None)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["convert"]:
-        return _convert(arguments[1:])
+    if arguments and arguments[0] in LAZY_COMMANDS:
+        return _run_lazy(arguments[0], arguments[1:])
     args = build_parser().parse_args(arguments)
     return int(args.run(args) or 0)
 
 
-def _convert(arguments: Sequence[str]) -> int:
-    from vllm_nvium.convert import command
-
-    parser = argparse.ArgumentParser(prog="vllm-nvium convert", description=command.__doc__)
+def _run_lazy(name: str, arguments: Sequence[str]) -> int:
+    command = importlib.import_module(LAZY_COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"vllm-nvium {name}", description=command.__doc__)
     command.add_arguments(parser)
     return int(command.run(parser.parse_args(arguments)) or 0)
 

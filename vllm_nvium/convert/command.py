@@ -90,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inner width of the routers (default: about 0.66 of the hidden size, as in the paper)",
     )
     parser.add_argument(
+        "--exits",
+        metavar="FOLDER",
+        help="trained exits for this dense model, as vllm-nvium train leaves them in RUN/exits",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
@@ -109,7 +114,14 @@ def run(args: argparse.Namespace) -> int:
             raise ConvertError("--exit-layers and --num-exits exclude each other.")
         # `None` when no flag was given: those flags make no sense for an authors' checkpoint.
         options = DenseOptions(**given) if given else None
-        for note in convert(args.dense, args.out, options, dtype=args.dtype, force=args.force):
+        for note in convert(
+            args.dense,
+            args.out,
+            options,
+            dtype=args.dtype,
+            force=args.force,
+            exits=args.exits,
+        ):
             print(f"vllm-nvium convert: {note}")
     except ConvertError as error:
         print(f"vllm-nvium convert: error: {error}", file=sys.stderr)
@@ -125,6 +137,7 @@ def convert(
     *,
     dtype: str = "auto",
     force: bool = False,
+    exits: str | Path | None = None,
 ) -> list[str]:
     """Convert a checkpoint.
 
@@ -134,6 +147,7 @@ def convert(
         options: the exits of a dense model; must be `None` for an authors' checkpoint.
         dtype: `"auto"`, `"bfloat16"` or `"float32"`.
         force: replace a checkpoint at `out`.
+        exits: folder of trained exits (see `exits.py`) for a dense model; excludes `options`.
 
     Returns:
         Notes for the user, one sentence each; mostly none.
@@ -143,10 +157,18 @@ def convert(
     """
     from vllm_nvium.convert import authors
     from vllm_nvium.convert import dense as dense_models
+    from vllm_nvium.convert import exits as trained_exits
     from vllm_nvium.convert.checkpoint import source_dtype, write_checkpoint
 
-    source = _open(str(dense), dtype)
-    if authors.is_authors_layout(source):
+    source = open_source(str(dense), dtype)
+    if exits is not None:
+        if options is not None:
+            raise ConvertError(
+                f"--exits holds exits that are given, so {', '.join(DENSE_FLAGS.values())} do not "
+                "apply."
+            )
+        config, plan, notes = trained_exits.plan(source, Path(exits))
+    elif authors.is_authors_layout(source):
         if options is not None:
             raise ConvertError(
                 f"{dense} is a checkpoint of the N-vium authors, whose exits are given, so "
@@ -160,7 +182,12 @@ def convert(
     return notes
 
 
-def _open(name: str, dtype: str) -> "Source":
+def open_source(name: str, dtype: str = "auto") -> "Source":
+    """Opens a folder, hub id or `.gguf` file to convert from.
+
+    Raises:
+        ConvertError: there is no such thing, or it cannot be read.
+    """
     from vllm_nvium.convert.checkpoint import open_folder
     from vllm_nvium.convert.dense import open_gguf
 

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of `vllm-nvium train` on tiny models: what they start from, what a kill costs them,
+what they leave behind, and what they refuse."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tiny_models import SIZES, make_dense, make_nvium
+from vllm_nvium.cli import main
+from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+
+COMMON = ["--block-size", "32", "--batch-size", "4", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Training and validation text with something to learn: every word is followed by the next."""
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+
+    def write(path: Path, words: int) -> Path:
+        word, lines = 3, []
+        for _ in range(words):
+            word = word + 1 if draw.random() < 0.8 else draw.randrange(3, 250)
+            lines.append(f"w{3 + (word - 3) % 250}")
+        path.write_text(" ".join(lines))
+        return path
+
+    return write(folder / "train.txt", 6000), write(folder / "valid.txt", 700)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dense") / "dense"
+    make_dense(path)
+    return path
+
+
+def arguments(model: Path | str, out: Path, texts: tuple[Path, Path], *more: str) -> list[str]:
+    text, validation = map(str, texts)
+    return ["train", str(model), "--out", str(out), "--text", text, "--validation", validation,
+            *COMMON, *more]  # fmt: skip
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["exits", "lora", "full"])
+def test_retrofit(method: str, dense: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = [
+        "--method",
+        method,
+        "--exit-layers",
+        "1",
+        "3",
+        "--learning-rate",
+        "3e-3",
+        "--controller",
+        "off",
+        "--beta",
+        "0.1",
+    ]
+    assert main(arguments(dense, out, texts, *flags)) == 0
+    model = NviumForCausalLM.from_pretrained(out / "model")
+    assert model.config.exit_layers == [1, 3]
+    lines = history(out)
+    # Before any training the mixture is the dense parent.
+    assert lines[0]["val_loss"] == lines[0]["parent_loss"]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.1, "it learned something"
+    assert 0.2 < lines[-1]["mean_depth"] < 1.0
+
+    parent = AutoModelForCausalLM.from_pretrained(dense)
+    changed = {
+        name
+        for name, tensor in parent.state_dict().items()
+        if not torch.equal(tensor, model.state_dict()[name].to(tensor.dtype))
+    }
+    if method == "exits":
+        assert not changed, "the backbone is the parent's, bit for bit"
+    elif method == "lora":
+        assert changed and all(".self_attn." in name or ".mlp." in name for name in changed)
+    if method != "full":
+        stored = load_file(out / "exits" / "exits.safetensors")
+        assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+        name = "model.layers.2.mlp.up_proj.weight"
+        if method == "lora":
+            change = 2 * stored[f"lora.{name}.B"].float() @ stored[f"lora.{name}.A"].float()
+            torch.testing.assert_close(model.state_dict()[name], parent.state_dict()[name] + change)
+        # Parent and exits make the same checkpoint again.
+        again = tmp_path / "again"
+        assert main(["convert", str(dense), str(again), "--exits", str(out / "exits")]) == 0
+        ours, theirs = load_file(again / "model.safetensors"), model.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_step_0_has_the_parents_loss(dense: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(dense, out, texts, "--tokens", "128", "--exit-layers", "2")) == 0
+    from vllm_nvium.training.command import validation_loss
+    from vllm_nvium.training.data import load_blocks
+    from vllm_nvium.training.retrofit import _tokenizer
+
+    blocks = load_blocks(
+        [str(texts[1])], _tokenizer(str(dense)), 32, max_tokens=32768, seed=0, labels=True
+    )  # fmt: skip
+    parent, _ = validation_loss(AutoModelForCausalLM.from_pretrained(dense), blocks, 4, True)
+    assert history(out)[0]["val_loss"] == pytest.approx(parent, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["exits", "lora"])
+def test_killed_and_resumed_equals_unbroken(
+    method: str, dense: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ["--method", method, "--exit-layers", "2", "--save-every", "4", "--tokens", "5120"]
+    flags += ["--evaluate-every", "5"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert main(arguments(dense, unbroken, texts, *flags)) == 0
+
+    command = [sys.executable, "-m", "vllm_nvium.cli", *arguments(dense, broken, texts, *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for = f"checkpoint-{4 * random.Random(method).randrange(2, 6)}"
+    deadline = time.monotonic() + 120
+    while not (broken / wait_for).exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "model").exists(), "it was killed before its end"
+
+    assert main(arguments(dense, broken, texts, *flags, "--resume")) == 0
+    ours = load_file(broken / "exits" / "exits.safetensors")
+    theirs = load_file(unbroken / "exits" / "exits.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert history(broken) == history(unbroken)
+
+
+def test_a_checkpoint_cut_by_a_crash_is_passed_over(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ["--exit-layers", "2", "--save-every", "4", "--tokens", "2560"]
+    out = tmp_path / "run"
+    assert main(arguments(dense, out, texts, *flags)) == 0
+    before = load_file(out / "exits" / "exits.safetensors")
+    newest = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (newest / "trainer_state.json").unlink()
+    (newest / "trained.safetensors").write_bytes(b"cut")
+    assert main(arguments(dense, out, texts, *flags, "--resume")) == 0
+    after = load_file(out / "exits" / "exits.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_from_scratch_against_a_dense_twin(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    twin = tmp_path / "twin"
+    scratch = ["--method", "scratch", "--tokenizer", str(dense), "--tokens", "5120"]
+    assert main(arguments(dense / "config.json", twin, texts, *scratch)) == 0
+    assert json.loads((twin / "model" / "config.json").read_text())["model_type"] == "llama"
+    curve = twin / "history.jsonl"
+    assert history(twin)[-1]["val_loss"] < history(twin)[0]["val_loss"]
+
+    shape = tmp_path / "nvium.json"
+    fields = SIZES | {"exit_layers": [1, 2, 3], "intermediate_size": 64}
+    shape.write_text(json.dumps(NviumConfig(**fields).to_dict()))
+    out = tmp_path / "nvium"
+    assert main(arguments(shape, out, texts, *scratch, "--controller", str(curve))) == 0
+    lines = history(out)
+    assert lines[-1]["parent_loss"] == pytest.approx(history(twin)[-1]["val_loss"])
+    assert len({line["beta"] for line in lines}) > 1, "the controller moved beta"
+    NviumForCausalLM.from_pretrained(out / "model")
+
+
+def test_config_file(dense: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {dense}\nout: {tmp_path / 'run'}\ntext: {texts[0]}\nvalidation: [{texts[1]}]\n"
+        "exit-layers: [2]\nblock_size: 32\nbatch_size: 4\nlearning_rate: 1e-3\ntokens: 256\n"
+        "dtype: float32\ntrainer: {max_grad_norm: 0.5}\n"
+    )
+    assert main(["train", "--config", str(config)]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["learning_rate"] == 1e-3
+
+
+BAD = {
+    "no text": (["--text", "{missing}"], "missing.txt"),
+    "empty text": (["--text", "{empty}"], "empty.txt"),
+    "exit too deep": (["--exit-layers", "4"], "exit_layers contains 4"),
+    "block too long": (["--block-size", "1024"], "--block-size is 1024"),
+    "negative beta": (["--beta", "-1"], "--beta is -1.0"),
+    "share": (["--head-loss", "1.5"], "--head-loss is 1.5"),
+    "tokenizer": (["--tokenizer", "x"], "--tokenizer is 'x'"),
+    "curve": (["--controller", "{missing}"], "--controller is"),
+    "little text": (["--batch-size", "4000"], "one step needs 4000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(
+    case: str,
+    dense: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags, expected = BAD[case]
+    (tmp_path / "empty.txt").write_text("")
+    paths = {"missing": str(tmp_path / "missing.txt"), "empty": str(tmp_path / "empty.txt")}
+    given = [flag.format(**paths) for flag in flags]
+    out = tmp_path / "run"
+    assert main(arguments(dense, out, texts, *given)) == 2
+    error = capfd.readouterr().err
+    line = next(line for line in error.splitlines() if line.startswith("vllm-nvium train: error:"))
+    assert expected in line
+    assert "Traceback" not in error
+    assert not (out / "model").exists()
+
+
+def test_refused_runs(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def error(arguments: list[str]) -> str:
+        assert main(arguments) == 2
+        return capfd.readouterr().err
+
+    out = tmp_path / "run"
+    more = ["--exit-layers", "2", "--tokens", "256"]
+    assert "--resume needs a run" in error(arguments(dense, out, texts, *more, "--resume"))
+    assert main(arguments(dense, out, texts, *more)) == 0
+    capfd.readouterr()
+    assert "holds a run already" in error(arguments(dense, out, texts, *more))
+    other = ["--exit-layers", "3", "--tokens", "256", "--resume"]
+    assert "--exit-layers is [3]" in error(arguments(dense, out, texts, *other))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    assert "new or an empty folder" in error(arguments(dense, full, texts, *more))
+    assert (full / "thesis.txt").read_text() == "mine"
+    nvium = tmp_path / "nvium"
+    make_nvium(nvium)
+    parent = arguments(nvium, tmp_path / "a", texts, "--controller", "parent")
+    assert "--controller is 'parent'" in error(parent)
+    exits = arguments(nvium, tmp_path / "b", texts, "--exit-layers", "1")
+    assert "has its exits already" in error(exits)
+
+
+def test_no_room_on_the_disk(
+    dense: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import shutil
+
+    usage = type("Usage", (), {"total": 1, "used": 1, "free": 10_000})()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert main(arguments(dense, tmp_path / "run", texts, "--exit-layers", "2")) == 2
+    assert "GB" in capfd.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
