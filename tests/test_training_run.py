@@ -2,6 +2,7 @@
 """Whole runs of `vllm-nvium train` on tiny models: what they start from, what a kill costs them,
 what they leave behind, and what they refuse."""
 
+import importlib.util
 import json
 import os
 import random
@@ -257,6 +258,40 @@ def test_refused_runs(
     assert "--controller is 'parent'" in error(parent)
     exits = arguments(nvium, tmp_path / "b", texts, "--exit-layers", "1")
     assert "has its exits already" in error(exits)
+    own = arguments(dense, tmp_path / "c", texts, "--dense", str(dense))
+    assert "is dense itself" in error(own)
+    other = arguments(nvium, tmp_path / "d", texts, "--dense", str(full))
+    assert "--dense is" in error(other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "nvium", "run"]
+
+
+def test_training_goes_on_from_an_nvium_checkpoint(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its parent is told by --dense, and steers."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(arguments(dense, first, texts, "--exit-layers", "2", "--tokens", "512")) == 0
+    flags = ["--dense", str(dense), "--tokens", "512"]
+    assert main(arguments(first / "model", second, texts, *flags)) == 0
+    parent_loss = history(first)[0]["parent_loss"]
+    assert history(second)[0]["parent_loss"] == pytest.approx(parent_loss, rel=1e-6)
+    NviumForCausalLM.from_pretrained(second / "model")
+
+
+def test_missing_package(
+    dense: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "vllm_nvium.training.find_spec", lambda name: None if name == "peft" else found(name)
+    )
+    assert main(arguments(dense, tmp_path / "run", texts, "--method", "lora")) == 2
+    assert "pip install 'vllm-nvium[train]'" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_room_on_the_disk(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, say
-from vllm_nvium.training import TrainingError
+from vllm_nvium.training import TrainingError, require
 from vllm_nvium.training.options import TrainOptions, add_arguments, read_options
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def train(options: TrainOptions) -> Path:
         TrainingError: something given cannot be used; nothing was trained, and a new run's folder
             is as it was before.
     """
+    require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     from vllm_nvium.training.retrofit import finish
     from vllm_nvium.training.trainer import last_complete_checkpoint
 
@@ -72,7 +73,7 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
     from transformers import set_seed
 
     from vllm_nvium.training.data import check_disk_space, check_tokenizer
-    from vllm_nvium.training.retrofit import choose_trainable, open_routers, open_start
+    from vllm_nvium.training.retrofit import choose_trainable, open_dense, open_routers, open_start
     from vllm_nvium.training.trainer import (
         HISTORY,
         NviumTrainer,
@@ -101,7 +102,16 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
         with autocast():
             return validation_loss(plain, validation, options.batch_size, start.is_dense)
 
-    parent_loss = _parent_loss(start, measure, out)
+    def measure_parent() -> float:
+        if start.has_parent:
+            return measure()[0]
+        parent = open_dense(options)
+        with autocast():
+            return validation_loss(parent, validation, options.batch_size, is_dense=True)[0]
+
+    parent_loss = None
+    if start.has_parent or options.dense:
+        parent_loss = _kept(out / "parent_loss.json", measure_parent)
     if start.has_parent and options.fit_tokens:
         _fit_exits(options, plain, blocks)
     controller, dense_loss = _controller(options, start, parent_loss)
@@ -120,7 +130,13 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
     steers_from = schedule.hazard_warm_up_steps if dense_loss is not None else None
     history = out / HISTORY
     callback = Validation(
-        measure, dense_loss, controller, steers_from, every, history, start_loss=parent_loss
+        measure,
+        dense_loss,
+        controller,
+        steers_from,
+        every,
+        history,
+        start_loss=parent_loss if start.has_parent else None,
     )
     set_seed(options.seed)
     trainer = NviumTrainer(
@@ -230,12 +246,14 @@ def _unclaim(out: Path) -> None:
 def _self_distilled(options: TrainOptions, start: "Start", out: Path) -> Path:
     from vllm_nvium.training.distill import self_distill
 
-    if not start.has_parent or start.folder is None:
+    parent = options.model if start.has_parent else options.dense
+    if not parent:
         raise TrainingError(
-            f"--self-distill samples from a dense parent, and {options.model} is not dense."
+            f"--self-distill samples from a dense parent, and {options.model} is not dense: give "
+            "the parent with --dense."
         )
     return self_distill(
-        Path(options.model),
+        parent,
         out / SELF_DISTILLED,
         options.self_distill,
         prompts=None,
@@ -277,22 +295,18 @@ def _autocast(options: TrainOptions) -> Callable[[], contextlib.AbstractContextM
     return lambda: torch.autocast(device, dtype=torch.bfloat16)
 
 
-def _parent_loss(
-    start: "Start", measure: Callable[[], tuple[float, float | None]], out: Path
-) -> float | None:
-    """Loss of the dense parent on the validation text: that of the start, before any training.
+def _kept(path: Path, measure: Callable[[], float]) -> float:
+    """The dense parent's loss on the validation text, measured once per run.
 
-    With all hazards at zero the mixture is the final head, whose adapter is still the identity.
+    Of a dense start it is that of the start itself: with all hazards at zero the mixture is the
+    final head, whose adapter is still the identity.
     """
-    if not start.has_parent:
-        return None
-    kept = out / "parent_loss.json"
-    if kept.is_file():
-        return float(json.loads(kept.read_text())["val_loss"])
-    loss, _ = measure()
-    partial = kept.with_suffix(".partial")
+    if path.is_file():
+        return float(json.loads(path.read_text())["val_loss"])
+    loss = measure()
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"val_loss": loss}) + "\n")
-    partial.replace(kept)
+    partial.replace(path)
     return loss
 
 
@@ -312,7 +326,7 @@ def _controller(
         if parent_loss is None:
             raise TrainingError(
                 f"--controller is 'parent', and {options.model} is no dense model whose loss could "
-                "be measured: give 'off', or the history.jsonl of a dense run."
+                "be measured: give its parent with --dense, or 'off'."
             )
         loss = parent_loss
         return controller, lambda step: loss

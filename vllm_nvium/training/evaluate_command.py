@@ -10,12 +10,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, progress, say, table
-from vllm_nvium.training import TrainingError
+from vllm_nvium.training import TrainingError, require
 from vllm_nvium.training.plots import HistoryPoint, draw, layer_count, read_history
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def check(args: argparse.Namespace) -> Request:
             _check_output(flag, path)
     if args.json is not None and args.plot is not None and _same(args.json, args.plot):
         raise TrainingError(f"--json and --plot are both {str(args.json)!r}; give two files.")
-    _check_installed(args)
+    require("datasets", *(["matplotlib"] if args.plot is not None else []))
     history: Sequence[HistoryPoint] = ()
     if args.history is not None:
         history = read_history(args.history)
@@ -214,15 +213,6 @@ def _check_output(flag: str, path: Path) -> None:
 
 def _same(one: Path, other: Path) -> bool:
     return one.expanduser().resolve() == other.expanduser().resolve()
-
-
-def _check_installed(args: argparse.Namespace) -> None:
-    needed = ["datasets"] + (["matplotlib"] if args.plot is not None else [])
-    for package in needed:
-        if find_spec(package) is None:
-            raise TrainingError(
-                f"{package} is not installed, and `pip install {package}` is needed for this."
-            )
 
 
 # ---- the work

@@ -55,10 +55,18 @@ class TrainOptions:
         choices=METHODS,
     )
     exit_layers: list[int] = _option(
-        [], "of a dense start: layers already run at each early exit", many=True, kind=int
+        [],
+        "of a dense start: layers already run at each early exit (default: evenly spaced)",
+        many=True,
+        kind=int,
+        comma=True,
     )
     tokenizer: str = _option("", "with --method scratch: folder or hub id of the tokenizer")
-    dense: str = _option("", "dense parent of an N-vium start, for --controller parent")
+    dense: str = _option(
+        "",
+        "dense parent of an N-vium start, for --controller parent and --self-distill (a dense "
+        "start is its own parent)",
+    )
     self_distill: int = _option(
         0, "sample so many tokens from the dense parent and train on them too", kind=int
     )
@@ -151,11 +159,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if about["kind"] is bool:
             parser.add_argument(flag, action="store_true", **common)
             continue
+        if about.get("comma"):
+            parser.add_argument(flag, type=_comma_separated, metavar="L1,L2,...", **common)
+            continue
         if about["many"]:
             common["nargs"] = "+"
         if "choices" in about:
             common["choices"] = about["choices"]
         parser.add_argument(flag, type=about["kind"], **common)
+
+
+def _comma_separated(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a comma-separated list of int values"
+        ) from None
 
 
 def read_options(args: argparse.Namespace) -> TrainOptions:
@@ -271,6 +291,10 @@ def _check(options: TrainOptions) -> None:
             raise TrainingError(
                 "--controller is 'parent', and --method scratch has no parent: give the "
                 "history.jsonl of a dense twin, or 'off'."
+            )
+        if options.dense:
+            raise TrainingError(
+                f"--dense is {options.dense!r}, and --method scratch has no parent: leave it out."
             )
     elif options.tokenizer:
         raise TrainingError(

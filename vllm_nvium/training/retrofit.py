@@ -76,6 +76,10 @@ def open_start(options: TrainOptions, out: Path) -> Start:
             )
         has_parent = False
     else:
+        if options.dense:
+            raise TrainingError(
+                f"--dense is {options.dense!r}, and {options.model} is dense itself: leave it out."
+            )
         converted = out / START
         if not (converted / "config.json").is_file():
             exits = DenseOptions(
@@ -90,6 +94,22 @@ def open_start(options: TrainOptions, out: Path) -> Start:
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     model = NviumForCausalLM.from_pretrained(folder, dtype=dtype)
     return Start(model, _tokenizer(str(folder)), False, has_parent, folder)
+
+
+def open_dense(options: TrainOptions) -> PreTrainedModel:
+    """The dense parent of an N-vium start.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(options.dense, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise TrainingError(
+            f"--dense is {options.dense!r}, which cannot be read ({reason})."
+        ) from error
 
 
 def _from_scratch(options: TrainOptions) -> Start:
