@@ -22,6 +22,7 @@ from vllm_nvium.training.loss import (
 )
 from vllm_nvium.training.retrofit import warm_up_margins
 from vllm_nvium.training.trainer import Schedule, nvium_loss
+from vllm_nvium.training.validation import worst_text
 
 
 @settings(max_examples=30, deadline=None)
@@ -192,8 +193,13 @@ def test_controller_by_hand(beta: float, dense: float, mixture: float, expected:
 
 def test_controller_tolerance() -> None:
     """A mixture that may be .02 worse and is .02 worse is where it should be."""
-    assert BetaController(1.0, target=0.02).update(3.0, 3.02) == 1.0
-    assert BetaController(1.0, target=0.02).update(3.0, 3.0) == pytest.approx(1.16)
+    assert BetaController(1.0, tolerance=0.02).update(3.0, 3.02) == 1.0
+    assert BetaController(1.0, tolerance=0.02).update(3.0, 3.0) == pytest.approx(1.16)
+
+
+def test_the_text_that_steers_is_the_worst() -> None:
+    dense = {"prose": 3.0, "code": 2.0, "chat": 1.0}
+    assert worst_text(dense, {"prose": 2.5, "code": 2.1, "chat": 0.9}) == (2.0, 2.1)
 
 
 def test_dense_curve(tmp_path: Path) -> None:

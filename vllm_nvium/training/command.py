@@ -6,6 +6,7 @@ on with `--resume`.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -13,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.console import complain, say
+from vllm_nvium.console import complain, say, table
 from vllm_nvium.training import TrainingError, require
 from vllm_nvium.training.options import TrainOptions, add_arguments, read_options
 
 if TYPE_CHECKING:
-    from vllm_nvium.training.controller import BetaController
     from vllm_nvium.training.retrofit import Start
     from vllm_nvium.training.trainer import NviumTrainer
+    from vllm_nvium.training.validation import Losses
 
 __all__ = ["add_arguments", "run", "train"]
 
@@ -56,22 +57,27 @@ def train(options: TrainOptions) -> Path:
     out = Path(options.out).expanduser()
     is_new = _claim(out, options)
     try:
-        start, trainer = _prepare(options, out)
+        start, trainer, calibrate = _prepare(options, out)
     except TrainingError:
         if is_new:
             _unclaim(out)
         raise
     checkpoint = last_complete_checkpoint(out)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    record = {"options": options.record(), "steps": trainer.state.max_steps}
+    # Where a run was on its machine says nothing about its exits.
+    used = {k: v for k, v in options.record().items() if k not in ("model", "out", "dense")}
+    record = {"options": used, "steps": trainer.state.max_steps, **calibrate()}
     finish(start, trainer.model, options, out, record)
     return out / "model"
 
 
-def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
-    """Everything up to the first step."""
+def _prepare(
+    options: TrainOptions, out: Path
+) -> "tuple[Start, NviumTrainer, Callable[[], dict[str, Any]]]":
+    """Everything up to the first step, and what to do after the last one."""
     from transformers import set_seed
 
+    from vllm_nvium.training.controller import BetaController
     from vllm_nvium.training.data import check_disk_space, check_tokenizer
     from vllm_nvium.training.retrofit import choose_trainable, open_dense, open_routers, open_start
     from vllm_nvium.training.trainer import (
@@ -81,6 +87,7 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
         Validation,
         training_arguments,
     )
+    from vllm_nvium.training.validation import losses_of
 
     start = open_start(options, out)
     check_tokenizer(start.tokenizer, start.model.config.vocab_size)
@@ -98,23 +105,24 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
     plain: Any = start.model
     autocast = _autocast(options)
 
-    def measure() -> tuple[float, float | None]:
+    def measure() -> "Losses":
         with autocast():
-            return validation_loss(plain, validation, options.batch_size, start.is_dense)
+            return losses_of(plain, validation, options.batch_size, start.is_dense)
 
-    def measure_parent() -> float:
-        if start.has_parent:
-            return measure()[0]
-        parent = open_dense(options)
+    def parent_losses_on(texts: dict[str, Any]) -> "Losses":
+        # With all hazards at zero a start is its dense parent: the mixture is the final head,
+        # whose adapter is the identity.
+        dense = open_start(options, out).model if start.has_parent else open_dense(options)
         with autocast():
-            return validation_loss(parent, validation, options.batch_size, is_dense=True)[0]
+            return losses_of(dense, texts, options.batch_size, not start.has_parent)
 
-    parent_loss = None
+    parent = None
     if start.has_parent or options.dense:
-        parent_loss = _kept(out / "parent_loss.json", measure_parent)
+        parent = _kept(out / "parent_losses.json", lambda: parent_losses_on(validation))
     if start.has_parent and options.fit_tokens:
         _fit_exits(options, plain, blocks)
-    controller, dense_loss = _controller(options, start, parent_loss)
+    controller = BetaController(options.beta, tolerance=options.tolerance)
+    kind, curve = _controller_kind(options, start, parent)
     trained = choose_trainable(plain, options)
     trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     total = sum(p.numel() for p in plain.parameters())
@@ -126,17 +134,16 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
     )
     if not start.is_dense:
         open_routers(plain)
-    # A hazard that is still pulled to equal weights says nothing about beta.
-    steers_from = schedule.hazard_warm_up_steps if dense_loss is not None else None
-    history = out / HISTORY
     callback = Validation(
         measure,
-        dense_loss,
+        parent if kind != "off" or start.has_parent else None,
+        curve,
         controller,
-        steers_from,
-        every,
-        history,
-        start_loss=parent_loss if start.has_parent else None,
+        # A hazard that is still pulled to equal weights says nothing about beta.
+        steers_from=schedule.hazard_warm_up_steps if kind != "off" else steps + 1,
+        every=every,
+        history=out / HISTORY,
+        starts_as_parent=start.has_parent,
     )
     set_seed(options.seed)
     trainer = NviumTrainer(
@@ -154,7 +161,37 @@ def _prepare(options: TrainOptions, out: Path) -> "tuple[Start, NviumTrainer]":
         f"Training {trainable / 1e6:.1f}M of {total / 1e6:.1f}M parameters for {steps} steps of "
         f"{options.batch_size * options.gradient_accumulation * options.block_size} tokens ..."
     )
-    return start, trainer
+
+    def calibrate() -> dict[str, Any]:
+        if kind != "parent" or not options.calibration_tokens:
+            return {}
+        texts = _validation_texts(options, start, options.calibration_tokens)
+        largest = _kept(out / "calibration_losses.json", lambda: parent_losses_on(texts))
+        with autocast():
+            return _calibrate(options, plain, texts, largest)
+
+    return start, trainer, calibrate
+
+
+def _calibrate(
+    options: TrainOptions, model: Any, texts: dict[str, Any], parent: "Losses"
+) -> dict[str, Any]:
+    """See `calibration.py`; what to record of it."""
+    from vllm_nvium.training.calibration import depths_of, find_shift, observe, shift_margins
+
+    model.eval()
+    observed = {name: observe(model, text, options.batch_size) for name, text in texts.items()}
+    largest = {name: loss + options.tolerance for name, loss in parent.by_text.items()}
+    found = find_shift(observed, largest, depths_of(model))
+    shift_margins(model, found.shift)
+    say(f"Calibrated: margins shifted by {found.shift:+.2f}, {found.depth:.1%} of the layers run.")
+    rows = [
+        (name, f"{loss:.4f}", f"{parent.by_text[name]:.4f}") for name, loss in found.losses.items()
+    ]
+    table([("text", "loss", "parent's"), *rows])
+    if not found.reached:
+        say("No shift makes the mixture as good as the parent on every text.")
+    return {"calibration": dataclasses.asdict(found)}
 
 
 def _blocks(options: TrainOptions, start: "Start", out: Path) -> tuple[Any, Any]:
@@ -163,14 +200,7 @@ def _blocks(options: TrainOptions, start: "Start", out: Path) -> tuple[Any, Any]
 
     texts = list(options.text)
     # Before anything is sampled: text that cannot be read should not cost an hour.
-    validation = load_blocks(
-        options.validation,
-        start.tokenizer,
-        options.block_size,
-        max_tokens=options.validation_tokens,
-        seed=0,  # another seed trains on other text, but is measured on the same
-        labels=True,
-    )
+    validation = _validation_texts(options, start, options.validation_tokens)
     if options.self_distill:
         texts.append(str(_self_distilled(options, start, out)))
     blocks = load_blocks(
@@ -262,6 +292,24 @@ def _self_distilled(options: TrainOptions, start: "Start", out: Path) -> Path:
     )
 
 
+def _validation_texts(options: TrainOptions, start: "Start", tokens: int) -> dict[str, Any]:
+    """Blocks of every validation text, by its name on the command line."""
+    from vllm_nvium.training.data import load_blocks
+
+    share = max(options.block_size, tokens // len(options.validation))
+    return {
+        source: load_blocks(
+            [source],
+            start.tokenizer,
+            options.block_size,
+            max_tokens=share,
+            seed=0,  # another seed trains on other text, but is measured on the same
+            labels=True,
+        )
+        for source in options.validation
+    }
+
+
 def _fit_exits(options: TrainOptions, model: Any, blocks: Any) -> None:
     from vllm_nvium.console import progress
     from vllm_nvium.training.linear_start import start_linear
@@ -295,78 +343,35 @@ def _autocast(options: TrainOptions) -> Callable[[], contextlib.AbstractContextM
     return lambda: torch.autocast(device, dtype=torch.bfloat16)
 
 
-def _kept(path: Path, measure: Callable[[], float]) -> float:
-    """The dense parent's loss on the validation text, measured once per run.
+def _kept(path: Path, measure: "Callable[[], Losses]") -> "Losses":
+    """The dense parent's losses, measured once per run."""
+    from vllm_nvium.training.validation import Losses
 
-    Of a dense start it is that of the start itself: with all hazards at zero the mixture is the
-    final head, whose adapter is still the identity.
-    """
     if path.is_file():
-        return float(json.loads(path.read_text())["val_loss"])
-    loss = measure()
+        return Losses(**json.loads(path.read_text()))
+    losses = measure()
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"val_loss": loss}) + "\n")
+    partial.write_text(json.dumps(dataclasses.asdict(losses)) + "\n")
     partial.replace(path)
-    return loss
+    return losses
 
 
-def _controller(
-    options: TrainOptions, start: "Start", parent_loss: float | None
-) -> "tuple[BetaController, Callable[[int], float] | None]":
-    """The controller, and the dense loss at a step that it steers by (None: beta stays)."""
-    from vllm_nvium.training.controller import BetaController, DenseCurve
+def _controller_kind(
+    options: TrainOptions, start: "Start", parent: "Losses | None"
+) -> tuple[str, Callable[[int], float] | None]:
+    """`off`, `parent`, or `curve` with the dense twin's loss at a step."""
+    from vllm_nvium.training.controller import DenseCurve
 
-    controller = BetaController(options.beta, target=options.tolerance)
-    kind = options.controller or ("parent" if parent_loss is not None else "off")
+    kind = options.controller or ("parent" if parent is not None else "off")
     if kind == "off":
-        return controller, None
+        return kind, None
     if start.is_dense:
         raise TrainingError(f"--controller is {kind!r}, and a dense model has nothing to steer.")
     if kind == "parent":
-        if parent_loss is None:
+        if parent is None:
             raise TrainingError(
                 f"--controller is 'parent', and {options.model} is no dense model whose loss could "
                 "be measured: give its parent with --dense, or 'off'."
             )
-        loss = parent_loss
-        return controller, lambda step: loss
-    curve = DenseCurve(Path(kind).expanduser())
-    return controller, curve.at
-
-
-def validation_loss(
-    model: Any, blocks: Any, batch_size: int, is_dense: bool = False
-) -> tuple[float, float | None]:
-    """Mean `-log p` of the next tokens in nats, and the mean share of layers run.
-
-    Args:
-        blocks: a dataset of `input_ids` and `labels`, `[T]` each.
-    """
-    import torch
-
-    from vllm_nvium.model_executor.ops.mixture import expected_depth
-    from vllm_nvium.training.loss import IGNORED, mixture_target_log_probs, next_tokens
-    from vllm_nvium.training.trainer import dense_target_log_probs
-
-    was_training = model.training
-    model.eval()
-    loss, depth, count = 0.0, 0.0, 0
-    with torch.no_grad():
-        for first in range(0, len(blocks), batch_size):
-            rows = blocks[first : first + batch_size]
-            batch = rows["input_ids"].to(model.device)
-            targets = next_tokens(rows["labels"].to(model.device))
-            count += int((targets != IGNORED).sum())
-            if is_dense:
-                loss -= float(dense_target_log_probs(model, batch, targets).double().sum())
-                continue
-            output = model(input_ids=batch, compute_logits=False, use_cache=False)
-            mixture, _ = mixture_target_log_probs(model, output, targets)
-            loss -= float(mixture.double().sum())
-            config = model.config
-            shares = expected_depth(
-                output.exit_log_weights[:, :-1], config.exit_layers, config.num_hidden_layers
-            )
-            depth += float(shares.double().mean()) * len(batch)
-    model.train(was_training)
-    return loss / count, None if is_dense else depth / len(blocks)
+        return kind, None
+    return "curve", DenseCurve(Path(kind).expanduser()).at

@@ -23,11 +23,11 @@ class BetaController:
 
     Attributes:
         beta: the present weight.
-        target: added to the gap: a mixture that may be this much worse counts as equal.
+        tolerance: added to the gap: a mixture that may be this much worse counts as equal.
     """
 
     beta: float
-    target: float = 0.0
+    tolerance: float = 0.0
     hold: float = 0.005
     rise: float = 8.0
     fall: float = 4.0
@@ -36,7 +36,7 @@ class BetaController:
 
     def update(self, dense_loss: float, mixture_loss: float) -> float:
         """Takes both losses at the same step and returns the new `beta`."""
-        gap = dense_loss - mixture_loss + self.target
+        gap = dense_loss - mixture_loss + self.tolerance
         if gap >= self.hold:
             change = min(self.rise * gap, self.largest_change)
         elif gap <= -self.hold:

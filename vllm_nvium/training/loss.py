@@ -152,6 +152,14 @@ def mixture_target_log_probs(
     return mixture.masked_fill(targets == IGNORED, 0.0), heads
 
 
+def dense_target_log_probs(
+    model: Any, input_ids: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """`[B, T]` log-probabilities of the next tokens under a dense twin."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return head_target_log_probs(hidden, model.get_output_embeddings().weight, targets)
+
+
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
     """`[B, T]` token ids -> `[B, T]` targets: the token that follows, -100 at the last position."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)

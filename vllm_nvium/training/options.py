@@ -20,7 +20,7 @@ LEARNING_RATES = {"exits": 1e-3, "lora": 5e-4, "full": 5e-5, "scratch": 6e-4}
 HEAD_LOSS = {"exits": 0.3, "lora": 0.3, "full": 0.2, "scratch": 0.0}
 DTYPES = ("bfloat16", "float32")
 # What may differ between a run and its continuation.
-NOT_IN_THE_RECORD = ("resume", "save_every")
+NOT_IN_THE_RECORD = ("resume", "save_every", "calibration_tokens")
 
 
 def _option(default: Any, text: str, *, many: bool = False, kind: type = str, **more: Any) -> Any:
@@ -46,7 +46,10 @@ class TrainOptions:
         many=True,
     )
     validation: list[str] = _option(
-        [], "validation text, never trained on; steers beta with --controller", many=True
+        [],
+        "validation texts, never trained on; with --controller the mixture is held at the parent's "
+        "loss on each of them",
+        many=True,
     )
     method: str = _option(
         "exits",
@@ -75,7 +78,13 @@ class TrainOptions:
     max_text_tokens: int = _option(
         0, "use no more tokens of the text than this (default: all)", kind=int
     )
-    validation_tokens: int = _option(32768, "use no more of the validation text", kind=int)
+    validation_tokens: int = _option(32768, "use no more of the validation texts in all", kind=int)
+    calibration_tokens: int = _option(
+        32768,
+        "with --controller parent: after training, shift all hazards by one number so that the "
+        "mixture is as good as the parent on so much of each validation text; 0: do not",
+        kind=int,
+    )
     block_size: int = _option(512, "context length in training, tokens", kind=int)
     batch_size: int = _option(8, "blocks per pass", kind=int)
     gradient_accumulation: int = _option(1, "passes per step", kind=int)
@@ -263,7 +272,8 @@ def _check(options: TrainOptions) -> None:
     smallest = {
         "self_distill": 0, "tokens": 0, "max_text_tokens": 0, "validation_tokens": 1,
         "block_size": 2, "batch_size": 1, "gradient_accumulation": 1, "weight_decay": 0, "beta": 0,
-        "tolerance": 0, "lora_rank": 1, "fit_tokens": 0, "adapter_size": 0, "evaluate_every": 0,
+        "tolerance": 0, "lora_rank": 1, "fit_tokens": 0, "adapter_size": 0,
+        "calibration_tokens": 0, "evaluate_every": 0,
         "save_every": 0,
     }  # fmt: skip
     for name, bound in smallest.items():

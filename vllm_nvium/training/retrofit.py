@@ -237,7 +237,11 @@ def finish(
         assert isinstance(start.model, NviumForCausalLM)
         tensors = exit_tensors(trainable_state(trained))
         source = open_source(options.model)
-        record = {"parent": options.model, "parent_fingerprint": fingerprint(source), **record}
+        record = {
+            "parent": Path(options.model).name,
+            "parent_fingerprint": fingerprint(source),
+            **record,
+        }
         size = sum(tensor.numel() * 2 for tensor in tensors.values())
         with staged_folder(out / "exits", True, size, None) as stage:
             write_exits(stage, start.model.config, tensors, LORA_SCALE, record)

@@ -23,13 +23,14 @@ from vllm_nvium.model_executor.ops.mixture import expected_depth
 from vllm_nvium.training import TrainingError
 from vllm_nvium.training.controller import BetaController
 from vllm_nvium.training.loss import (
-    head_target_log_probs,
+    dense_target_log_probs,
     mean_of_scored,
     mixture_target_log_probs,
     next_tokens,
     warm_up_penalty,
 )
 from vllm_nvium.training.retrofit import load_trainable_state, trainable_state
+from vllm_nvium.training.validation import Losses, worst_text
 
 WEIGHTS = "trained.safetensors"
 STATE = "trainer_state.json"
@@ -82,14 +83,6 @@ def nvium_loss(
     if step < schedule.head_loss_steps:
         loss = loss - mean_of_scored(heads.mean(dim=-1), targets)
     return loss, {"mixture_loss": float(mixture_loss.detach()), "mean_depth": float(depth.detach())}
-
-
-def dense_target_log_probs(
-    model: Any, input_ids: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """`[B, T]` log-probabilities of the next tokens under a dense twin."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return head_target_log_probs(hidden, model.get_output_embeddings().weight, targets)
 
 
 class NviumTrainer(Trainer):
@@ -162,28 +155,34 @@ class NviumTrainer(Trainer):
 class Validation(TrainerCallback, ExportableState):
     """Measures the validation loss every few steps, steers beta by it, and keeps the history.
 
+    Against a parent it steers by the text on which the mixture is worst: by their mean it would
+    sell one kind of text for another. A dense twin's curve only has the mean.
+
     Args:
-        measure: gives validation loss and mean depth (None for a dense twin) of the model as it is.
-        dense_loss: the loss to compare with at a step, or None when there is none.
-        steers_from: the controller changes beta from this step on; None: never.
+        measure: the model as it is.
+        parent: losses of the dense parent by text, or None.
+        curve: mean loss of a dense twin at a step, or None.
+        controller: holds beta.
+        steers_from: the controller changes beta from this step on.
         every: steps.
         history: file to add a line to at every measurement.
-        start_loss: the loss before any training, for the history's first line.
+        starts_as_parent: before the first step the model is the parent.
     """
 
     def __init__(
         self,
-        measure: Callable[[], tuple[float, float | None]],
-        dense_loss: Callable[[int], float] | None,
+        measure: Callable[[], Losses],
+        parent: Losses | None,
+        curve: Callable[[int], float] | None,
         controller: BetaController,
-        steers_from: int | None,
+        steers_from: int,
         every: int,
         history: Path,
-        start_loss: float | None = None,
+        starts_as_parent: bool,
     ) -> None:
-        self.start_loss = start_loss
-        self.measure, self.dense_loss, self.controller = measure, dense_loss, controller
+        self.measure, self.parent, self.curve, self.controller = measure, parent, curve, controller
         self.steers_from, self.every, self.history = steers_from, every, history
+        self.starts_as_parent = starts_as_parent
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps of this callback."""
@@ -196,10 +195,9 @@ class Validation(TrainerCallback, ExportableState):
         if state.global_step and isinstance(kept, dict):
             self.controller.beta = kept["attributes"]["beta"]
         keep_history(self.history, state.global_step)
-        if state.global_step == 0 and self.start_loss is not None:
-            loss = self.start_loss
+        if state.global_step == 0 and self.starts_as_parent and self.parent is not None:
             self.history.unlink(missing_ok=True)
-            self._record(0, loss, loss, 1.0, 0.0)
+            self._record(0, self.parent, self.parent.mean, 0.0)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -207,21 +205,27 @@ class Validation(TrainerCallback, ExportableState):
         step = state.global_step
         if step % self.every and step != state.max_steps:
             return
-        loss, depth = self.measure()
-        dense = None if self.dense_loss is None else self.dense_loss(step)
-        self._record(step, loss, dense, depth, self.controller.beta)
-        if dense is not None and self.steers_from is not None and step >= self.steers_from:
-            self.controller.update(dense, loss)
+        losses = self.measure()
+        dense = self.parent.mean if self.parent is not None else None
+        if self.curve is not None:
+            dense = self.curve(step)
+        self._record(step, losses, dense, self.controller.beta)
+        if step < self.steers_from:
+            return
+        if self.curve is not None:
+            self.controller.update(self.curve(step), losses.mean)
+        elif self.parent is not None:
+            self.controller.update(*worst_text(self.parent.by_text, losses.by_text))
 
-    def _record(
-        self, step: int, loss: float, dense: float | None, depth: float | None, beta: float
-    ) -> None:
+    def _record(self, step: int, losses: Losses, dense: float | None, beta: float) -> None:
         line = {
             "step": step,
-            "val_loss": loss,
+            "val_loss": losses.mean,
             "parent_loss": dense,
-            "mean_depth": depth,
+            "mean_depth": losses.depth,
             "beta": beta,
+            "val_losses": losses.by_text,
+            "parent_losses": None if self.parent is None else self.parent.by_text,
         }
         with self.history.open("a") as file:
             file.write(json.dumps(line) + "\n")
