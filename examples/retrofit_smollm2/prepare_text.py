@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays out the text that the exits of SmolLM2-135M-Instruct were trained and measured on: prose
+"""Lays out text to train and measure the exits of SmolLM2-135M-Instruct on: prose
 (WikiText-2), code (the Python standard library) and word problems (GSM8K), each in a part for
 training, one for validation and one for the test.
 
