@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument(
         "--exit-layers",
-        type=_numbers(int),
+        type=comma_separated(int),
         metavar="L1,L2,...",
         help="layers already run at each early exit (default: evenly spaced)",
     )
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hazards",
-        type=_numbers(float),
+        type=comma_separated(float),
         metavar="P1,P2,...",
         help="constant chance of leaving at each exit, for measuring speed; one value is for all "
         "exits (default: 0, the output equals the dense model)",
@@ -217,7 +217,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _numbers(kind: type) -> Callable[[str], list[Any]]:
+def comma_separated(kind: type) -> Callable[[str], list[Any]]:
     """An argparse type: a comma-separated list of `kind`."""
 
     def parse(text: str) -> list[Any]:

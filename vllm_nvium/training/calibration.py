@@ -11,7 +11,8 @@ import torch
 
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights, expected_depth
-from vllm_nvium.training.loss import IGNORED, mixture_target_log_probs, next_tokens
+from vllm_nvium.training import IGNORED
+from vllm_nvium.training.loss import mixture_target_log_probs, next_tokens
 
 # Log-odds; beyond these a router is as good as closed or wide open.
 LARGEST_SHIFT = 8.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, say, table
-from vllm_nvium.training import TrainingError, require
+from vllm_nvium.training import TrainingError, require, write_beside
 from vllm_nvium.training.options import TrainOptions, add_arguments, read_options
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def train(options: TrainOptions) -> Path:
 
     out = Path(options.out).expanduser()
     is_new = _claim(out, options)
+    checkpoint = last_complete_checkpoint(out)
     try:
-        start, trainer, calibrate = _prepare(options, out)
+        start, trainer, calibrate = _prepare(options, out, is_resumed=checkpoint is not None)
     except TrainingError:
         if is_new:
             _unclaim(out)
         raise
-    checkpoint = last_complete_checkpoint(out)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Where a run was on its machine says nothing about its exits.
     used = {k: v for k, v in options.record().items() if k not in ("model", "out", "dense")}
@@ -72,7 +72,7 @@ def train(options: TrainOptions) -> Path:
 
 
 def _prepare(
-    options: TrainOptions, out: Path
+    options: TrainOptions, out: Path, is_resumed: bool
 ) -> "tuple[Start, NviumTrainer, Callable[[], dict[str, Any]]]":
     """Everything up to the first step, and what to do after the last one."""
     from transformers import set_seed
@@ -119,7 +119,7 @@ def _prepare(
     parent = None
     if start.has_parent or options.dense:
         parent = _kept(out / "parent_losses.json", lambda: parent_losses_on(validation))
-    if start.has_parent and options.fit_tokens:
+    if start.has_parent and options.fit_tokens and not is_resumed:
         _fit_exits(options, plain, blocks)
     controller = BetaController(options.beta, tolerance=options.tolerance)
     kind, curve = _controller_kind(options, start, parent)
@@ -246,9 +246,7 @@ def _claim(out: Path, options: TrainOptions) -> bool:
         raise TrainingError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=2) + "\n")
-        partial.replace(record)
+        write_beside(record, lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
     except OSError as error:
         raise TrainingError(
             f"--out is {str(out)!r}, and it cannot be written ({error.strerror})."
@@ -350,9 +348,8 @@ def _kept(path: Path, measure: "Callable[[], Losses]") -> "Losses":
     if path.is_file():
         return Losses(**json.loads(path.read_text()))
     losses = measure()
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(losses)) + "\n")
-    partial.replace(path)
+    text = json.dumps(dataclasses.asdict(losses)) + "\n"
+    write_beside(path, lambda beside: beside.write_text(text))
     return losses
 
 

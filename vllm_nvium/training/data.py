@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from vllm_nvium.training import TrainingError
+from vllm_nvium.training import IGNORED, TrainingError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +58,6 @@ BYTES_PER_TOKEN = 4
 TOKENISED_AT_ONCE = 256
 # Vocabularies are padded to round sizes, but never by a tenth.
 LEAST_VOCABULARY_USE = 0.9
-IGNORED = -100
 
 
 class Rendered(str):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an N-vium model is worth on a text: perplexity of the mixture and of every head, which exits
-its tokens leave at, and the speed-up to expect from that. The command and the trainer's validation
-both call it; each formula is a small function of plain tensors.
+its tokens leave at, and the speed-up to expect from that. Each formula is a small function of plain
+tensors.
 
 Notation: N heads = N-1 early exits + the final head, `l_k` layers run at exit k of L in all, `p_k`
 its hazard, `pi_k` its weight, V vocabulary, H hidden size. Losses are in nats per token. A block of
@@ -23,6 +23,7 @@ from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.ops.mixture import expected_depth
 from vllm_nvium.training import TrainingError
 from vllm_nvium.training.loss import (
+    CHUNK,
     head_target_log_probs,
     mixture_target_log_probs,
     next_tokens,
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
     from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-
-# Rows of one head's `[rows, V]` logits that are held at a time.
-CHUNK = 512
 
 
 # ---- formulas

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, progress, say, table
-from vllm_nvium.training import TrainingError, require
+from vllm_nvium.training import TrainingError, require, write_beside
 from vllm_nvium.training.plots import HistoryPoint, draw, layer_count, read_history
 
 if TYPE_CHECKING:
@@ -288,11 +288,6 @@ def _load_texts(request: Request, tokenizer: Any) -> "dict[str, Dataset]":
             text_field=request.text_field,
             split=request.split,
         )
-        if len(texts[name]) == 0:
-            raise TrainingError(
-                f"--text {name!r} has less than one block of --block-size {request.block_size} "
-                "tokens; give more text or a smaller block size."
-            )
     return texts
 
 
@@ -496,24 +491,6 @@ def to_json(report: Report) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then give it that name: a file that is there already
-    is replaced as a whole or not at all.
-
-    Raises:
-        TrainingError: it cannot be written.
-    """
-    path = path.expanduser()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise TrainingError(f"{path} could not be written ({error.strerror or error}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def print_report(report: Report) -> None:

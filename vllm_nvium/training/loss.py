@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from vllm_nvium.training import IGNORED
+
 if TYPE_CHECKING:
     from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM, NviumOutput
 
-IGNORED = -100
 # Rows at a time: their logits should stay in a cache, and yet be enough for a matrix product.
 CHUNK = 128
 

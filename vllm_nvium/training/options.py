@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.convert.command import comma_separated
 from vllm_nvium.training import TrainingError
 
 METHODS = ("exits", "lora", "full", "scratch")
@@ -169,22 +170,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, action="store_true", **common)
             continue
         if about.get("comma"):
-            parser.add_argument(flag, type=_comma_separated, metavar="L1,L2,...", **common)
+            parser.add_argument(flag, type=comma_separated(int), metavar="L1,L2,...", **common)
             continue
         if about["many"]:
             common["nargs"] = "+"
         if "choices" in about:
             common["choices"] = about["choices"]
         parser.add_argument(flag, type=about["kind"], **common)
-
-
-def _comma_separated(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a comma-separated list of int values"
-        ) from None
 
 
 def read_options(args: argparse.Namespace) -> TrainOptions:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_nvium.model_executor.ops.mixture import expected_depth
-from vllm_nvium.training import TrainingError
+from vllm_nvium.training import TrainingError, write_beside
 from vllm_nvium.training.controller import BetaController
 from vllm_nvium.training.loss import (
     dense_target_log_probs,
@@ -240,9 +240,8 @@ def keep_history(path: Path, up_to: int) -> None:
         with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
             if json.loads(line)["step"] <= up_to:
                 kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
+    text = "".join(line + "\n" for line in kept)
+    write_beside(path, lambda beside: beside.write_text(text))
 
 
 def last_complete_checkpoint(run: Path) -> Path | None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from vllm_nvium.model_executor.ops.mixture import expected_depth
+from vllm_nvium.training import IGNORED
 from vllm_nvium.training.loss import (
-    IGNORED,
     dense_target_log_probs,
     mixture_target_log_probs,
     next_tokens,
