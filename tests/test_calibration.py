@@ -13,6 +13,7 @@ from vllm_nvium.training.calibration import (
     LARGEST_SHIFT,
     Observed,
     depths_of,
+    find_greedy_margin,
     find_shift,
     observe,
     shift_margins,
@@ -63,3 +64,25 @@ def test_the_model_has_the_loss_that_was_found(tmp_path: Path) -> None:
         after = float(model(tokens, labels=tokens, use_cache=False).loss)
     assert after == pytest.approx(found.losses["a"], abs=1e-4)
     assert after <= wanted + 1e-4
+
+
+def test_greedy_margin_by_hand() -> None:
+    """Greedy decoding leaves where the exit alone is good enough, and no lower."""
+    heads = torch.tensor([[math.log(0.5), math.log(0.5)], [math.log(0.1), math.log(0.5)]])
+    text = Observed(heads, torch.tensor([[2.0], [1.0]]))
+    half = -math.log(0.5) + 1e-6
+    margin = find_greedy_margin({"a": text}, {"a": half})
+    assert margin == pytest.approx(1.0, abs=0.05) and margin >= 1.0 - 1e-5
+    assert text.greedy_loss(margin) == pytest.approx(-math.log(0.5))
+    mean = -(math.log(0.5) + math.log(0.1)) / 2
+    assert find_greedy_margin({"a": text}, {"a": mean + 1e-6}) == -LARGEST_SHIFT
+    # One text forbids what another would allow.
+    both = {"a": text, "b": Observed(heads[1:], torch.tensor([[3.0]]))}
+    assert find_greedy_margin(both, {"a": mean, "b": half}) == pytest.approx(3.0, abs=0.05)
+    # Nobody leaves where nothing is good enough.
+    impossible = find_greedy_margin({"a": text}, {"a": 0.0})
+    assert text.greedy_loss(impossible) == pytest.approx(-math.log(0.5))
+
+
+def test_a_shift_moves_what_greedy_decoding_picks() -> None:
+    assert EQUAL.shifted(-1.5).margins.tolist() == [[-0.5]]

@@ -78,8 +78,8 @@ def text_file(path: Path, words: int, seed: int = 0) -> Path:
 
 def test_greedy_takes_the_first_exit_above_one_half() -> None:
     margins = torch.tensor([[-1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [0.1, 5.0, -1.0], [-1.0, -1.0, 9.0]])
-    assert greedy_exits(margins).tolist() == [1, 3, 0, 2]
-    assert greedy_shares(margins).tolist() == [0.25, 0.25, 0.25, 0.25]
+    assert greedy_exits(margins, 0.0).tolist() == [1, 3, 0, 2]
+    assert greedy_shares(margins, 0.0).tolist() == [0.25, 0.25, 0.25, 0.25]
 
 
 def test_sampled_shares_are_means_of_the_weights() -> None:
@@ -245,7 +245,7 @@ def test_agreement_is_counted_head_by_head(tmp_path: Path) -> None:
     model, blocks = make_nvium(tmp_path, router_scale=6.0), blocks_of(3, 30)
     output = model(blocks, output_head_logits=True, use_cache=False)
     top = output.head_logits[:, :-1].argmax(-1)  # [B, T-1, N]
-    exits = greedy_exits(output.margins[:, :-1])
+    exits = greedy_exits(output.margins[:, :-1], 0.0)
     parent_top = top[..., 1]
     found = evaluate(model, blocks, 2, parent_top=parent_top)
     log_q = output.head_logits[:, :-1].log_softmax(-1)

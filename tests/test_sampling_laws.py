@@ -57,6 +57,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             tmp_path_factory.mktemp("nvium"),
             {"max_num_seqs": 256, "max_num_batched_tokens": 1024},
             seed=1,
+            greedy_margin=0.1,
         )
 
 
@@ -194,7 +195,9 @@ def check_argmax(logits: torch.Tensor, token: int) -> None:
 PROMPTS = [PROMPT, [7] * 20, list(range(3, 60)), [40]]
 
 
-def test_routed_greedy_leaves_where_the_hazard_exceeds_one_half(served: Served) -> None:
+def test_routed_greedy_leaves_where_the_margin_exceeds_the_models(served: Served) -> None:
+    sure = served.reference.config.greedy_margin
+    assert sure > 0
     left: Counter[int] = Counter()
     depths: Counter[int] = Counter()
     for prompt in PROMPTS:
@@ -204,7 +207,7 @@ def test_routed_greedy_leaves_where_the_hazard_exceeds_one_half(served: Served) 
         for i, token in enumerate(tokens):
             position = len(prompt) - 1 + i
             exit_ = served.engine.emitted["0"].exits[position]
-            leaving = torch.nonzero(margins[position] > 0).flatten().tolist()
+            leaving = torch.nonzero(margins[position] > sure).flatten().tolist()
             assert exit_ == (leaving[0] if leaving else 3)
             check_argmax(heads[position, exit_], token)
             left[exit_] += 1

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays out text to train and measure the exits of SmolLM2-135M-Instruct on: prose
 (WikiText-2), code (the Python standard library) and word problems (GSM8K), each in a part for
-training, one for validation and one for the test.
+training, one for validation and one for the test, and prompts for chat answers in the same parts,
+made from the part's own text.
 
     python examples/retrofit_smollm2/prepare_text.py OUT [--wikitext-valid FILE ...]
 
@@ -12,6 +13,7 @@ is not used: its validation split is long enough, and its test split is never tr
 import argparse
 import hashlib
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -21,6 +23,22 @@ from pathlib import Path
 SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages",
            "__pycache__", "ensurepip", "pydoc_data", "encodings"}  # fmt: skip
 HELD_OUT_PROBLEMS = 200
+SUBJECTS = (
+    "Tell me about {}.",
+    "Write a short story in which {} plays a part.",
+    "What are the five most important facts about {}?",
+    "Explain {} to a child.",
+    "Write an email to a friend about {}.",
+    "I have to give a talk about {}. Give me an outline.",
+    "Write a poem about {}.",
+    "What would you ask an expert on {}?",
+)
+PARAGRAPHS = (
+    "Summarize this text in two sentences.",
+    "Rewrite this text in simpler words.",
+    "List the names and dates in this text.",
+    "Ask three questions about this text and answer them.",
+)
 
 
 def main() -> None:
@@ -58,6 +76,15 @@ def main() -> None:
     write(args.out / "valid" / "gsm8k.jsonl", "\n".join(problems[-HELD_OUT_PROBLEMS:]) + "\n")
     test = [json.dumps(row) for row in rows_of(args.gsm8k_test, "test")][:HELD_OUT_PROBLEMS]
     write(args.out / "test" / "gsm8k.jsonl", "\n".join(test) + "\n")
+    for part, questions in (
+        ("train", problems[: -2 * HELD_OUT_PROBLEMS]),
+        ("valid", problems[-HELD_OUT_PROBLEMS:]),
+        ("test", test),
+    ):
+        prose = (args.out / part / "wikitext.txt").read_text()
+        asked = list(prompts(prose, code[part], [json.loads(row)["question"] for row in questions]))
+        text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked)
+        write(args.out / part / "prompts.jsonl", text)
 
 
 def text_of(file: Path | None, split: str) -> str:
@@ -86,6 +113,24 @@ def modules() -> Iterator[tuple[str, str]]:
     names = {str(path.relative_to(root)): path for path in files}
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
         yield name, names[name].read_text(errors="ignore")
+
+
+def prompts(prose: str, sources: list[str], questions: list[str]) -> Iterator[str]:
+    """What a user may ask: about subjects, paragraphs and code of the text, and problems."""
+    titles = re.findall(r"^ = ([^=\n]+) = $", prose, flags=re.MULTILINE)
+    for number, title in enumerate(titles):
+        yield SUBJECTS[number % len(SUBJECTS)].format(title)
+        yield SUBJECTS[(number + 1) % len(SUBJECTS)].format(title)
+    paragraphs = [line.strip() for line in prose.splitlines() if 300 < len(line) < 900]
+    for number, paragraph in enumerate(paragraphs[: 2 * len(titles)]):
+        yield f"{PARAGRAPHS[number % len(PARAGRAPHS)]}\n\n{paragraph}"
+    described = re.compile(r'^def (\w+)\(.*\n +r?"""([^"\n]{20,})', flags=re.MULTILINE)
+    functions = [found for source in sources for found in described.findall(source)]
+    for name, purpose in functions[: 2 * len(titles)]:
+        yield f"Write a Python function `{name}`. {purpose}"
+    for source in sources[: len(titles)]:
+        yield f"Explain what this Python code does.\n\n```python\n{source[:700]}\n```"
+    yield from questions[: 2 * len(titles)]
 
 
 def write(path: Path, text: str) -> None:

@@ -40,6 +40,9 @@ class NviumConfig(PretrainedConfig):
     - `router_num_blocks`: blocks of a router, one after the other; the first reads H, the others R.
     - `exit_head`: which unembedding the exits use: `"final"` (the final head's), `"embeddings"`
       (the embedding matrix), or `"own"` (one `[V, H]` matrix per exit).
+    - `greedy_margin`: at temperature 0 a token leaves at the first exit whose log-odds of leaving
+      `e_k - c_k` exceed this. 0, a hazard above one half, is the paper's release; training may
+      find that exits speak well alone only where their routers are surer than that.
 
     Raises:
         ValueError: a field has a value that no N-vium model can have; the message is one sentence
@@ -79,6 +82,7 @@ class NviumConfig(PretrainedConfig):
     router_hidden_size: int | None = None
     router_num_blocks: int = 1
     exit_head: Literal["final", "embeddings", "own"] = "final"
+    greedy_margin: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if getattr(self, "architectures", None) is None:
@@ -198,6 +202,10 @@ class NviumConfig(PretrainedConfig):
                 f"exit_head is {self.exit_head!r}, and it must be one of "
                 f"{', '.join(map(repr, EXIT_HEADS))}."
             )
+        margin = self.greedy_margin
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
+            raise ValueError(f"greedy_margin is {margin!r}, and a number is needed.")
+        self.greedy_margin = float(margin)
 
     def _validate_rope_is_whole_head(self) -> None:
         # transformers' Llama rotates the whole head whatever this says, vLLM obeys it: the two

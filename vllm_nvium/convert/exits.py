@@ -113,6 +113,7 @@ def _exit_fields(config: NviumConfig) -> dict[str, Any]:
         "router_hidden_size",
         "router_num_blocks",
         "exit_head",
+        "greedy_margin",
     )
     return {name: getattr(config, name) for name in names}
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last step of a retrofit: one number, added to every router's margin, with which the mixture
-is as good as the dense parent on each text that it was not trained on. The controller steers to
-within what a few thousand tokens can tell; this uses more of them, and costs two passes.
+is as good as the dense parent on each text that it was not trained on, and one that does the same
+for what greedy decoding picks. The controller steers to within what a few thousand tokens can tell;
+this uses more of them, and costs two passes.
 """
 
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import torch
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights, expected_depth
 from vllm_nvium.training import IGNORED
+from vllm_nvium.training.evaluate import greedy_exits
 from vllm_nvium.training.loss import mixture_target_log_probs, next_tokens
 
 # Log-odds; beyond these a router is as good as closed or wide open.
 LARGEST_SHIFT = 8.0
 STEP = 0.05
+COUNT = round(2 * LARGEST_SHIFT / STEP) + 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class Observed:
         """`-mean_t log sum_k pi_k(margins + shift) q_k(y)`."""
         weights = exit_log_weights(self.margins + shift)
         return -float(torch.logsumexp(weights + self.heads, dim=-1).mean())
+
+    def greedy_loss(self, greedy_margin: float) -> float:
+        """`-mean_t log q_g(y)`, g the head that speaks at temperature 0; see `greedy_exits`."""
+        exits = greedy_exits(self.margins, greedy_margin)
+        return -float(self.heads.gather(-1, exits[:, None]).mean())
+
+    def shifted(self, shift: float) -> "Observed":
+        """What would have been observed with `shift` added to every margin."""
+        return Observed(self.heads, self.margins + shift)
 
     def depth(self, shift: float, depths: torch.Tensor) -> float:
         """Mean share of the layers, from the share `depths` `[N]` in front of each head."""
@@ -76,10 +88,9 @@ def find_shift(
     def excess(shift: float) -> float:
         return max(text.loss(shift) - largest[name] for name, text in texts.items())
 
-    count = round(2 * LARGEST_SHIFT / STEP) + 1
     tried = {
         shift: excess(shift)
-        for shift in torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, count).tolist()
+        for shift in torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, COUNT).tolist()
     }
     good = [shift for shift, found in tried.items() if found <= 0.0]
     shift = max(good) if good else min(tried, key=lambda shift: tried[shift])
@@ -89,6 +100,25 @@ def find_shift(
         depth=sum(text.depth(shift, depths) for text in texts.values()) / len(texts),
         reached=bool(good),
     )
+
+
+def find_greedy_margin(texts: dict[str, Observed], largest: dict[str, float]) -> float:
+    """The smallest margin from which on no text's greedy loss exceeds what is allowed for it.
+
+    A hazard that pays in a mixture, where the deeper heads hold the rest, may be more than the exit
+    is worth alone; greedy decoding asks more of it. Where no margin will do, nobody leaves.
+
+    Args:
+        texts: what was observed on each.
+        largest: nats per token, by text.
+    """
+    nobody = max(float(text.margins.max()) for text in texts.values())
+    margin = max(nobody, LARGEST_SHIFT)
+    for tried in reversed(torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, COUNT).tolist()):
+        if any(text.greedy_loss(tried) > largest[name] for name, text in texts.items()):
+            break
+        margin = tried
+    return margin
 
 
 @torch.no_grad()

@@ -177,21 +177,33 @@ def _calibrate(
     options: TrainOptions, model: Any, texts: dict[str, Any], parent: "Losses"
 ) -> dict[str, Any]:
     """See `calibration.py`; what to record of it."""
-    from vllm_nvium.training.calibration import depths_of, find_shift, observe, shift_margins
+    from vllm_nvium.training.calibration import (
+        depths_of,
+        find_greedy_margin,
+        find_shift,
+        observe,
+        shift_margins,
+    )
 
     model.eval()
     observed = {name: observe(model, text, options.batch_size) for name, text in texts.items()}
     largest = {name: loss + options.tolerance for name, loss in parent.by_text.items()}
     found = find_shift(observed, largest, depths_of(model))
     shift_margins(model, found.shift)
+    shifted = {name: text.shifted(found.shift) for name, text in observed.items()}
+    greedy_margin = model.config.greedy_margin = find_greedy_margin(shifted, largest)
+    greedy = {name: text.greedy_loss(greedy_margin) for name, text in shifted.items()}
     say(f"Calibrated: margins shifted by {found.shift:+.2f}, {found.depth:.1%} of the layers run.")
+    say(f"At temperature 0 tokens leave where the margin exceeds {greedy_margin:.2f}.")
     rows = [
-        (name, f"{loss:.4f}", f"{parent.by_text[name]:.4f}") for name, loss in found.losses.items()
+        (name, f"{loss:.4f}", f"{greedy[name]:.4f}", f"{parent.by_text[name]:.4f}")
+        for name, loss in found.losses.items()
     ]
-    table([("text", "loss", "parent's"), *rows])
+    table([("text", "loss", "greedy", "parent's"), *rows])
     if not found.reached:
         say("No shift makes the mixture as good as the parent on every text.")
-    return {"calibration": dataclasses.asdict(found)}
+    greedy_found = {"greedy_margin": greedy_margin, "greedy_losses": greedy}
+    return {"calibration": dataclasses.asdict(found) | greedy_found}
 
 
 def _blocks(options: TrainOptions, start: "Start", out: Path) -> tuple[Any, Any]:

@@ -41,31 +41,36 @@ if TYPE_CHECKING:
 # ---- formulas
 
 
-def greedy_exits(margins: torch.Tensor) -> torch.Tensor:
-    """The head that speaks for each token at temperature 0: the first exit with `p_k > 1/2`.
+def greedy_exits(margins: torch.Tensor, greedy_margin: float) -> torch.Tensor:
+    """The head that speaks for each token at temperature 0: the first exit that is sure enough.
+
+        exit(t) = min { k : e_k - c_k > greedy_margin }, else N
 
     Args:
-        margins: `[..., N-1]`, `e_k - c_k`; `p_k > 1/2` iff it is positive.
+        margins: `[..., N-1]`, `e_k - c_k`.
+        greedy_margin: of the model's configuration; 0 is `p_k > 1/2`.
 
     Returns:
         `[...]` int64 in 0 .. N-1, N-1 for the final head.
     """
-    leaves = F.pad(margins > 0, (0, 1), value=True)  # the final head takes whoever is left
+    leaves = F.pad(margins > greedy_margin, (0, 1), value=True)  # the final head takes whoever is left
     return leaves.int().argmax(dim=-1)  # of equal values argmax returns the first
 
 
-def greedy_shares(margins: torch.Tensor) -> torch.Tensor:
+def greedy_shares(margins: torch.Tensor, greedy_margin: float) -> torch.Tensor:
     """Share of the tokens that the greedy rule sends to each head.
 
         share_k = mean_t 1[greedy exit of t is k]
 
     Args:
         margins: `[..., T, N-1]`.
+        greedy_margin: see `greedy_exits`.
 
     Returns:
         `[..., N]` float64, summing to 1.
     """
-    return F.one_hot(greedy_exits(margins), margins.shape[-1] + 1).double().mean(dim=-2)
+    exits = greedy_exits(margins, greedy_margin)
+    return F.one_hot(exits, margins.shape[-1] + 1).double().mean(dim=-2)
 
 
 def sampled_shares(log_weights: torch.Tensor) -> torch.Tensor:
@@ -246,7 +251,7 @@ class Evaluation:
             stands beside the savings of greedy exits, as the mixture does beside those of drawn.
         block_losses: the mixture's mean loss in every block.
         sampled: exits as `routed` sampling at temperature 1 draws them.
-        greedy: exits as temperature 0 takes them, `p_k > 1/2`.
+        greedy: exits as temperature 0 takes them, see `greedy_exits`.
         exit_bytes: bytes of weights read for a token of each head.
         agreement: share of the tokens where each head's most likely token is the dense parent's;
             `None` when that was not asked.
@@ -439,13 +444,14 @@ def evaluate(
             mixture, heads = mixture_target_log_probs(model, output, next_tokens(input_ids), chunk)
             # The last position of a block has no next token in it.
             mixture, heads, margins = mixture[:, :-1], heads[:, :-1], output.margins[:, :-1]
-            exits = greedy_exits(margins).unsqueeze(-1)  # [B, T-1, 1]
+            sure = model.config.greedy_margin
+            exits = greedy_exits(margins, sure).unsqueeze(-1)  # [B, T-1, 1]
             values = {
                 "loss": -mixture.double().mean(dim=1),
                 "heads": -heads.double().mean(dim=1),
                 "greedy loss": -heads.gather(-1, exits).double().mean(dim=(1, 2)),
                 "sampled": sampled_shares(output.exit_log_weights[:, :-1]),
-                "greedy": greedy_shares(margins),
+                "greedy": greedy_shares(margins, sure),
             }
             if parent_top is not None:
                 hits = _agreement(model, output.head_hidden[:, :-1], parent_top[rows], chunk)

@@ -42,6 +42,7 @@ class NviumModelRunnerMixin:
             num_exits=len(model.exits),
             always_full=bool(config.model_config.logits_processors),
             decide_early=model.may_decide_early,
+            greedy_margin=model.config.greedy_margin,
         )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:

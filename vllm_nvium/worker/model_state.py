@@ -80,6 +80,7 @@ class NviumModelState(DefaultModelState):
             num_exits=len(model.exits),  # type: ignore[arg-type]
             always_full=bool(vllm_config.model_config.logits_processors),
             decide_early=bool(model.may_decide_early),
+            greedy_margin=model.config.greedy_margin,  # type: ignore[union-attr,arg-type]
         )
         self._is_real = False
         self._open_step: Step | None = None

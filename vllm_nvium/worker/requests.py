@@ -67,7 +67,7 @@ class RequestInfo:
 
     Attributes:
         seed: of its exit draws.
-        greedy: temperature 0: leave iff the hazard exceeds one half, no draw.
+        greedy: temperature 0: leave iff the margin exceeds the model's greedy margin, no draw.
         mixture: its newest token needs the mixture, not one head.
         mixture_greedy: of those, only its argmax.
         prompt_logprobs: every prompt row needs the mixture.
@@ -94,6 +94,7 @@ class RequestTable:
         num_exits: early exits of the model.
         always_full: custom logits processors are loaded, so no request may be taken for plain.
         decide_early: whether greedy decoding of the mixture may stop before the last head.
+        greedy_margin: at temperature 0 a token leaves where `e_k - c_k` exceeds this.
     """
 
     def __init__(
@@ -103,12 +104,14 @@ class RequestTable:
         num_exits: int,
         always_full: bool = False,
         decide_early: bool = True,
+        greedy_margin: float = 0.0,
     ) -> None:
         self.options = options
         self.engine_seed = engine_seed
         self.num_exits = num_exits
         self.always_full = always_full
         self.decide_early = decide_early
+        self.greedy_margin = greedy_margin
         self.requests: dict[str, RequestInfo] = {}
         self._order: list[str] = []
         self._rows: list[RequestInfo] = []
@@ -152,7 +155,7 @@ class RequestTable:
         self._seeds = np.array([row.seed for row in rows], dtype=np.uint64)
         self._greedy = np.array([row.greedy for row in rows], dtype=bool)
         self._any_sampled = not self._greedy.all()
-        self._greedy_thresholds = np.zeros((len(rows), self.num_exits))
+        self._greedy_thresholds = np.full((len(rows), self.num_exits), self.greedy_margin)
         self._mixture = np.array([row.mixture for row in rows], dtype=bool)
         self._mixture_greedy = np.array([row.mixture_greedy for row in rows], dtype=bool)
         # What needs the mixture never stops early, unless its argmax can be settled.
@@ -181,7 +184,7 @@ class RequestTable:
             self._arrange(request_ids)
         if self._any_sampled:
             thresholds = margin_thresholds(self._seeds, last, self.num_exits)
-            thresholds[self._greedy] = 0.0
+            thresholds[self._greedy] = self.greedy_margin
         else:
             thresholds = self._greedy_thresholds
         # Stopping now would leave positions complete..last behind. A request that has not yet been
