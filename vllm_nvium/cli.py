@@ -18,6 +18,10 @@ LAZY_COMMANDS = {
         "vllm_nvium.training.evaluate_command",
         "measure a checkpoint: perplexity, exits, expected speed-up",
     ),
+    "search-mask": (
+        "vllm_nvium.spec_decode.search_command",
+        "find the layers that VIA-SD's slim verifier skips",
+    ),
 }
 
 

@@ -17,6 +17,8 @@ from vllm_nvium.flags import (
     merge,
 )
 from vllm_nvium.patches import Patch
+from vllm_nvium.spec_decode import options as via_sd
+from vllm_nvium.spec_decode.startup import check, prepared
 
 MODULE, CLASS = "vllm.engine.arg_utils", "EngineArgs"
 
@@ -26,6 +28,7 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
         add_arguments(parser)
+        via_sd.add_arguments(parser)
         return parser
 
     return add_cli_args
@@ -36,7 +39,8 @@ def _with_flag_values(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type, args: Any) -> Any:
         engine_args = original(cls, args)
         engine_args.additional_config = merge(
-            engine_args.additional_config, given_on_command_line(args)
+            engine_args.additional_config,
+            given_on_command_line(args) | via_sd.given_on_command_line(args),
         )
         return engine_args
 
@@ -47,7 +51,9 @@ def _with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            vllm_config = original(self, *args, **kwargs)
+            with prepared(self):
+                vllm_config = original(self, *args, **kwargs)
+            check(vllm_config)
         except ValidationError as error:
             refusal = _own_refusal(error)
             if refusal is None:

@@ -15,8 +15,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_nvium.worker.model_runner import NviumModelRunnerMixin
 
 
-class NviumCPUModelRunner(NviumModelRunnerMixin, CPUModelRunner):
-    """`CPUModelRunner` that hands the model its `Step`."""
+class KeepsGenerators:
+    """Put before `CPUModelRunner`: seeded requests whose prompt is computed in chunks."""
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Samples with the generators of unfinished prompts put aside.
@@ -25,13 +25,19 @@ class NviumCPUModelRunner(NviumModelRunnerMixin, CPUModelRunner):
         generators on CPU do not have: without this a seeded request whose prompt is computed in
         chunks stops the engine. It can go when vLLM's CPU runner no longer rewinds.
         """
-        generators = self.input_batch.generators
-        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        batch: Any = self.input_batch  # type: ignore[attr-defined]
+        generators = batch.generators
+        discard = self.discard_request_mask.np  # type: ignore[attr-defined]
+        discarded = np.flatnonzero(discard[: batch.num_reqs])
         aside = {i: generators.pop(i) for i in map(int, discarded) if i in generators}
         try:
-            return super().sample_tokens(*args, **kwargs)
+            return super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
         finally:
             generators.update(aside)
+
+
+class NviumCPUModelRunner(NviumModelRunnerMixin, KeepsGenerators, CPUModelRunner):
+    """`CPUModelRunner` that hands the model its `Step`."""
 
 
 class NviumCPUWorker(cpu_worker.CPUWorker):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VIA-SD: speculative decoding with a slim verifier between the drafter and the target."""

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of VIA-SD (speculative decoding with a slim verifier, arXiv:2606.12243): the one place
+where a flag, its default, its check and its help text live. They travel as flat keys of vLLM's
+`additional_config`; a request may override some of them through `vllm_xargs`."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "via_sd"
+PREFIX = "via_sd_"
+MODES = ("lossless", "paper")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class ViaSDOptions:
+    """Options of one engine.
+
+    Attributes:
+        mask: which layers the slim verifier skips: a mask file, `even:RATIO`, or a list of layers.
+        mode: `lossless`, or the paper's rule, which keeps tokens that the full model never saw.
+        accept, escalate: thresholds of the paper's rule on `q'(v) / max q'`.
+        window: most tokens between two passes of the full model.
+        rounds: rounds of drafting and slim checks in a window; `auto` to let measured times and
+            acceptances decide, 0 for plain speculative decoding.
+        max_batch: the tier is off while more requests than this decode; None for no such bound.
+        allow_paper_mode: a request may ask for the paper's rule where the server's is lossless.
+        drafts: most tokens that the drafter proposes at a time, from `--speculative-config`; its
+            `num_speculative_tokens` becomes `window`. Not a flag.
+    """
+
+    mask: str = "even:0.2"
+    mode: str = "lossless"
+    accept: float = 0.5
+    escalate: float = 0.3
+    window: int = 16
+    rounds: int | str = AUTO
+    max_batch: int | None = None
+    allow_paper_mode: bool = False
+    drafts: int = 0
+
+    @classmethod
+    def from_config(cls, additional_config: Any) -> "ViaSDOptions | None":
+        """Read and check the keys `via_sd*`; None when VIA-SD is off.
+
+        Raises:
+            ValueError: a key is unknown, a value is out of range, or options are given while it is
+                off; one sentence.
+        """
+        given = additional_keys(additional_config)
+        switch = given.pop(KEY, False)
+        if not isinstance(switch, bool):
+            raise ValueError(f"--via-sd (additional_config 'via_sd') is {switch!r}; give a bool.")
+        if not switch:
+            if given:
+                key, value = next(iter(given.items()))
+                raise ValueError(f"{_flag(key)} is {value!r}, but VIA-SD is off; add --via-sd.")
+            return None
+        values = {key.removeprefix(PREFIX): value for key, value in given.items()}
+        known = [field.name for field in fields(cls)]
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(
+                    f"additional_config {PREFIX + name!r} is not an option of VIA-SD; there are "
+                    f"{', '.join(PREFIX + option for option in known)}."
+                )
+            _check_value(f"{_flag(PREFIX + name)} (additional_config)", name, value)
+        options = cls(**values)
+        _check_thresholds("--via-sd-", options.accept, options.escalate)
+        if options.drafts > options.window:
+            raise ValueError(
+                f"--via-sd-window is {options.window}, and the drafter's num_speculative_tokens is "
+                f"{options.drafts}: a window must hold the drafts of one round."
+            )
+        return options
+
+
+@dataclass(frozen=True)
+class ViaSDRequestOptions:
+    """Options of one request; the fields mean the same as in `ViaSDOptions`.
+
+    Attributes:
+        on: whether the tier is used at all.
+    """
+
+    on: bool
+    mode: str
+    accept: float
+    escalate: float
+
+    @classmethod
+    def from_extra_args(
+        cls, extra_args: Mapping[str, Any] | None, engine: ViaSDOptions
+    ) -> "ViaSDRequestOptions":
+        """Read `SamplingParams.extra_args` (HTTP: `vllm_xargs`); what is absent is the engine's.
+
+        Raises:
+            ValueError: a key is unknown, a value is out of range, or the paper's rule is asked for
+                where it is not allowed; one sentence.
+        """
+        given = additional_keys(dict(extra_args or {}))
+        on = _switch(given.pop(KEY, True))
+        values: dict[str, Any] = {
+            "mode": engine.mode,
+            "accept": engine.accept,
+            "escalate": engine.escalate,
+        }
+        for key, value in given.items():
+            name = key.removeprefix(PREFIX)
+            if name not in values:
+                known = ", ".join([KEY, *(PREFIX + option for option in values)])
+                raise ValueError(
+                    f"vllm_xargs {key!r} is not an option that a request can set; there are "
+                    f"{known}."
+                )
+            _check_value(f"vllm_xargs {key!r}", name, value)
+            values[name] = value
+        _check_thresholds("vllm_xargs via_sd_", values["accept"], values["escalate"])
+        if values["mode"] == "paper" and engine.mode != "paper" and not engine.allow_paper_mode:
+            raise ValueError(
+                "vllm_xargs 'via_sd_mode' is 'paper', but this server is lossless; it must be "
+                "started with --via-sd-allow-paper-mode."
+            )
+        return cls(on=on, **values)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group "VIA-SD" to vLLM's parser; unset flags are None, see `flags.add_arguments`."""
+    group = parser.add_argument_group(
+        title="VIA-SD",
+        description="Speculative decoding with a slim verifier: beside --speculative-config, which "
+        "names the drafter, the target with some layers skipped checks drafts before the full "
+        "model does.",
+    )
+    group.add_argument(
+        "--via-sd", action="store_true", default=None, help="Use a slim verifier. (default: off)"
+    )
+    group.add_argument(
+        "--via-sd-mask",
+        default=None,
+        metavar="FILE|even:RATIO|LIST",
+        help="Layers that the slim verifier skips: a file of `vllm-nvium search-mask`, a ratio of "
+        "evenly spread layers, or a list such as 5,9,13-15. "
+        f"(default: {ViaSDOptions.mask})",
+    )
+    group.add_argument(
+        "--via-sd-mode",
+        choices=MODES,
+        default=None,
+        help="'lossless': the output law is the target's; 'paper': tokens that the slim verifier "
+        "is sure of are kept without asking the target, which changes the output. Per request: "
+        f"vllm_xargs via_sd_mode. (default: {ViaSDOptions.mode})",
+    )
+    group.add_argument(
+        "--via-sd-accept",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="Mode 'paper': a draft is kept when its slim probability is at least this share of "
+        f"the largest. Per request: vllm_xargs via_sd_accept. (default: {ViaSDOptions.accept})",
+    )
+    group.add_argument(
+        "--via-sd-escalate",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="Mode 'paper': below this share the target decides; between the two the slim verifier "
+        "draws again. Per request: vllm_xargs via_sd_escalate. "
+        f"(default: {ViaSDOptions.escalate})",
+    )
+    group.add_argument(
+        "--via-sd-window",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Most tokens between two passes of the full model. "
+        f"(default: {ViaSDOptions.window})",
+    )
+    group.add_argument(
+        "--via-sd-rounds",
+        type=_rounds,
+        default=None,
+        metavar="auto|N",
+        help="Rounds of drafting and slim checks in a window; 'auto' lets measured times and "
+        "acceptances decide, and uses the tier only where it pays; 0 is plain speculative "
+        f"decoding. (default: {ViaSDOptions.rounds})",
+    )
+    group.add_argument(
+        "--via-sd-max-batch",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Use the tier only while at most so many requests decode. (default: no bound)",
+    )
+    group.add_argument(
+        "--via-sd-allow-paper-mode",
+        action="store_true",
+        default=None,
+        help="Let requests ask for mode 'paper' on a lossless server. (default: off)",
+    )
+
+
+def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as keys of `additional_config`."""
+    keys = [KEY, *(PREFIX + field.name for field in fields(ViaSDOptions))]
+    return {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
+
+
+def additional_keys(additional_config: Any) -> dict[str, Any]:
+    """The keys `via_sd*` of a mapping, unchecked."""
+    if not isinstance(additional_config, dict):
+        return {}
+    return {
+        key: value
+        for key, value in additional_config.items()
+        if str(key) == KEY or str(key).startswith(PREFIX)
+    }
+
+
+def options_of(vllm_config: "VllmConfig") -> ViaSDOptions | None:
+    """The options of an engine; None when VIA-SD is off."""
+    return ViaSDOptions.from_config(vllm_config.additional_config)
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    good: bool
+    if name == "mask":
+        good, needed = isinstance(value, str) and bool(value), "a file, even:RATIO or a list"
+    elif name == "mode":
+        good, needed = value in MODES, " or ".join(map(repr, MODES))
+    elif name in ("accept", "escalate"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        good, needed = is_number and 0.0 <= value <= 1.0, "a number in 0..1"
+    elif name == "allow_paper_mode":
+        good, needed = isinstance(value, bool), "a bool"
+    elif name == "rounds":
+        good, needed = value == AUTO or _is_count(value, 0), f"{AUTO!r} or an integer >= 0"
+    elif name == "max_batch":
+        good, needed = value is None or _is_count(value, 1), "an integer >= 1"
+    else:
+        # vLLM's rejection sampler takes at most 128 drafts.
+        smallest = 0 if name == "drafts" else 1
+        good, needed = _is_count(value, smallest) and value <= 128, "an integer in 1..128"
+    if not good:
+        raise ValueError(f"{where} is {value!r}; it must be {needed}.")
+
+
+def _check_thresholds(prefix: str, accept: float, escalate: float) -> None:
+    if escalate > accept:
+        raise ValueError(
+            f"{prefix}escalate is {escalate} and {prefix}accept is {accept}; escalate must not "
+            "exceed accept."
+        )
+
+
+def _switch(value: Any) -> bool:
+    """`vllm_xargs` carry strings and numbers besides booleans."""
+    if value in (True, "on", "true", "1"):
+        return True
+    if value in (False, "off", "false", "0"):
+        return False
+    raise ValueError(f"vllm_xargs 'via_sd' is {value!r}; it must be 'on' or 'off'.")
+
+
+def _is_count(value: Any, smallest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def _rounds(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor an integer") from None
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")

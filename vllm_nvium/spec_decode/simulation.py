@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine without a model: pass times and acceptances are given, tokens are drawn, and a
+`RoundController` is told what the model runner would tell it. With it the controller can be judged
+on what it cannot see.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from vllm_nvium.spec_decode.controller import Plan, RoundController
+
+
+@dataclass
+class Chances:
+    """Of one request, per token; the fields mean the same as in `controller.Acceptance`."""
+
+    at_full: float
+    at_slim: float
+    slim: float
+    obtained: float = 1.0
+
+
+@dataclass
+class SimulatedEngine:
+    """A batch that decodes for ever.
+
+    Attributes:
+        requests: chances of each.
+        draft: seconds of one call of the drafter, by requests and drafts.
+        slim, full: seconds of a pass, by rows.
+        max_window: most tokens between two full passes.
+        paper: the rule of the paper instead of the lossless one.
+        noise: relative, of every time that the controller is told.
+        outliers: chance that such a time is `OUTLIER` times too long.
+        seed: of tokens and noise.
+    """
+
+    requests: Sequence[Chances]
+    draft: Callable[[int, int], float]
+    slim: Callable[[int], float]
+    full: Callable[[int], float]
+    max_window: int = 16
+    paper: bool = False
+    noise: float = 0.0
+    outliers: float = 0.0
+    seed: int = 0
+
+    OUTLIER = 20.0
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.seed)
+        self.tokens = 0
+        self.seconds = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        return [f"request {i}" for i in range(len(self.requests))]
+
+    def run(self, controller: RoundController, steps: int) -> float:
+        """Tokens per second over so many steps; outliers are told but do not count."""
+        tokens, seconds = self.tokens, self.seconds
+        for _ in range(steps):
+            self.step(controller, controller.plan(self.names))
+        return (self.tokens - tokens) / (self.seconds - seconds)
+
+    def step(self, controller: RoundController, plan: Plan) -> None:
+        """One step as planned."""
+        if plan.rounds:
+            self._tiered(controller, plan)
+        else:
+            self._plain(controller, plan)
+
+    def _plain(self, controller: RoundController, plan: Plan) -> None:
+        self._draft(controller, len(self.requests), plan.drafts)
+        drafted = [plan.drafts * self._hits(request.obtained) for request in self.requests]
+        rows = len(self.requests) + sum(drafted)
+        controller.saw_full(len(self.requests), rows, self._timed(self.full(rows)))
+        for name, request, proposed in zip(self.names, self.requests, drafted, strict=True):
+            accepted = self._accepted(request.at_full, proposed)
+            controller.saw_full_check(name, proposed, accepted, tiered=False)
+            self.tokens += accepted + 1
+
+    def _tiered(self, controller: RoundController, plan: Plan) -> None:
+        count = len(self.requests)
+        windows, kept = [0] * count, [0] * count
+        alive = [True] * count  # nothing of the window has failed at the full model yet
+        still_open = list(range(count))
+        rounds = 0
+        while still_open:
+            self._round(controller, plan.drafts, still_open, windows, kept, alive)
+            rounds += 1
+            still_open = [
+                i
+                for i in still_open
+                if windows[i] < self.max_window and (alive[i] or not self.paper)
+            ]
+            lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
+            if not controller.another_round(lengths, rounds, names):
+                break
+        rows = count + sum(windows)
+        controller.saw_full(count, rows, self._timed(self.full(rows)))
+        for i, name in enumerate(self.names):
+            controller.saw_full_check(
+                name, windows[i], kept[i], tiered=True, escalated=int(self.paper and not alive[i])
+            )
+            self.tokens += kept[i] + 1
+
+    def _round(
+        self,
+        controller: RoundController,
+        drafts: int,
+        still_open: list[int],
+        windows: list[int],
+        kept: list[int],
+        alive: list[bool],
+    ) -> None:
+        self._draft(controller, len(still_open), drafts)
+        rows = len(still_open)
+        for i in still_open:
+            request = self.requests[i]
+            asked = min(drafts, self.max_window - windows[i] - 1)
+            drafted = asked * self._hits(request.obtained)
+            accepted = self._accepted(request.at_slim, drafted)
+            controller.saw_slim_check(self.names[i], drafted, accepted, asked)
+            rows += drafted
+            length = accepted + 1
+            if alive[i]:
+                good = self._accepted(request.slim, length)
+                kept[i] += good
+                alive[i] = good == length
+                # Under the paper's rule nothing is written behind a token that escalates.
+                length = min(good + 1, length) if self.paper else length
+            windows[i] += length
+        controller.saw_slim(len(still_open), rows, self._timed(self.slim(rows)))
+
+    def _draft(self, controller: RoundController, count: int, drafts: int) -> None:
+        if drafts:
+            controller.saw_draft(count, drafts, self._timed(self.draft(count, drafts)))
+
+    def _accepted(self, chance: float, proposed: int) -> int:
+        for accepted in range(proposed):
+            if self.random.random() >= chance:
+                return accepted
+        return proposed
+
+    def _hits(self, chance: float) -> bool:
+        return chance >= 1 or self.random.random() < chance
+
+    def _timed(self, seconds: float) -> float:
+        self.seconds += seconds
+        if self.noise:
+            seconds *= max(1 + self.noise * self.random.gauss(0, 1), 0.1)
+        if self.outliers and self.random.random() < self.outliers:
+            seconds *= self.OUTLIER
+        return seconds

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a start with `--via-sd` goes through: before vLLM makes its configuration the drafter's count
+and the classes of worker and scheduler are set, and after it what cannot work is refused with one
+sentence. Without `--via-sd` nothing here changes anything."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_nvium.spec_decode.options import PREFIX, ViaSDOptions, options_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.via_sd")
+
+CPU_WORKER = "vllm_nvium.worker.via_sd_worker.ViaSDCPUWorker"
+GPU_WORKER = "vllm_nvium.worker.via_sd_gpu_worker.ViaSDGPUWorker"
+SCHEDULER = "vllm_nvium.spec_decode.scheduler.ViaSDScheduler"
+DRAFTS = PREFIX + "drafts"
+V2_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
+# Targets whose inner model is a loop over a plain list of layers, and whose layers take and return
+# (hidden, residual): `forward` of the class itself runs on any part of the list.
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+# Drafters whose count of tokens is a number that vLLM takes per call.
+METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
+
+
+class ViaSDRefusal(ValueError):
+    """A start that cannot work; its message is for the user."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Reads "FLAG is VALUE, but WHY; REMEDY."; `value` returns None when the option is off."""
+
+    flag: str
+    value: Callable[["VllmConfig"], Any]
+    why: str
+    remedy: str
+
+
+def _above_one(value: int) -> int | None:
+    return value if value > 1 else None
+
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "--pipeline-parallel-size",
+        lambda c: _above_one(c.parallel_config.pipeline_parallel_size),
+        "the slim verifier of VIA-SD needs all layers in one process",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--tensor-parallel-size",
+        lambda c: _above_one(c.parallel_config.tensor_parallel_size),
+        "each process would choose the rounds of a VIA-SD window by its own clock",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--kv-transfer-config",
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        "a KV connector could move what the slim verifier wrote and nobody verified",
+        "remove it",
+    ),
+    Unsupported(
+        "--enable-lora",
+        lambda c: True if c.lora_config is not None else None,
+        "adapters are not applied to the passes of the slim verifier",
+        "merge the adapter into the checkpoint and leave it off",
+    ),
+    Unsupported(
+        "--async-scheduling",
+        lambda c: True if c.scheduler_config.async_scheduling else None,
+        "VIA-SD reads each step's tokens on the host",
+        "leave it off",
+    ),
+)
+
+
+@contextmanager
+def prepared(engine_args: Any) -> Iterator[None]:
+    """While vLLM makes its configuration, engine arguments as VIA-SD needs them.
+
+    The drafter's `num_speculative_tokens` becomes the window, because buffers, reserved KV slots and
+    statistics of vLLM all follow it; what it was goes along as an option of its own.
+
+    Raises:
+        ViaSDRefusal: an option is wrong, or --speculative-config is missing or does not fit.
+    """
+    given = engine_args.additional_config
+    try:
+        options = ViaSDOptions.from_config(given)
+    except ValueError as error:
+        raise ViaSDRefusal(str(error)) from None
+    if options is None:
+        yield
+        return
+    names = ("additional_config", "speculative_config", "scheduler_cls", "worker_cls")
+    before = {name: getattr(engine_args, name) for name in names}
+    before["async_scheduling"] = engine_args.async_scheduling
+    spec, drafts = _speculative_config(engine_args.speculative_config, options)
+    engine_args.additional_config = {**given, DRAFTS: drafts}
+    # Checks that the window holds the drafts of a round.
+    try:
+        ViaSDOptions.from_config(engine_args.additional_config)
+    except ValueError as error:
+        raise ViaSDRefusal(str(error)) from None
+    engine_args.speculative_config = spec
+    if engine_args.async_scheduling is None:
+        engine_args.async_scheduling = False
+    if engine_args.scheduler_cls is None:
+        engine_args.scheduler_cls = SCHEDULER
+    if engine_args.worker_cls == "auto":
+        engine_args.worker_cls = _worker_class()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(engine_args, name, value)
+
+
+def check(vllm_config: "VllmConfig") -> None:
+    """Refuses what VIA-SD cannot run with.
+
+    Raises:
+        ViaSDRefusal: one sentence.
+    """
+    options = options_of(vllm_config)
+    if options is None:
+        return
+    for row in UNSUPPORTED:
+        value = row.value(vllm_config)
+        if value is not None and value is not False:
+            raise ViaSDRefusal(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+    model = vllm_config.model_config
+    _check_architecture(model)
+    from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, skipped_layers
+
+    try:
+        skipped = skipped_layers(
+            options.mask,
+            model.hf_text_config.num_hidden_layers,
+            ModelIdentity.from_config(model.hf_config),
+        )
+    except MaskError as error:
+        raise ViaSDRefusal(str(error)) from None
+    if vllm_config.use_v2_model_runner:
+        raise ViaSDRefusal(
+            f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, where "
+            "drafts can be checked before they are verified; unset it."
+        )
+    logger.info(
+        "VIA-SD: mode %s, the slim verifier skips %d of %d layers (%s), windows of at most %d "
+        "tokens, %d drafts at a time",
+        options.mode,
+        len(skipped),
+        model.hf_text_config.num_hidden_layers,
+        ",".join(map(str, skipped)),
+        options.window,
+        options.drafts,
+    )
+
+
+def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, Any], int]:
+    if not given:
+        raise ViaSDRefusal(
+            "--via-sd is on, but --speculative-config names no drafter; add for instance "
+            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 4}\'.'
+        )
+    spec = dict(given)
+    method = spec.get("method") or ("draft_model" if spec.get("model") else None)
+    if method not in METHODS:
+        raise ViaSDRefusal(
+            f"--speculative-config has method {method!r}, and VIA-SD works with "
+            f"{', '.join(METHODS)}."
+        )
+    drafts = spec.get("num_speculative_tokens")
+    if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
+        raise ViaSDRefusal(
+            f"--speculative-config has num_speculative_tokens {drafts!r}, and VIA-SD needs the most "
+            "tokens that the drafter proposes at a time, an integer >= 1."
+        )
+    if "num_speculative_tokens_per_batch_size" in spec:
+        raise ViaSDRefusal(
+            "--speculative-config has num_speculative_tokens_per_batch_size, but VIA-SD chooses the "
+            "number of drafts itself; remove it."
+        )
+    return spec | {"num_speculative_tokens": options.window}, drafts
+
+
+def _worker_class() -> str:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return CPU_WORKER
+    if current_platform.is_cuda_alike():
+        # On GPUs vLLM would choose Model Runner V2, in this process and in those it spawns.
+        if V2_SWITCH not in os.environ:
+            os.environ[V2_SWITCH] = "0"
+            logger.info("VIA-SD runs on Model Runner V1: %s=0 is set", V2_SWITCH)
+        return GPU_WORKER
+    raise ViaSDRefusal(
+        f"--via-sd is on, but VIA-SD has workers for CPU and CUDA only and this is "
+        f"{current_platform.device_name!r}; remove it."
+    )
+
+
+def _check_architecture(model_config: Any) -> None:
+    from vllm_nvium.flags import ARCHITECTURE
+
+    found = model_config.architecture
+    if found == ARCHITECTURE:
+        raise ViaSDRefusal(
+            f"--via-sd is on, but {model_config.model} is an N-vium model, which leaves layers out "
+            "by itself; remove the flag."
+        )
+    if found not in ARCHITECTURES:
+        raise ViaSDRefusal(
+            f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works on "
+            f"{', '.join(ARCHITECTURES)}; remove the flag."
+        )
+

@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V1 with VIA-SD's window: a mixin over vLLM's own runner class. After the drafter has
+answered, rounds of slim checks and further drafts grow the drafts that vLLM's own rejection sampler
+verifies in the next step.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+from vllm_nvium.model_executor.catch_up import Rows
+from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
+from vllm_nvium.spec_decode.controller import Plan, RoundController
+from vllm_nvium.spec_decode.drafting import DraftAgain, drafts_again
+from vllm_nvium.spec_decode.mask import ModelIdentity, skipped_layers
+from vllm_nvium.spec_decode.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
+from vllm_nvium.spec_decode.slim_verifier import SlimVerifier
+from vllm_nvium.spec_decode.tiers import ESCALATE
+from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend, point_mass
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+# vLLM's own bound below which a temperature means greedy.
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(slots=True)
+class Request:
+    """What the window needs to know of a request.
+
+    Attributes:
+        options: as the request asked.
+        params: vLLM's sampling parameters.
+        is_tiered: whether the slim tier may be used for it.
+    """
+
+    options: ViaSDRequestOptions
+    params: "SamplingParams"
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def is_tiered(self) -> bool:
+        # How many rounds a window has follows the clock, and so would what a seed draws.
+        return self.options.on and (self.is_greedy or self.params.seed is None)
+
+    @property
+    def keeps_laws(self) -> bool:
+        # A grammar cuts drafts that it forbids before they are verified; with point masses that
+        # leaves the law alone, with the slim law as proposal it would not.
+        return not self.is_greedy and self.params.structured_outputs is None
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return frozenset(() if self.params.ignore_eos else self.params.all_stop_token_ids)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums since the engine was started, for metrics and tests.
+
+    Attributes:
+        full_passes: steps of the full model that decoded, slim_passes: of the slim verifier.
+        windows: verified; window_tokens: in them; accepted: of those by the full model.
+        slim_drafted, slim_accepted: drafts that the slim verifier saw, and kept.
+        tiers: tokens of windows in the paper's mode by tier (accept, regenerate, escalate).
+        tokens: that the requests got from decode steps.
+    """
+
+    full_passes: int = 0
+    slim_passes: int = 0
+    windows: int = 0
+    window_tokens: int = 0
+    accepted: int = 0
+    slim_drafted: int = 0
+    slim_accepted: int = 0
+    tokens: int = 0
+    tiers: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+
+class FixedRounds:
+    """Stands in for the controller under `--via-sd-rounds N`: always the same plan."""
+
+    def __init__(self, drafts: int, rounds: int) -> None:
+        self.fixed = Plan(drafts, rounds)
+
+    def plan(self, request_ids: Sequence[str]) -> Plan:
+        return self.fixed
+
+    def another_round(self, lengths: Sequence[int], done: int, request_ids: Sequence[str]) -> bool:
+        return done < self.fixed.rounds
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("saw_") or name == "remove":
+            return lambda *args, **kwargs: None
+        raise AttributeError(name)
+
+
+class TieredRejectionSampler(RejectionSampler):
+    """vLLM's rejection sampler, which lets the tokens through that the paper's rule keeps unasked."""
+
+    # [tokens] bool, of the drafts of the present step; None when all are asked about.
+    kept: torch.Tensor | None = None
+
+    def apply_logits_processors(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = super().apply_logits_processors(logits, *args, **kwargs)
+        if self.kept is not None:
+            metadata = next(a for a in (*args, *kwargs.values()) if hasattr(a, "draft_token_ids"))
+            tokens = metadata.draft_token_ids.long()
+            # All weight on the draft, after log-probabilities have been taken from the full model.
+            rows = self.kept.nonzero().squeeze(1)
+            logits[rows] = -torch.inf
+            logits[rows, tokens[rows]] = 0.0
+        return logits
+
+
+class ViaSDModelRunnerMixin:
+    """Put before `GPUModelRunner` or `CPUModelRunner` in a class's bases."""
+
+    via_sd: ViaSDOptions
+    slim: SlimVerifier
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = options_of(self.vllm_config)
+        assert options is not None
+        self.via_sd = options
+        spec = self.speculative_config
+        self.rejection_sampler = TieredRejectionSampler(self.sampler, spec, self.device)
+        self.controller: Any
+        if options.rounds == AUTO:
+            self.controller = RoundController(
+                options.drafts,
+                options.window,
+                paper=options.mode == "paper",
+                max_batch=options.max_batch,
+            )
+        else:
+            self.controller = FixedRounds(options.drafts, int(options.rounds))
+        self.via_sd_requests: dict[str, Request] = {}
+        self.counts = Counts()
+        # Windows and plain drafts that the next step verifies, by request.
+        self._windows: dict[str, Window] = {}
+        self._plan = Plan(options.drafts, 0)
+        self._draft_seconds = self._step_start = 0.0
+        self._has_drafted = False
+        self._draft_hidden: torch.Tensor | None = None
+        self._generator = torch.Generator(device=self.device)
+        self._generator.manual_seed(self.vllm_config.model_config.seed)
+
+    # --- start ----------------------------------------------------------------------------------
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        config = self.vllm_config.model_config
+        skipped = skipped_layers(
+            self.via_sd.mask,
+            config.hf_text_config.num_hidden_layers,
+            ModelIdentity.from_config(config.hf_config),
+        )
+        self.slim = SlimVerifier(self.get_model(), skipped, self.vllm_config)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        self.slim.attention_groups = self.attn_groups
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._model_forward(*args, **kwargs)
+        if not get_forward_context().attn_metadata:  # profile and dummy runs
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.slim.warm_up(len(hidden), self.device)
+        return output
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def _update_states(self, scheduler_output: "SchedulerOutput") -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self.via_sd_requests.pop(request_id, None)
+            self._windows.pop(request_id, None)
+            self.controller.remove(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.sampling_params is not None:
+                options = ViaSDRequestOptions.from_extra_args(
+                    new.sampling_params.extra_args, self.via_sd
+                )
+                self.via_sd_requests[new.req_id] = Request(options, new.sampling_params)
+        return super()._update_states(scheduler_output)
+
+    def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        self._step_start = time.perf_counter()
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._is_decode = bool(scheduled) and all(
+            rows == 1 + len(drafts.get(request_id, ())) for request_id, rows in scheduled.items()
+        )
+        self._verified = drafts
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None:
+            self.rejection_sampler.kept = self._kept(spec_decode_metadata.num_draft_tokens)
+        try:
+            return super()._sample(logits, spec_decode_metadata)
+        finally:
+            self.rejection_sampler.kept = None
+
+    def _kept(self, num_draft_tokens: list[int]) -> torch.Tensor | None:
+        """Which of this step's drafts the paper's rule keeps without asking the full model."""
+        kept: list[bool] = []
+        for request_id, count in zip(self.input_batch.req_ids, num_draft_tokens, strict=False):
+            window = self._windows.get(request_id)
+            own = window is not None and window.is_paper
+            # vLLM may have cut a window short, or replaced it when the request was preempted.
+            drafts = self._verified.get(request_id, ())
+            if own and list(drafts) == window.tokens[:count]:  # type: ignore[union-attr]
+                kept += [tier != ESCALATE for tier in window.tiers[:count]]  # type: ignore[union-attr]
+            else:
+                kept += [False] * count
+        return torch.tensor(kept, device=self.device) if any(kept) else None
+
+    def propose_draft_token_ids(
+        self, scheduler_output: "SchedulerOutput", sampled_token_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        start = time.perf_counter()
+        request_ids = self._decoding()
+        self._plan = self.controller.plan(request_ids) if request_ids else self._plan
+        drafts = self._plan.drafts
+        limited = replace(scheduler_output, num_spec_tokens_to_schedule=drafts)
+        self._has_drafted = True
+        if drafts == 0 and isinstance(sampled_token_ids, list):
+            return [[] for _ in sampled_token_ids]
+        answer = super().propose_draft_token_ids(limited, sampled_token_ids, *args, **kwargs)
+        self._draft_seconds = time.perf_counter() - start
+        self.controller.saw_draft(len(request_ids), drafts, self._draft_seconds)
+        return answer
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_drafted, self._draft_seconds = False, 0.0
+        is_step = self.execute_model_state is not None
+        output = super().sample_tokens(*args, **kwargs)
+        if is_step:
+            self._saw_step(output)
+            self._windows = {}
+            if self._has_drafted and self._plan.rounds > 0:
+                self._grow_windows()
+        return output
+
+    def _saw_step(self, output: Any) -> None:
+        """What the pass of the full model taught."""
+        ids = self.input_batch.req_ids
+        if self._is_decode:
+            seconds = time.perf_counter() - self._step_start - self._draft_seconds
+            rows = len(ids) + sum(map(len, self._verified.values()))
+            self.controller.saw_full(len(ids), rows, seconds)
+            self.counts.full_passes += 1
+        for request_id, tokens in zip(ids, output.sampled_token_ids, strict=True):
+            drafts = self._verified.get(request_id, ())
+            if not tokens or request_id not in self.via_sd_requests:
+                continue
+            self.counts.tokens += len(tokens)
+            if not drafts:
+                continue
+            window = self._windows.get(request_id)
+            accepted = len(tokens) - 1
+            escalated = 0
+            if window is not None:
+                tiers = window.tiers[: len(drafts)]
+                escalated = tiers.count(ESCALATE) if window.is_paper else 0
+                self.counts.windows += 1
+                self.counts.window_tokens += len(drafts)
+                self.counts.accepted += accepted
+                if window.is_paper:
+                    for tier in tiers:
+                        self.counts.tiers[tier] += 1
+            self.controller.saw_full_check(
+                request_id, len(drafts), accepted, window is not None, escalated
+            )
+
+    def _decoding(self) -> list[str]:
+        """Requests whose next token is known after this step."""
+        ids = self.input_batch.req_ids
+        discarded = self.discard_request_mask.np[: len(ids)]
+        return [request_id for i, request_id in enumerate(ids) if not discarded[i]]
+
+    # --- the window -----------------------------------------------------------------------------
+
+    def _grow_windows(self) -> None:
+        """Rounds of slim checks on this step's drafts, and what becomes of them."""
+        windows = self._open_windows()
+        all_drafts, all_probs = self._plain_drafts()
+        if not windows:
+            return
+        again = drafts_again(self)
+        drafts = Drafts(
+            [all_drafts[window.request] for window in windows],
+            None if all_probs is None else all_probs[[window.request for window in windows]],
+        )
+        current = windows
+        done = 0
+        ids = self.input_batch.req_ids
+        while drafts := drafts.trimmed([window.room for window in current]):
+            hidden, rows = self._check(current, drafts)
+            done += 1
+            # Positions in `current` of those that go on.
+            going = [i for i, window in enumerate(current) if window.is_open]
+            if not going or again is None:
+                break
+            lengths = [len(current[i].tokens) for i in going]
+            names = [ids[current[i].request] for i in going]
+            if not self.controller.another_round(lengths, done, names):
+                break
+            drafts = self._draft_again(again, current, going, hidden, rows)
+            current = [current[i] for i in going]
+        self._hand_over(windows, all_drafts, all_probs)
+
+    def _open_windows(self) -> list[Window]:
+        """One for each request that may use the tier in this step."""
+        windows = []
+        batch = self.input_batch
+        for i, request_id in enumerate(batch.req_ids):
+            request = self.via_sd_requests.get(request_id)
+            if request is None or not request.is_tiered or self.discard_request_mask.np[i]:
+                continue
+            length = int(batch.num_tokens_no_spec[i])
+            generated = length - int(batch.num_prompt_tokens[i])
+            left = (request.params.max_tokens or self.max_model_len) - generated
+            # The full model adds one token of its own behind the window.
+            limit = min(self.via_sd.window, left - 1, self.max_model_len - length)
+            if limit < 1:
+                continue
+            newest = int(batch.token_ids_cpu[i, length - 1])
+            if newest in request.stop_tokens:
+                continue
+            windows.append(
+                Window(
+                    request=i,
+                    position=length - 1,
+                    newest=newest,
+                    limit=limit,
+                    is_greedy=request.is_greedy,
+                    is_paper=request.options.mode == "paper",
+                    accept=request.options.accept,
+                    escalate=request.options.escalate,
+                    stop_tokens=request.stop_tokens,
+                    keeps_laws=request.keeps_laws,
+                )
+            )
+        return windows
+
+    def _plain_drafts(self) -> tuple[list[list[int]], torch.Tensor | None]:
+        """What the drafter answered, in batch order."""
+        found = self._draft_token_ids
+        drafts = found if isinstance(found, list) else found.tolist()
+        probs = self._draft_probs
+        if probs is not None:
+            row_of = {name: row for row, name in enumerate(self._draft_prob_req_ids)}
+            probs = probs[[row_of[name] for name in self.input_batch.req_ids]]
+        return [list(tokens) for tokens in drafts], probs
+
+    def _check(self, windows: list[Window], drafts: Drafts) -> tuple[torch.Tensor, list[Rows]]:
+        """One slim pass and what it leaves: the windows grow.
+
+        Returns:
+            hidden states [T, H] of the pass and its rows per KV cache group.
+        """
+        start = time.perf_counter()
+        groups = self._rows(windows, [len(tokens) for tokens in drafts.tokens])
+        token_ids = [
+            token
+            for window, tokens in zip(windows, drafts.tokens, strict=True)
+            for token in (window.last_token, *tokens)
+        ]
+        hidden = self.slim(torch.tensor(token_ids, device=self.device), groups)
+        logits = self.model.compute_logits(hidden)
+        found = check_round(windows, drafts, logits, self._laws, self._generator)
+        accepted = found.accepted.tolist()
+        extend(windows, drafts, found)
+        seconds = time.perf_counter() - start
+        self.controller.saw_slim(len(windows), len(token_ids), seconds)
+        self.counts.slim_passes += 1
+        for window, tokens, kept in zip(windows, drafts.tokens, accepted, strict=True):
+            self.counts.slim_drafted += len(tokens)
+            self.counts.slim_accepted += kept
+            name = self.input_batch.req_ids[window.request]
+            self.controller.saw_slim_check(name, len(tokens), kept)
+        return hidden, groups
+
+    def _rows(self, windows: list[Window], drafted: list[int]) -> list[Rows]:
+        """Rows [last token, drafts] of each window, for every KV cache group."""
+        first = np.array([window.last_position for window in windows], dtype=np.int64)
+        last = first + np.array(drafted, dtype=np.int64)
+        sequence, positions, query_start = ragged_ranges(first, last)
+        batch_rows = np.array([window.request for window in windows])
+        device_rows = torch.from_numpy(batch_rows).to(self.device)
+        device_positions = torch.from_numpy(positions).to(self.device)
+        groups = []
+        for group in range(len(self.attn_groups)):
+            table = self.input_batch.block_table[group]
+            count = self.input_batch.num_reqs
+            blocks = table.get_numpy_array()[:count][batch_rows]
+            slots = slots_of(blocks, sequence, positions, table.block_size)
+            groups.append(
+                Rows(
+                    first=first,
+                    last=last,
+                    query_start=query_start,
+                    slots=slots,
+                    slots_device=torch.from_numpy(slots).to(self.device),
+                    positions=device_positions,
+                    block_table=table.get_device_tensor(count)[device_rows],
+                )
+            )
+        return groups
+
+    def _laws(
+        self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, V] float32: the slim law of every row under its request's temperature, top-k and top-p;
+        at temperature 0 a point mass, or in the paper's mode the law at temperature 1, because its
+        thresholds need one."""
+        per_row = (counts + 1).to(logits.device)
+        requests = torch.tensor([window.request for window in windows], device=logits.device)
+        sampling = self.input_batch.sampling_metadata
+        is_greedy = torch.tensor([w.is_greedy for w in windows], device=logits.device)
+        temperature = torch.ones(len(windows), device=logits.device)
+        if sampling.temperature is not None:
+            temperature = torch.where(is_greedy, 1.0, sampling.temperature[requests])
+        scaled = logits.float() / temperature.repeat_interleave(per_row)[:, None]
+        top_k, top_p = (
+            None if found is None else found[requests].repeat_interleave(per_row)
+            for found in (sampling.top_k, sampling.top_p)
+        )
+        laws = apply_top_k_top_p(scaled, top_k, top_p).softmax(dim=-1)
+        point = torch.tensor([w.is_greedy and not w.is_paper for w in windows])
+        rows = point.to(logits.device).repeat_interleave(per_row).nonzero().squeeze(1)
+        if len(rows):
+            top = logits[rows].argmax(dim=-1)
+            laws[rows] = 0.0
+            laws[rows, top] = 1.0
+        return laws
+
+    def _draft_again(
+        self,
+        again: DraftAgain,
+        windows: list[Window],
+        going: list[int],
+        hidden: torch.Tensor,
+        rows: list[Rows],
+    ) -> Drafts:
+        """The drafter goes on from where the windows that are still open end."""
+        start = time.perf_counter()
+        drafts = again(windows, going, hidden, rows, self._plan.drafts)
+        seconds = time.perf_counter() - start
+        self.controller.saw_draft(len(going), self._plan.drafts, seconds)
+        return drafts
+
+    def _hand_over(
+        self,
+        windows: list[Window],
+        all_drafts: list[list[int]],
+        all_probs: torch.Tensor | None,
+    ) -> None:
+        """Makes the windows this step's drafts, as if vLLM's drafter had answered with them."""
+        ids = self.input_batch.req_ids
+        by_request = {window.request: window for window in windows if window.rounds}
+        self._windows = {ids[i]: window for i, window in by_request.items()}
+        for i, window in by_request.items():
+            all_drafts[i] = window.tokens
+        self._draft_token_ids = all_drafts
+        self._draft_token_req_ids = list(ids)
+        self._draft_probs, self._draft_prob_req_ids = None, None
+        if all_probs is None and not any(window.keeps_laws for window in by_request.values()):
+            return
+        most = max(map(len, all_drafts))
+        probs = torch.zeros(len(ids), most, self.input_batch.vocab_size, device=self.device)
+        for i, tokens in enumerate(all_drafts):
+            own = by_request.get(i)
+            for place, token in enumerate(tokens):
+                if own is not None and own.keeps_laws:
+                    probs[i, place] = own.laws[place]
+                elif own is None and all_probs is not None and not self._is_greedy(ids[i]):
+                    probs[i, place] = all_probs[i, place]
+                else:
+                    probs[i, place] = point_mass(token, probs.shape[-1], self.device)
+        self._draft_probs, self._draft_prob_req_ids = probs, list(ids)
+
+    def _is_greedy(self, request_id: str) -> bool:
+        request = self.via_sd_requests.get(request_id)
+        return request is None or request.is_greedy
