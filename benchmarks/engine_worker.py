@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class EngineProcess:
         """One engine step; see `Worker.step` for what comes back."""
         return self._ask({})
 
+    def via_sd(self) -> dict[str, Any]:
+        """Counts of a VIA-SD engine since its start and its controller's view; empty of another."""
+        return self._ask({"via_sd": True})
+
     def close(self) -> None:
         self._out.close()
         self.process.wait(timeout=60)
@@ -74,9 +79,18 @@ class Worker:
         self.count = 0
 
     def begin(
-        self, prompts: list[Any], new_tokens: int, temperature: float, seed: int
+        self,
+        prompts: list[Any],
+        new_tokens: int,
+        temperature: float,
+        seed: int,
+        seeded: bool = True,
     ) -> dict[str, Any]:
-        """Adds one batch of prompts, token ids or the lengths of random ones; nothing runs yet."""
+        """Adds one batch of prompts, token ids or the lengths of random ones; nothing runs yet.
+
+        Args:
+            seeded: sampled requests name a seed; with VIA-SD such requests do without the tier.
+        """
         from vllm import SamplingParams
 
         draw = random.Random(seed)
@@ -85,7 +99,7 @@ class Worker:
                 prompt = [draw.randrange(10, self.vocabulary - 10) for _ in range(prompt)]
             params = SamplingParams(
                 temperature=temperature,
-                seed=seed * 1000 + i if temperature else None,
+                seed=seed * 1000 + i if temperature and seeded else None,
                 max_tokens=new_tokens,
                 ignore_eos=True,
                 detokenize=False,
@@ -120,6 +134,14 @@ class Worker:
         }
 
 
+def _via_sd(worker: Any) -> dict[str, Any]:
+    runner = worker.model_runner
+    if not hasattr(runner, "counts"):
+        return {}
+    snapshot = getattr(runner.controller, "snapshot", dict)()
+    return {"counts": asdict(runner.counts), "controller": snapshot}
+
+
 def _depth_of_last_step(worker: Any) -> int:
     step = getattr(worker.model_runner, "nvium_step", None)
     return 0 if step is None else step.depth
@@ -137,7 +159,10 @@ def main() -> None:
         print("{}", file=answers, flush=True)
         for line in commands:
             command = json.loads(line)
-            answer = worker.begin(**command) if command else worker.step()
+            if "via_sd" in command:
+                answer = worker.engine.collective_rpc(_via_sd)[0]
+            else:
+                answer = worker.begin(**command) if command else worker.step()
             print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -8,8 +8,6 @@ table; `docs/benchmarks.md` holds the tables of past runs.
 import argparse
 import json
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_worker import EngineProcess
+from measured import machine, rates, ratios, read_prompts
 
 from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
 
@@ -98,18 +97,6 @@ def executed_share(
     return float(np.asarray(depths)[deepest].mean())
 
 
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    import torch
-
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{name} (CPU)"
-    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def make_paper_shape(folder: Path, layers: int) -> Path:
     """A dense model of the paper's largest shape with random weights."""
     import torch
@@ -137,7 +124,7 @@ class Bench:
         self.args, self.engine_args = args, engine_args
         self.engines: dict[str, list[EngineProcess]] = {}
         self.prompt_lengths = [int(n) for n in args.prompt_lengths.split(",")]
-        self.texts = read_prompts(args) if args.prompts else []
+        self.texts = read_prompts(args.prompts, args.dense) if args.prompts else []
         # Share of the layers in the first one, two, ... segments of the N-vium model.
         self.depths: list[float] = []
 
@@ -210,39 +197,6 @@ class Bench:
     def close(self) -> None:
         for name in list(self.engines):
             self.stop(name)
-
-
-def read_prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Token ids of the prompts in a file of JSON lines, in the model's chat template if any."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.dense)
-    found = []
-    for line in args.prompts.read_text().splitlines():
-        row = json.loads(line)
-        text = row.get("question") or row.get("prompt") or row["turns"][0]
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        if len(ids) <= 512:
-            found.append(ids)
-    # Files are ordered by kind; a run should meet all kinds.
-    random.Random(0).shuffle(found)
-    return found
-
-
-def rates(runs: list[dict[str, float]]) -> list[float]:
-    """Tokens per second of every run, prefill included."""
-    return [run["tokens"] / (run["prefill"] + run["decode"]) for run in runs]
-
-
-def ratios(mine: list[float], other: list[float]) -> str:
-    """Median of the ratios pair by pair, with their range: pairs drift together."""
-    pairs = [a / b for a, b in zip(mine, other, strict=True)]
-    return f"{statistics.median(pairs):.3f} ({min(pairs):.3f}-{max(pairs):.3f})"
 
 
 def ideal_rates(

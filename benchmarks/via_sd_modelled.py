@@ -24,7 +24,7 @@ from vllm_nvium.spec_decode.simulation import Chances, SimulatedEngine
 BYTES = 2  # bfloat16
 # Parameters in units of 1e9: all of them, and the embeddings, which are tied: the head reads them.
 GEMMA = {"2B": (2.61, 0.59), "9B": (9.24, 0.92), "27B": (27.23, 1.18)}
-# A slim pass is too short to fill before a round of the window is over; the paper has no window.
+# The paper has no window: rounds go on until a token escalates.
 LONG_WINDOW = 64
 
 
@@ -55,18 +55,18 @@ REPORTED = [
 ]
 
 ASSUMPTIONS = """Assumptions
-- A pass takes the bytes of its weights over the bandwidth: {bandwidth:g} TB/s, of which {efficiency:.0%}
-  is reached, plus {fixed:g} ms; rows cost nothing. The slim verifier skips {skip:.0%} of the layers and
-  keeps the head.
+- A pass takes the bytes of its weights over the bandwidth: {bandwidth:g} TB/s, of which
+  {efficiency:.0%} is reached, plus {fixed:g} ms; rows cost nothing. The slim verifier skips
+  {skip:.0%} of the layers and keeps the head.
 - The rejection rate of speculative decoding is the chance per draft that the target rejects it.
   Deduced: with {gamma} drafts it gives the second column of speed-ups; as the share of all drafts
   that are thrown away it would give {other}.
 - The rejection rate of VIA-SD is taken as the chance per draft that the slim verifier does not keep
-  it. That cannot be deduced: the report does not say by whom, nor how many tokens escalate. So every
-  model is given for several shares of escalated tokens, and the last column says which share would
-  give the reported speed-up; "none" where even a target that is never asked would be too slow.
+  it. That cannot be deduced: the report does not say by whom, nor how many tokens escalate. So
+  every model is given for several shares of escalated tokens, and the last column says which share
+  would give the reported speed-up; "none" where even a target that is never asked is too slow.
 - No rejection rates are known to us for 27B. The first is chosen so that the modelled speed-up of
-  speculative decoding is the reported one (marked *), the second is as much lower as it is for 9B on
+  speculative decoding is the reported one (marked *), the second is lower by as much as for 9B on
   the same data.
 - Acceptance is independent per token. The lossless columns take the full model to accept the share
   of slim tokens that does not escalate under the paper's rule; nothing reported says so.

@@ -62,9 +62,7 @@ def flat(seconds: float) -> Curve:
 
 def acceptance(chances: Sequence[Chances]) -> Acceptance:
     kinds = ("at_full", "at_slim", "slim", "obtained")
-    return Acceptance(
-        *(np.array([getattr(chance, kind) for chance in chances]) for kind in kinds)
-    )
+    return Acceptance(*(np.array([getattr(chance, kind) for chance in chances]) for kind in kinds))
 
 
 def one(at_full: float, slim: float = 0.9, obtained: float = 1.0) -> Acceptance:
@@ -317,3 +315,165 @@ def test_takes_the_side_that_wins(name: str, paper: bool) -> None:
             assert steps["tiered"] > 0.8 * 1500, where
         if plain > 1.05 * tiered:
             assert steps["tiered"] < 0.2 * 1500, where
+
+
+def test_follows_what_changes() -> None:
+    """A slim tier that gets good, one that gets bad, and a drafter that does."""
+    good, bad = Chances(0.8, 0.8, 0.97), Chances(0.8, 0.8, 0.6)
+    for before, after, uses in ((bad, good, True), (good, bad, False)):
+        engine = make_engine([before], 0.1, 0.35, noise=0.05)
+        controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+        engine.run(controller, 1000)
+        assert (controller.plan(engine.names).rounds > 0) != uses
+        engine.requests = [after]
+        engine.run(controller, 1000)
+        rate = engine.run(controller, 1000) * FULL
+        assert rate >= 0.93 * max(best_rates([after], 0.1, 0.35))
+        assert (controller.plan(engine.names).rounds > 0) == uses
+    useless, useful = Chances(0.02, 0.02, 0.5), Chances(0.9, 0.9, 0.5)
+    engine = make_engine([useless], 0.1, 0.6, noise=0.05)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 1000)
+    assert engine.run(controller, 500) * FULL >= 0.97, "plain decoding brings 1"
+    engine.requests = [useful]
+    engine.run(controller, 1000)
+    assert engine.run(controller, 500) * FULL >= 0.93 * max(best_rates([useful], 0.1, 0.6))
+
+
+def test_follows_pass_times_that_change() -> None:
+    engine = make_engine([Chances(0.8, 0.8, 0.95)], 0.1, 0.9, noise=0.05)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 1000)
+    assert controller.snapshot()["steps"]["tiered"] < 100
+    engine.slim = lambda rows: 0.3 * FULL
+    engine.run(controller, 1500)
+    before = controller.snapshot()["steps"]["tiered"]
+    engine.run(controller, 500)
+    assert controller.snapshot()["steps"]["tiered"] - before > 400
+
+
+@pytest.mark.parametrize("uses", [True, False])
+def test_outliers_flip_nothing(uses: bool) -> None:
+    chances = [Chances(0.8, 0.8, 0.97 if uses else 0.8)]
+    engine = make_engine(chances, 0.1, 0.4, noise=0.05, outliers=0.1)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 200)
+    before = controller.snapshot()["steps"]["tiered"]
+    engine.run(controller, 1500)
+    tiered = (controller.snapshot()["steps"]["tiered"] - before) / 1500
+    assert tiered > 0.9 if uses else tiered < 0.1
+
+
+def test_requests_that_differ() -> None:
+    """One plan for all, at the optimum of their mixture; windows end when their sum says so."""
+    chances = [Chances(0.9, 0.9, 0.98), Chances(0.3, 0.35, 0.7), Chances(0.8, 0.8, 0.95)] * 3
+    engine = make_engine(chances, 0.1, 0.35, noise=0.05)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 300)
+    rate = engine.run(controller, 700) * FULL
+    assert rate >= 0.95 * max(best_rates(chances, 0.1, 0.35))
+    found = controller._acceptance(engine.names)
+    assert found.slim[1::3].max() < 0.85 < 0.9 < found.slim[0::3].min()
+    assert found.at_slim[1::3].max() < 0.55 < 0.75 < found.at_slim[2::3].min()
+
+
+def test_off_above_the_batch_where_it_stops_paying() -> None:
+    """Passes that grow with their rows: the tier pays alone, and nothing does for many."""
+    for count, uses in ((1, True), (64, False)):
+        engine = SimulatedEngine(
+            [Chances(0.8, 0.8, 0.95)] * count,
+            lambda requests, drafts: 0.1 * FULL * drafts,
+            lambda rows: 0.4 * FULL * max(1, rows / 64),
+            lambda rows: FULL * max(1, rows / 64),
+            noise=0.05,
+        )
+        controller = RoundController(4, MAX_WINDOW)
+        engine.run(controller, 400)
+        assert (controller.plan(engine.names).rounds > 0) == uses
+        assert uses or engine.run(controller, 300) * FULL >= 0.97 * 64
+
+
+def test_never_above_the_largest_batch() -> None:
+    engine = make_engine([Chances(0.9, 0.9, 0.99)] * 4, 0.05, 0.2)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW, max_batch=3)
+    engine.run(controller, 500)
+    assert controller.snapshot()["steps"]["tiered"] == 0
+    engine.requests = engine.requests[:3]
+    engine.run(controller, 500)
+    assert controller.snapshot()["steps"]["tiered"] > 400
+    engine.requests = [*engine.requests, engine.requests[0]]
+    assert controller.plan(engine.names).rounds == 0
+
+
+def test_trials_stay_within_the_budget() -> None:
+    """A tier without any use costs what the budget allows, however bad it is."""
+    for slim, agreement in ((0.9, 0.3), (3.0, 0.05)):
+        chances = [Chances(0.8, 0.8, agreement)]
+        engine = make_engine(chances, 0.1, slim, noise=0.05)
+        controller = RoundController(MAX_DRAFTS, MAX_WINDOW, budget=0.02)
+        engine.run(controller, 100)
+        plain, _ = best_rates(chances, 0.1, slim)
+        assert engine.run(controller, 3000) * FULL >= 0.97 * plain
+        assert controller.snapshot()["steps"]["tiered"] > 10, "it is tried all the same"
+
+
+def test_a_drafter_that_finds_nothing() -> None:
+    engine = make_engine([Chances(0.5, 0.5, 0.9, obtained=0.0)] * 2, 0.1, 0.4, noise=0.05)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 1000)
+    assert engine.run(controller, 500) * FULL >= 0.97 * 2, "plain decoding of two brings 2"
+    assert controller.snapshot()["acceptance"]["obtained"] < 0.1
+    half = make_engine([Chances(0.8, 0.8, 0.5, obtained=0.5)], 0.0, 0.9, noise=0.05)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    half.run(controller, 500)
+    assert controller.snapshot()["acceptance"]["obtained"] == pytest.approx(0.5, abs=0.1)
+    assert half.run(controller, 1000) * FULL >= 0.96 * max(best_rates(half.requests, 0.0, 0.9))
+
+
+def test_the_same_calls_give_the_same_plans() -> None:
+    def plans() -> list[Plan]:
+        engine = make_engine(MIXED, 0.1, 0.4, noise=0.1, outliers=0.02)
+        controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+        found = []
+        for _ in range(400):
+            found.append(controller.plan(engine.names))
+            engine.step(controller, found[-1])
+        return found
+
+    assert plans() == plans()
+
+
+@pytest.mark.parametrize("max_drafts,max_window", [(0, 16), (3, 0), (1, 1)])
+def test_bounds(max_drafts: int, max_window: int) -> None:
+    engine = make_engine(MIXED, 0.1, 0.4, max_window=max_window)
+    controller = RoundController(max_drafts, max_window)
+    for _ in range(200):
+        plan = controller.plan(engine.names)
+        assert plan.drafts <= max_drafts and plan.rounds <= max_window
+        engine.step(controller, plan)
+
+
+def test_plans_without_observations() -> None:
+    """A runner that reports nothing, and steps without a request, are no reason to fail."""
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    for step in range(300):
+        plan = controller.plan([] if step % 3 == 0 else ["a", "b"])
+        assert plan.drafts <= MAX_DRAFTS
+        if plan.rounds:
+            controller.another_round([1, 2], 1, ["a", "b"])
+    assert not controller.another_round([], 0, [])
+    json.dumps(controller.snapshot())
+
+
+def test_requests_are_forgotten_when_they_end() -> None:
+    engine = make_engine(MIXED, 0.1, 0.4)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 100)
+    assert set(controller._requests) == set(engine.names)
+    snapshot = controller.snapshot()
+    json.dumps(snapshot)
+    for name in engine.names:
+        controller.remove(name)
+    controller.remove("never seen")
+    assert not controller._requests and not controller._gains
+    assert controller.snapshot()["acceptance"] == snapshot["acceptance"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the dense parent answer the prompts of every part that prepare_text.py wrote, so that its own
-answers are trained on, steered by and measured like any other text.
+"""Lets the dense parent answer the prompts of every part that prepare_text.py wrote, so that its
+own answers are trained on and measured like any other text.
 
     python examples/retrofit_smollm2/sample_answers.py DENSE TEXT
 """

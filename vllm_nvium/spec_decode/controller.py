@@ -342,7 +342,7 @@ class Share:
     all: float = 0.0
     step: int = 0
 
-    def saw(self, good: int, bad: int, step: int, horizon: float) -> None:
+    def saw(self, good: float, bad: float, step: int, horizon: float) -> None:
         """Trials with known outcome. A check that stops at its first failure has at most one bad
         one; drafts behind it were not tried, and what was not tried does not count."""
         fade = max(1 - (good + bad) / horizon, 0.0)
@@ -485,7 +485,8 @@ class RoundController:
         Args:
             drafted: drafts that there were.
             accepted: leading ones that it accepted; under the paper's rule, those of tier A.
-            asked: drafts that the drafter was asked for; None for as many as the plan says.
+            asked: drafts that the drafter was asked for; None where only whether it found any is
+                known.
         """
         self._saw_obtained(request_id, drafted, asked)
         self._saw(request_id, "at_slim", accepted, int(accepted < drafted))
@@ -519,11 +520,12 @@ class RoundController:
         self._outcomes += good + bad
 
     def _saw_obtained(self, request_id: str, drafted: int, asked: int | None) -> None:
-        wanted = self._plan.drafts if asked is None else asked
-        if wanted > 0:
-            self._saw(request_id, "obtained", min(drafted, wanted), max(wanted - drafted, 0))
+        if asked == 0:
+            return
+        share = min(drafted / asked, 1.0) if asked else float(drafted > 0)
+        self._saw(request_id, "obtained", share, 1 - share)
 
-    def _saw(self, request_id: str, kind: str, good: int, bad: int) -> None:
+    def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
         if good + bad == 0:
             return
         if request_id not in self._requests:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vLLM's own drafters go on inside a window: after a slim check they are called again as if it had
-been a step of the target. A drafter that is not known here answers once per window.
+"""How vLLM's own drafters go on inside a window: after a slim check they are called again as if it
+had been a step of the target. A drafter that is not known here answers once per window.
 """
 
 from collections.abc import Sequence
@@ -76,8 +76,8 @@ class _NgramAgain:
 
 
 class _DraftModelAgain:
-    """A draft model runs over what the slim check kept, which completes its own KV cache, and drafts
-    behind the slim tier's token."""
+    """A draft model runs over what the slim check kept, which completes its own KV cache, and
+    drafts behind the slim tier's token."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner

@@ -152,7 +152,9 @@ def _even(spec: str, ratio_text: str, num_layers: int) -> tuple[int, ...]:
     except ValueError:
         ratio = math.nan
     if not 0 < ratio < 1:
-        raise MaskError(f"{FLAG} is {spec!r}, and its ratio must be greater than 0 and less than 1.")
+        raise MaskError(
+            f"{FLAG} is {spec!r}, and its ratio must be greater than 0 and less than 1."
+        )
     if num_layers < FEWEST_LAYERS_FOR_EVEN:
         raise MaskError(
             f"{FLAG} is {spec!r}, which keeps the first and the last layer, and the target has "

@@ -52,9 +52,7 @@ MOST_LISTED = 10_000
 # ---- formulas
 
 
-def divergence(
-    log_q: torch.Tensor, log_p: torch.Tensor, alpha: float, beta: float
-) -> torch.Tensor:
+def divergence(log_q: torch.Tensor, log_p: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
     """How much of p lies where q has less; the paper's R(q || p), at every prefix.
 
         R(q || p) = sum_v p(v) max(0, z1(v)) + sum_v q(v) max(0, z2(v))

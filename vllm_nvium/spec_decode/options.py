@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of VIA-SD (speculative decoding with a slim verifier, arXiv:2606.12243): the one place
-where a flag, its default, its check and its help text live. They travel as flat keys of vLLM's
-`additional_config`; a request may override some of them through `vllm_xargs`."""
+"""The options of VIA-SD (speculative decoding with a slim verifier, arXiv:2606.12243): the one
+place where a flag, its default, its check and its help text live. They travel as flat keys of
+vLLM's `additional_config`; a request may override some of them through `vllm_xargs`."""
 
 import argparse
 from collections.abc import Mapping
@@ -178,8 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="Most tokens between two passes of the full model. "
-        f"(default: {ViaSDOptions.window})",
+        help=f"Most tokens between two passes of the full model. (default: {ViaSDOptions.window})",
     )
     group.add_argument(
         "--via-sd-rounds",

@@ -114,7 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the divergence, at least 1 - A: where it gives a token more than 1 / B times as "
         f"much, the full model's weight counts (default: {BETA:g})",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all draws (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of all draws (default: 0)"
+    )
     parser.add_argument(
         "--dtype",
         default=DTYPES[0],
@@ -326,9 +328,7 @@ def find_mask(request: Request) -> MaskFile:
         best = search(space, plan, score, journal, bar)
     mask = _mask_file(request, identity, calibration, journal.trials, best)
     write_mask_file(request.out, mask)
-    write_beside(
-        request.picture, lambda path: draw(path, journal.trials, request.objective)
-    )
+    write_beside(request.picture, lambda path: draw(path, journal.trials, request.objective))
     print_report(request, journal.trials, best)
     return mask
 
@@ -585,9 +585,7 @@ def draw(path: Path, trials: "Sequence[Trial]", objective: str) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def best_so_far(
-    scores: Sequence[float], better: Callable[[float, float], float]
-) -> list[float]:
+def best_so_far(scores: Sequence[float], better: Callable[[float, float], float]) -> list[float]:
     """The best of each score and those before it; `better` is `min` or `max`."""
     found: list[float] = []
     for score in scores:

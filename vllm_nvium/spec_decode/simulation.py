@@ -78,7 +78,7 @@ class SimulatedEngine:
         controller.saw_full(len(self.requests), rows, self._timed(self.full(rows)))
         for name, request, proposed in zip(self.names, self.requests, drafted, strict=True):
             accepted = self._accepted(request.at_full, proposed)
-            controller.saw_full_check(name, proposed, accepted, tiered=False)
+            controller.saw_full_check(name, proposed, accepted, tiered=False, asked=plan.drafts)
             self.tokens += accepted + 1
 
     def _tiered(self, controller: RoundController, plan: Plan) -> None:

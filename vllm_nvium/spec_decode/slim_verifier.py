@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slim verifier: the target with some of its layers skipped (arXiv:2606.12243, section 3). It has
-the target's own weights and writes the target's own KV cache, so it costs no memory, and a later pass
-of the full model over the same positions makes good what it left open.
+"""The slim verifier: the target with some of its layers skipped (arXiv:2606.12243, section 3). It
+has the target's own weights and writes the target's own KV cache, so it costs no memory, and a
+later pass of the full model over the same positions makes good what it left open.
 """
 
 import types
@@ -19,7 +19,8 @@ from vllm_nvium.model_executor.catch_up import Rows, common_attention_metadata
 
 
 class SlimPass(Protocol):
-    """A cheaper pass over some rows that gives logits; the window knows nothing else of the tier."""
+    """A cheaper pass over some rows that gives states for the unembedding; the window knows nothing
+    else of the tier."""
 
     def __call__(self, token_ids: torch.Tensor, groups: Sequence[Rows]) -> torch.Tensor:
         """Runs the rows and writes their K/V.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a start with `--via-sd` goes through: before vLLM makes its configuration the drafter's count
-and the classes of worker and scheduler are set, and after it what cannot work is refused with one
-sentence. Without `--via-sd` nothing here changes anything."""
+"""What a start with `--via-sd` goes through: before vLLM makes its configuration the drafter's
+count and the classes of worker and scheduler are set, and after it what cannot work is refused with
+one sentence. Without `--via-sd` nothing here changes anything."""
 
 import logging
 import os
@@ -92,8 +92,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
 def prepared(engine_args: Any) -> Iterator[None]:
     """While vLLM makes its configuration, engine arguments as VIA-SD needs them.
 
-    The drafter's `num_speculative_tokens` becomes the window, because buffers, reserved KV slots and
-    statistics of vLLM all follow it; what it was goes along as an option of its own.
+    The drafter's `num_speculative_tokens` becomes the window, because buffers, reserved KV slots
+    and statistics of vLLM all follow it; what it was goes along as an option of its own.
 
     Raises:
         ViaSDRefusal: an option is wrong, or --speculative-config is missing or does not fit.
@@ -157,8 +157,8 @@ def check(vllm_config: "VllmConfig") -> None:
         raise ViaSDRefusal(str(error)) from None
     if vllm_config.use_v2_model_runner:
         raise ViaSDRefusal(
-            f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, where "
-            "drafts can be checked before they are verified; unset it."
+            f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "
+            "where drafts can be checked before they are verified; unset it."
         )
     logger.info(
         "VIA-SD: mode %s, the slim verifier skips %d of %d layers (%s), windows of at most %d "
@@ -188,13 +188,13 @@ def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, An
     drafts = spec.get("num_speculative_tokens")
     if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
         raise ViaSDRefusal(
-            f"--speculative-config has num_speculative_tokens {drafts!r}, and VIA-SD needs the most "
-            "tokens that the drafter proposes at a time, an integer >= 1."
+            f"--speculative-config has num_speculative_tokens {drafts!r}, and VIA-SD needs the "
+            "most tokens that the drafter proposes at a time, an integer >= 1."
         )
     if "num_speculative_tokens_per_batch_size" in spec:
         raise ViaSDRefusal(
-            "--speculative-config has num_speculative_tokens_per_batch_size, but VIA-SD chooses the "
-            "number of drafts itself; remove it."
+            "--speculative-config has num_speculative_tokens_per_batch_size, but VIA-SD chooses "
+            "the number of drafts itself; remove it."
         )
     return spec | {"num_speculative_tokens": options.window}, drafts
 
@@ -227,7 +227,6 @@ def _check_architecture(model_config: Any) -> None:
         )
     if found not in ARCHITECTURES:
         raise ViaSDRefusal(
-            f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works on "
-            f"{', '.join(ARCHITECTURES)}; remove the flag."
+            f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works "
+            f"on {', '.join(ARCHITECTURES)}; remove the flag."
         )
-

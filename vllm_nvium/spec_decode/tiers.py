@@ -2,8 +2,8 @@
 """What the slim verifier makes of drafts, as functions of plain tensors beside their formulas: the
 lossless check, which leaves exactly a draw of the slim law, and the paper's three tiers.
 
-Notation (arXiv:2606.12243): `p` the drafter, `q'` the slim verifier, `q` the full model; B requests,
-D drafts, V vocabulary.
+Notation (arXiv:2606.12243): `p` the drafter, `q'` the slim verifier, `q` the full model; B
+requests, D drafts, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -120,8 +120,8 @@ def check_paper(
     is_greedy: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> Checked:
-    """The paper's scan of a block: drafts are kept up to the first of tier B, which the slim verifier
-    draws again; those of tier C stay in the window for the full model to decide.
+    """The paper's scan of a block: drafts are kept up to the first of tier B, which the slim
+    verifier draws again; those of tier C stay in the window for the full model to decide.
 
     Args:
         drafts, counts, slim_probs, accept, escalate: as in `paper_tiers`.

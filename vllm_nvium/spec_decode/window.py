@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The window of VIA-SD: rounds of drafting and slim checks that grow what one pass of the full model
-then verifies (arXiv:2606.12243, section 3; the lossless rule is ours). It knows the slim tier only as
-a cheaper pass that gives logits, and the drafter only as something that answers with tokens.
+"""The window of VIA-SD: rounds of drafting and slim checks that grow what one pass of the full
+model then verifies (arXiv:2606.12243, section 3; the lossless rule is ours). It knows the slim tier
+only as a cheaper pass that gives logits, and the drafter only as something that answers with
+tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -163,8 +164,8 @@ def extend(windows: Sequence[Window], drafts: Drafts, found: Checked) -> None:
 
 
 def rows_of(counts: torch.Tensor, most: int) -> torch.Tensor:
-    """[B, D + 1] int64: where the rows of each window are among those of a pass; padding repeats the
-    last row of its window."""
+    """[B, D + 1] int64: where the rows of each window are among those of a pass; padding repeats
+    the last row of its window."""
     starts = torch.cumsum(counts + 1, dim=0) - (counts + 1)
     return starts[:, None] + torch.minimum(torch.arange(most + 1)[None, :], counts[:, None])
 

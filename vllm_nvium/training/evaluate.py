@@ -53,7 +53,9 @@ def greedy_exits(margins: torch.Tensor, greedy_margin: float) -> torch.Tensor:
     Returns:
         `[...]` int64 in 0 .. N-1, N-1 for the final head.
     """
-    leaves = F.pad(margins > greedy_margin, (0, 1), value=True)  # the final head takes whoever is left
+    leaves = F.pad(
+        margins > greedy_margin, (0, 1), value=True
+    )  # the final head takes whoever is left
     return leaves.int().argmax(dim=-1)  # of equal values argmax returns the first
 
 

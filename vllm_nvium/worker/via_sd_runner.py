@@ -28,6 +28,9 @@ from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend, p
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
+else:
+    Runner = object  # the mixin stands before vLLM's class and calls it through `super()`
 
 # vLLM's own bound below which a temperature means greedy.
 GREEDY_BELOW = 1e-5
@@ -108,7 +111,7 @@ class FixedRounds:
 
 
 class TieredRejectionSampler(RejectionSampler):
-    """vLLM's rejection sampler, which lets the tokens through that the paper's rule keeps unasked."""
+    """vLLM's rejection sampler; tokens that the paper's rule keeps unasked pass through it."""
 
     # [tokens] bool, of the drafts of the present step; None when all are asked about.
     kept: torch.Tensor | None = None
@@ -125,7 +128,7 @@ class TieredRejectionSampler(RejectionSampler):
         return logits
 
 
-class ViaSDModelRunnerMixin:
+class ViaSDModelRunnerMixin(Runner):
     """Put before `GPUModelRunner` or `CPUModelRunner` in a class's bases."""
 
     via_sd: ViaSDOptions
@@ -364,6 +367,7 @@ class ViaSDModelRunnerMixin:
         drafts = found if isinstance(found, list) else found.tolist()
         probs = self._draft_probs
         if probs is not None:
+            assert self._draft_prob_req_ids is not None
             row_of = {name: row for row, name in enumerate(self._draft_prob_req_ids)}
             probs = probs[[row_of[name] for name in self.input_batch.req_ids]]
         return [list(tokens) for tokens in drafts], probs
@@ -426,9 +430,14 @@ class ViaSDModelRunnerMixin:
     def _laws(
         self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
     ) -> torch.Tensor:
-        """[T, V] float32: the slim law of every row under its request's temperature, top-k and top-p;
-        at temperature 0 a point mass, or in the paper's mode the law at temperature 1, because its
-        thresholds need one."""
+        """The slim law of every row under its request's temperature, top-k and top-p.
+
+        At temperature 0 a point mass, or in the paper's mode the law at temperature 1, because its
+        thresholds need one.
+
+        Returns:
+            [T, V] float32.
+        """
         per_row = (counts + 1).to(logits.device)
         requests = torch.tensor([window.request for window in windows], device=logits.device)
         sampling = self.input_batch.sampling_metadata

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU worker with VIA-SD's Model Runner V1; see `cpu_worker.py` for why a name is replaced."""
+"""vLLM's CPU worker with VIA-SD's Model Runner V1; `cpu_worker.py` says why a name is replaced."""
 
 from unittest.mock import patch
 

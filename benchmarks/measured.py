@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks that compare engines share: the machine's name, prompts of a file, and rates
+and ratios of runs that took turns.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+from pathlib import Path
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{name} (CPU)"
+    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def read_prompts(path: Path, model: str, longest: int = 512, chat: bool = True) -> list[list[int]]:
+    """Token ids of the prompts in a file of JSON lines.
+
+    Args:
+        model: folder with the tokenizer.
+        longest: longer prompts are left out.
+        chat: put them into the model's chat template, if it has one.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        text = row.get("question") or row.get("prompt") or row["turns"][0]
+        if chat and tokenizer.chat_template:
+            messages = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        special = not (chat and tokenizer.chat_template)
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        if len(ids) <= longest:
+            found.append(ids)
+    # Files are ordered by kind; a run should meet all kinds.
+    random.Random(0).shuffle(found)
+    return found
+
+
+def rates(runs: list[dict[str, float]]) -> list[float]:
+    """Tokens per second of every run, prefill included."""
+    return [run["tokens"] / (run["prefill"] + run["decode"]) for run in runs]
+
+
+def ratios(mine: list[float], other: list[float]) -> str:
+    """Median of the ratios pair by pair, with their range: pairs drift together."""
+    pairs = [a / b for a, b in zip(mine, other, strict=True)]
+    return f"{statistics.median(pairs):.3f} ({min(pairs):.3f}-{max(pairs):.3f})"

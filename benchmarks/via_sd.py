@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VIA-SD against plain speculative decoding with the same drafter: tokens per second of all engines
+in one run, taking turns step by step on one machine.
+
+The plain side is searched over its number of drafts; what is compared is the best of it. Greedy, so
+that every engine says the same.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_worker import EngineProcess
+from measured import machine, ratios, read_prompts
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", help="checkpoint of the target (Hugging Face folder)")
+    parser.add_argument("--drafter", default="ngram", help="ngram, or a checkpoint")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines")
+    parser.add_argument("--drafts", default="2,4", help="of the plain engines, one for each")
+    parser.add_argument("--max-drafts", type=int, default=4, help="of the VIA-SD engines")
+    parser.add_argument(
+        "--masks", nargs="+", default=["even:0.2"], help="values of --via-sd-mask, an engine each"
+    )
+    parser.add_argument("--mode", choices=("lossless", "paper"), default="lossless")
+    parser.add_argument("--rounds", default="auto", help="of the VIA-SD engines")
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--batches", default="1")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--longest-prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chat", action="store_true", help="put prompts into the chat template")
+    parser.add_argument("--enforce-eager", action="store_true")
+    return parser.parse_args()
+
+
+def engines(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Name -> what its engine arguments add."""
+    rounds = args.rounds if args.rounds == "auto" else int(args.rounds)
+
+    def drafter(count: int) -> dict[str, Any]:
+        if args.drafter == "ngram":
+            return {
+                "method": "ngram",
+                "prompt_lookup_min": 2,
+                "prompt_lookup_max": 4,
+                "num_speculative_tokens": count,
+            }
+        return {
+            "method": "draft_model",
+            "model": args.drafter,
+            "num_speculative_tokens": count,
+        }
+
+    found: dict[str, dict[str, Any]] = {"plain": {}}
+    for count in map(int, args.drafts.split(",")):
+        found[f"drafts {count}"] = {"speculative_config": drafter(count)}
+    for mask in args.masks:
+        options = {"mask": mask, "mode": args.mode, "rounds": rounds, "window": args.window}
+        found[f"VIA-SD {Path(mask).name}"] = {
+            "speculative_config": drafter(args.max_drafts),
+            "additional_config": {"via_sd": True} | {f"via_sd_{k}": v for k, v in options.items()},
+        }
+    return found
+
+
+def measure(
+    processes: dict[str, EngineProcess], args: argparse.Namespace, texts: list[Any], batch: int
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds, tokens and steps of the decode steps of every run, after one warm-up."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
+    label = f"batch {batch}"
+    for repeat in tqdm(range(args.repeats + 1), desc=label, disable=None, leave=False):
+        prompts = [texts[(repeat * batch + i) % len(texts)] for i in range(batch)]
+        for process in processes.values():
+            process.begin(prompts=prompts, new_tokens=args.new_tokens, temperature=0.0, seed=repeat)
+        runs = {name: {"seconds": 0.0, "tokens": 0.0, "steps": 0.0} for name in processes}
+        todo = list(processes)
+        while todo:
+            for name in list(todo):
+                step = processes[name].step()
+                if not step["prefill"]:
+                    runs[name]["seconds"] += step["seconds"]
+                    runs[name]["tokens"] += step["tokens"]
+                    runs[name]["steps"] += 1
+                if not step["unfinished"]:
+                    todo.remove(name)
+            todo = todo[1:] + todo[:1]  # nobody always follows the same engine
+        if repeat:
+            for name, run in runs.items():
+                found[name].append(run)
+    return found
+
+
+def rate(runs: list[dict[str, float]]) -> list[float]:
+    """Tokens per second of the decode steps of every run."""
+    return [run["tokens"] / run["seconds"] for run in runs]
+
+
+def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
+    """Counts of one batch size."""
+    return {
+        name: after["counts"][name] - before["counts"][name]
+        for name in after["counts"]
+        if name != "tiers"
+    }
+
+
+def rows(
+    found: dict[str, list[dict[str, float]]], views: dict[str, dict[str, Any]], batch: int
+) -> list[str]:
+    plain = rate(found["plain"])
+    speculative = [name for name in found if name.startswith("drafts")]
+    best = max(speculative, key=lambda name: statistics.median(rate(found[name])))
+    lines = []
+    for name, runs in found.items():
+        mine = rate(runs)
+        passes = sum(run["steps"] for run in runs) / sum(run["tokens"] for run in runs) * batch
+        cells = [name + (" (best)" if name == best else ""), str(batch)]
+        cells += [f"{statistics.median(mine):.1f}", ratios(mine, plain)]
+        cells += [ratios(mine, rate(found[best])), f"{passes:.3f}"]
+        if view := views.get(name):
+            counts, controller = view["counts"], view["controller"]
+            drafted, proposed = counts["slim_drafted"], counts["window_tokens"]
+            at_slim = counts["slim_accepted"] / drafted if drafted else float("nan")
+            at_full = counts["accepted"] / proposed if proposed else float("nan")
+            steps = controller.get("steps", {})
+            cells += [f"{at_slim:.2f} / {at_full:.2f}", _times(controller), str(steps or "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _times(controller: dict[str, Any]) -> str:
+    """Milliseconds of the smallest pass of each kind that was seen."""
+    if not controller:
+        return ""
+    seconds, cells = controller["seconds"], []
+    for kind in ("full", "slim"):
+        points = seconds[kind]
+        values = points.values() if isinstance(points, dict) else [p[1] for p in points]
+        cells.append(f"{kind} {1000 * min(values):.1f}" if values else f"{kind} -")
+    draft = seconds["draft"]
+    cells.append(f"draft {1000 * draft[1]:.1f}" if len(draft) > 1 else "")
+    return ", ".join(cells)
+
+
+def main() -> None:
+    args = parse()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    texts = read_prompts(args.prompts, args.target, args.longest_prompt, args.chat)
+    batches = [int(batch) for batch in args.batches.split(",")]
+    common = {
+        "dtype": "bfloat16",
+        "max_model_len": args.longest_prompt + args.new_tokens + 64,
+        "max_num_seqs": max(batches),
+        "enforce_eager": args.enforce_eager,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "async_scheduling": False,
+    }
+    processes: dict[str, EngineProcess] = {}
+    mode = "--enforce-eager" if args.enforce_eager else "default compilation"
+    lines = [
+        f"machine: {machine()}",
+        f"target {Path(args.target).name}, drafter {Path(args.drafter).name}, bfloat16, {mode}, "
+        f"prompts {args.prompts.name}, {args.new_tokens} new tokens, greedy, {args.repeats} runs, "
+        f"engine steps in turn, medians, decode steps only; VIA-SD: {args.mode}, rounds "
+        f"{args.rounds}, at most {args.max_drafts} drafts, window {args.window}",
+        "",
+        "| engine | batch | tok/s | / plain decoding | / best plain speculative | full passes per "
+        "token | accepted at slim / of window at full | ms per pass | steps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    try:
+        for name, more in engines(args).items():
+            processes[name] = EngineProcess(name, args.target, common | more)
+        for batch in batches:
+            before = {name: process.via_sd() for name, process in processes.items()}
+            found = measure(processes, args, texts, batch)
+            views = {}
+            for name, process in processes.items():
+                if view := process.via_sd():
+                    view["counts"] = difference(view, before[name])
+                    views[name] = view
+            lines += rows(found, views, batch)
+    finally:
+        for process in processes.values():
+            process.close()
+    print("\n".join(lines))
+    print(json.dumps(views, indent=1))
+
+
+if __name__ == "__main__":
+    main()
