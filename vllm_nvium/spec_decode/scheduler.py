@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler with room for a window: the slim verifier writes K/V at positions that the next
 step will schedule, so their blocks must be there before. Without it those writes land in blocks of
-other requests."""
+other requests, and the runner's counts end in this process."""
+
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_nvium.spec_decode.metrics import KEY, put
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import SchedulerStats
+
 
 class ViaSDScheduler(Scheduler):
-    """Reserves as many KV slots ahead as a window has tokens, whatever the drafter needs.
+    """Reserves as many KV slots ahead as a window has tokens, whatever the drafter needs, and adds
+    the runner's counts to the statistics of a step.
 
     vLLM reserves none for drafters without a KV cache of their own (n-gram, suffix).
     """
+
+    _report: dict[str, Any] | None = None
 
     @property
     def num_lookahead_tokens(self) -> int:
@@ -20,3 +30,14 @@ class ViaSDScheduler(Scheduler):
     @num_lookahead_tokens.setter
     def num_lookahead_tokens(self, value: int) -> None:
         self._vllm_lookahead_tokens = value
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._report = getattr(model_runner_output, KEY, None)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
+        stats = super().make_stats(*args, **kwargs)
+        # vLLM may make statistics more than once in a step.
+        report, self._report = self._report, None
+        put(stats, report)
+        return stats

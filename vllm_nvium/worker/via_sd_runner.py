@@ -6,7 +6,7 @@ verifies in the next step.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
 from vllm_nvium.spec_decode.controller import Plan, RoundController
 from vllm_nvium.spec_decode.drafting import DraftAgain, drafts_again
 from vllm_nvium.spec_decode.mask import ModelIdentity, skipped_layers
+from vllm_nvium.spec_decode.metrics import KEY, Counts, Reporter
 from vllm_nvium.spec_decode.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
 from vllm_nvium.spec_decode.slim_verifier import SlimVerifier
 from vllm_nvium.spec_decode.tiers import ESCALATE
@@ -67,29 +68,6 @@ class Request:
     @property
     def stop_tokens(self) -> frozenset[int]:
         return frozenset(() if self.params.ignore_eos else self.params.all_stop_token_ids)
-
-
-@dataclass(slots=True)
-class Counts:
-    """Sums since the engine was started, for metrics and tests.
-
-    Attributes:
-        full_passes: steps of the full model that decoded, slim_passes: of the slim verifier.
-        windows: verified; window_tokens: in them; accepted: of those by the full model.
-        slim_drafted, slim_accepted: drafts that the slim verifier saw, and kept.
-        tiers: tokens of windows in the paper's mode by tier (accept, regenerate, escalate).
-        tokens: that the requests got from decode steps.
-    """
-
-    full_passes: int = 0
-    slim_passes: int = 0
-    windows: int = 0
-    window_tokens: int = 0
-    accepted: int = 0
-    slim_drafted: int = 0
-    slim_accepted: int = 0
-    tokens: int = 0
-    tiers: list[int] = field(default_factory=lambda: [0, 0, 0])
 
 
 class FixedRounds:
@@ -152,7 +130,7 @@ class ViaSDModelRunnerMixin(Runner):
         else:
             self.controller = FixedRounds(options.drafts, int(options.rounds))
         self.via_sd_requests: dict[str, Request] = {}
-        self.counts = Counts()
+        self._reporter = Reporter(options.window)
         # Windows and plain drafts that the next step verifies, by request.
         self._windows: dict[str, Window] = {}
         self._plan = Plan(options.drafts, 0)
@@ -161,6 +139,11 @@ class ViaSDModelRunnerMixin(Runner):
         self._draft_hidden: torch.Tensor | None = None
         self._generator = torch.Generator(device=self.device)
         self._generator.manual_seed(self.vllm_config.model_config.seed)
+
+    @property
+    def counts(self) -> Counts:
+        """Since the engine was started."""
+        return self._reporter.counts
 
     # --- start ----------------------------------------------------------------------------------
 
@@ -257,6 +240,8 @@ class ViaSDModelRunnerMixin(Runner):
             self._windows = {}
             if self._has_drafted and self._plan.rounds > 0:
                 self._grow_windows()
+            # The scheduler reads it; what a process sends to another keeps added attributes.
+            setattr(output, KEY, self._reporter.report(self._plan))
         return output
 
     def _saw_step(self, output: Any) -> None:
@@ -271,7 +256,9 @@ class ViaSDModelRunnerMixin(Runner):
             drafts = self._verified.get(request_id, ())
             if not tokens or request_id not in self.via_sd_requests:
                 continue
-            self.counts.tokens += len(tokens)
+            if self._is_decode:
+                self.counts.turns += 1
+                self.counts.tokens += len(tokens)
             if not drafts:
                 continue
             window = self._windows.get(request_id)
@@ -280,9 +267,7 @@ class ViaSDModelRunnerMixin(Runner):
             if window is not None:
                 tiers = window.tiers[: len(drafts)]
                 escalated = tiers.count(ESCALATE) if window.is_paper else 0
-                self.counts.windows += 1
-                self.counts.window_tokens += len(drafts)
-                self.counts.accepted += accepted
+                self.counts.saw_window(len(drafts), accepted)
                 if window.is_paper:
                     for tier in tiers:
                         self.counts.tiers[tier] += 1

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline generation with VIA-SD: n-gram drafts, checked by the target without some of its layers
+before the whole target verifies them. Greedy text is the same as without any of it.
+
+    python examples/via_sd_offline.py MODEL [--mask even:0.2] [--drafter DRAFT_MODEL]
+"""
+
+import argparse
+
+from vllm import LLM, SamplingParams
+
+PROMPTS = [
+    "def fibonacci(n):\n",
+    "Repeat after me: the cat sat on the mat, the cat sat on the mat, the cat sat on",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--mask", default="even:0.2")
+    parser.add_argument("--drafter", default="", help="a draft model (default: n-gram lookup)")
+    args = parser.parse_args()
+    drafter = {"method": "ngram", "prompt_lookup_max": 4, "num_speculative_tokens": 4}
+    if args.drafter:
+        drafter = {"method": "draft_model", "model": args.drafter, "num_speculative_tokens": 4}
+    llm = LLM(
+        model=args.model,
+        speculative_config=drafter,
+        additional_config={"via_sd": True, "via_sd_mask": args.mask},
+        max_model_len=1024,
+        disable_log_stats=False,
+    )
+    for output in llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=64)):
+        print(repr(output.prompt), "->", repr(output.outputs[0].text))
+    for metric in llm.get_metrics():
+        if "via_sd" in metric.name:
+            print(metric.name, getattr(metric, "value", ""))
+
+
+# vLLM starts its engine in a process that imports this file again.
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine with VIA-SD inside the test's process, driven step by step: what its windows were made
+of is recorded, and its tokens, its KV cache and its drafts are held against transformers' models.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from trace_engine import TraceEngine
+from transformers import DynamicCache, PreTrainedModel
+
+from vllm_nvium.spec_decode.controller import RoundController
+from vllm_nvium.worker.via_sd_runner import FixedRounds
+
+# Two tokens whose logits are nearer than this cannot be told apart in float32.
+TIE = 1e-4
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3,
+         "prompt_lookup_min": 1}  # fmt: skip
+
+
+@dataclass
+class Asked:
+    """One answer of the drafter.
+
+    Attributes:
+        prefix: all tokens of the request so far, the window's too.
+        drafts: what it proposed behind them.
+        round: 1 for the drafts that open a window.
+    """
+
+    prefix: list[int]
+    drafts: list[int]
+    round: int
+
+
+class ViaSDEngine(TraceEngine):
+    """A `TraceEngine` whose rounds can be changed while it runs.
+
+    Args:
+        drafter: `--speculative-config`.
+        via_sd: keys of `additional_config`, without the prefix.
+    """
+
+    def __init__(
+        self, model: str, drafter: dict[str, Any], via_sd: dict[str, Any], **overrides: Any
+    ) -> None:
+        options = {f"via_sd_{key}": value for key, value in via_sd.items()}
+        super().__init__(
+            model,
+            speculative_config=drafter,
+            additional_config={"via_sd": True, **options},
+            **overrides,
+        )
+        self.asked: list[Asked] = []
+        # Rounds of each window that was handed over, and what is called after every step.
+        self.window_rounds: list[int] = []
+        self.unscheduled = 0
+        self.after_step: Callable[[], None] | None = None
+        self._record_windows()
+        step = self.engine.step
+
+        def step_and_look() -> Any:
+            waiting = {r.request_id for r in self.scheduler.running if r.spec_token_ids}
+            output = step()
+            batch = self.runner.input_batch.req_id_to_index
+            self.unscheduled += sum(
+                r.request_id in waiting and r.request_id not in batch
+                for r in self.scheduler.running
+            )
+            if self.after_step is not None:
+                self.after_step()
+            return output
+
+        self.engine.step = step_and_look
+
+    def _record_windows(self) -> None:
+        runner = self.runner
+        plain_drafts, draft_again, hand_over = (
+            runner._plain_drafts, runner._draft_again, runner._hand_over
+        )  # fmt: skip
+
+        def tokens_of(row: int) -> list[int]:
+            batch = runner.input_batch
+            return batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]].tolist()
+
+        def record_plain() -> Any:
+            drafts, probs = plain_drafts()
+            for row, tokens in enumerate(drafts):
+                if not runner.discard_request_mask.np[row]:
+                    self.asked.append(Asked(tokens_of(row), list(tokens), 1))
+            return drafts, probs
+
+        def record_again(again: Any, windows: Any, going: list[int], *args: Any) -> Any:
+            drafts = draft_again(again, windows, going, *args)
+            for i, tokens in zip(going, drafts.tokens, strict=True):
+                window = windows[i]
+                prefix = tokens_of(window.request) + window.tokens
+                self.asked.append(Asked(prefix, list(tokens), window.rounds + 1))
+            return drafts
+
+        def record_windows(windows: Any, *args: Any) -> None:
+            hand_over(windows, *args)
+            self.window_rounds += [window.rounds for window in windows if window.rounds]
+
+        runner._plain_drafts = record_plain
+        runner._draft_again, runner._hand_over = record_again, record_windows
+
+    def set_rounds(self, drafts: int, rounds: int | str, window: int | None = None) -> None:
+        """From the next step on, as if the engine had been started so."""
+        runner = self.runner
+        if window is not None:
+            runner.via_sd = replace(runner.via_sd, window=window)
+        if rounds == "auto":
+            runner.controller = RoundController(drafts, runner.via_sd.window)
+        else:
+            runner.controller = FixedRounds(drafts, int(rounds))
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
+    """[T, V] float32."""
+    with torch.no_grad():
+        return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()
+
+
+def check_greedy_tokens(model: PreTrainedModel, prefix: Sequence[int], new: Sequence[int]) -> None:
+    """Every new token is what the model says after those before it."""
+    if not new:
+        return
+    logits = logits_of(model, [*prefix, *new])[len(prefix) - 1 : -1]
+    found = logits.gather(1, torch.tensor(list(new))[:, None]).squeeze(1)
+    behind = logits.amax(dim=1) - found
+    assert behind.max() < TIE, (
+        f"token {int(behind.argmax())} of {list(new)} is {float(behind.max()):.3g} behind the "
+        f"largest logit; greedy is {logits.argmax(dim=1).tolist()}"
+    )
+
+
+def without_layers(model: PreTrainedModel, skipped: Sequence[int]) -> PreTrainedModel:
+    """A copy of the model without some layers: what the slim verifier computes."""
+    slim = copy.deepcopy(model)
+    layers = [layer for i, layer in enumerate(slim.model.layers) if i not in skipped]
+    for i, layer in enumerate(layers):
+        layer.self_attn.layer_idx = i
+    slim.model.layers = nn.ModuleList(layers)
+    slim.config.num_hidden_layers = slim.model.config.num_hidden_layers = len(layers)
+    return slim
+
+
+def slim_logits(
+    model: PreTrainedModel, skipped: Sequence[int], verified: Sequence[int], window: Sequence[int]
+) -> torch.Tensor:
+    """[W, V] of the slim verifier on the tokens of a window, which read what the full model wrote for
+    the verified ones."""
+    slim = without_layers(model, skipped)
+    cache = DynamicCache()
+    with torch.no_grad():
+        full = model(torch.tensor([list(verified)]), use_cache=True).past_key_values
+        kept = [i for i in range(model.config.num_hidden_layers) if i not in skipped]
+        for new, old in enumerate(kept):
+            cache.update(full.layers[old].keys, full.layers[old].values, new)
+        tokens = torch.tensor([list(window)])
+        return slim(tokens, past_key_values=cache, use_cache=True).logits[0].float()
+
+
+# --- the KV cache ---------------------------------------------------------------------------------
+
+
+def check_kv_cache(engine: ViaSDEngine, reference: PreTrainedModel, tolerance: float = 1e-4) -> int:
+    """The K/V of all computed positions of all running requests are the reference's.
+
+    Returns:
+        how many positions were compared.
+    """
+    runner, compared = engine.runner, 0
+    coordinator = engine.scheduler.kv_cache_manager.coordinator
+    for request in engine.scheduler.running:
+        count = request.num_computed_tokens
+        if not count:
+            continue
+        with torch.no_grad():
+            tokens = torch.tensor([list(request.all_token_ids)[:count]])
+            # A cache without a config keeps what has left a sliding window.
+            cache = reference(tokens, past_key_values=DynamicCache(), use_cache=True)
+        for group, spec in enumerate(runner.kv_cache_config.kv_cache_groups):
+            blocks = coordinator.single_type_managers[group].req_to_blocks[request.request_id]
+            size = spec.kv_cache_spec.block_size
+            # Those that have left a sliding window are null blocks.
+            alive = [p for p in range(count) if not blocks[p // size].is_null]
+            ids = torch.tensor([blocks[p // size].block_id for p in alive])
+            offsets = torch.tensor([p % size for p in alive])
+            for name in spec.layer_names:
+                if not name.startswith("model.layers."):
+                    continue  # of a draft model
+                found = kv_cache_of(runner, name)[ids, :, offsets]  # [P, kv_heads, 2 * head_dim]
+                keys, values = found.chunk(2, dim=-1)
+                layer = cache.past_key_values.layers[int(name.split(".")[2])]
+                for mine, theirs in ((keys, layer.keys), (values, layer.values)):
+                    wanted = theirs[0].transpose(0, 1)[alive]
+                    worst = (mine.float() - wanted).abs().amax(dim=(1, 2))
+                    assert worst.max() < tolerance, (
+                        f"{request.request_id}, {name}, position {alive[int(worst.argmax())]} of "
+                        f"{count}: {float(worst.max())}"
+                    )
+            compared += len(alive)
+    return compared
+
+
+def kv_cache_of(runner: Any, name: str) -> torch.Tensor:
+    """[blocks, kv_heads, block_size, 2 * head_dim] of a layer."""
+    cache = runner.compilation_config.static_forward_context[name].kv_cache
+    return cache[0] if isinstance(cache, list | tuple) else cache
