@@ -112,7 +112,8 @@ def make_model(kind: str, num_layers: int) -> PreTrainedModel:
     torch.manual_seed(0)
     if kind in DENSE_KINDS:
         config_class, model_class = DENSE_KINDS[kind]
-        return model_class(config_class(**sizes | {"head_dim": 32})).eval()
+        sizes |= {"head_dim": 32} if kind == "qwen3" else {}
+        return model_class(config_class(**sizes)).eval()
     windows = ["sliding_attention", "sliding_attention", "full_attention"] * num_layers
     sizes |= {"head_dim": 32, "sliding_window": 4, "layer_types": windows[:num_layers]}
     if kind == "gemma2":
@@ -363,6 +364,8 @@ def test_resumed_is_unbroken(tmp_path: Path, after: int) -> None:
     if after < 54:
         with pytest.raises(Stop):
             search(space, plan, stopping(rugged, after), journal)
+    else:
+        search(space, plan, rugged, journal)
     resumed = Journal.resume(path, {})
     assert search(space, plan, stopping(rugged, 54 - after), resumed) == expected
     assert path.read_text() == whole.path.read_text()
@@ -395,7 +398,16 @@ def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}\n", "[]\n", "x\n", '{"told": {}}\nx\n', '{"told": {}}\n{"source": "a"}\n']
+    "content",
+    [
+        "",
+        "{}\n",
+        "[]\n",
+        "x\n",
+        '{"told": 3}\n',
+        '{"told": {}}\nx\n',
+        '{"told": {}}\n{"source": "a"}\n',
+    ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a").write_text(content)
@@ -424,7 +436,7 @@ def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: st
 
     fake = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    monkeypatch.setattr(mask_search.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(mask_search, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run = SpeedRun(**{**vars(RUN), "drafter": drafter})
     assert mask_search._generate(run, [1, 2, 5]) == 8.0  # 16 tokens in 2 seconds
     (model, options), (warm_up, _), (timed, sampling) = made[0], *asked

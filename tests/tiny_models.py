@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -75,6 +75,22 @@ def save_tokenizer(path: Path, vocab_size: int) -> None:
         pad_token="<pad>",
         unk_token="<pad>",
         chat_template="{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    ).save_pretrained(path)
+
+
+def save_character_tokenizer(path: Path) -> None:
+    """A tokenizer of single characters: those of ASCII are 3, 4, ... after `<s>`, `</s>`, `<pad>`."""
+    names = ["<s>", "</s>", "<pad>", *map(chr, range(32, 127))]
+    characters = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
+    tokenizer = Tokenizer(characters)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<pad>",
     ).save_pretrained(path)
 
 

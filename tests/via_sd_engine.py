@@ -4,6 +4,7 @@ of is recorded, and its tokens, its KV cache and its drafts are held against tra
 """
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from trace_engine import TraceEngine
 from transformers import DynamicCache, PreTrainedModel
+from vllm.triton_utils import dispatcher
 
 from vllm_nvium.spec_decode.controller import RoundController
 from vllm_nvium.worker.via_sd_runner import FixedRounds
@@ -20,6 +22,24 @@ from vllm_nvium.worker.via_sd_runner import FixedRounds
 TIE = 1e-4
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3,
          "prompt_lookup_min": 1}  # fmt: skip
+
+
+def _many_engines_in_one_process() -> None:
+    """For each engine vLLM looks at every object of every module, and stumbles over one of llvmlite,
+    which n-grams import: those modules are out of sight meanwhile."""
+    rebind = dispatcher._rebind_kernels
+
+    def rebind_out_of_sight(overrides: Any) -> None:
+        hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if "llvmlite" in name}
+        try:
+            rebind(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    dispatcher._rebind_kernels = rebind_out_of_sight
+
+
+_many_engines_in_one_process()
 
 
 @dataclass
@@ -169,6 +189,17 @@ def slim_logits(
         return slim(tokens, past_key_values=cache, use_cache=True).logits[0].float()
 
 
+def looked_up(tokens: Sequence[int], count: int, longest: int) -> list[int]:
+    """What n-grams draft: what follows the first occurrence of the longest suffix that has one."""
+    tokens = list(tokens)
+    for length in range(longest, 0, -1):
+        suffix = tokens[-length:]
+        for start in range(len(tokens) - length):
+            if tokens[start : start + length] == suffix:
+                return tokens[start + length : start + length + count]
+    return []
+
+
 # --- the KV cache ---------------------------------------------------------------------------------
 
 
@@ -178,41 +209,58 @@ def check_kv_cache(engine: ViaSDEngine, reference: PreTrainedModel, tolerance: f
     Returns:
         how many positions were compared.
     """
-    runner, compared = engine.runner, 0
-    coordinator = engine.scheduler.kv_cache_manager.coordinator
+    compared = 0
     for request in engine.scheduler.running:
-        count = request.num_computed_tokens
-        if not count:
-            continue
-        with torch.no_grad():
-            tokens = torch.tensor([list(request.all_token_ids)[:count]])
-            # A cache without a config keeps what has left a sliding window.
-            cache = reference(tokens, past_key_values=DynamicCache(), use_cache=True)
-        for group, spec in enumerate(runner.kv_cache_config.kv_cache_groups):
-            blocks = coordinator.single_type_managers[group].req_to_blocks[request.request_id]
-            size = spec.kv_cache_spec.block_size
-            # Those that have left a sliding window are null blocks.
-            alive = [p for p in range(count) if not blocks[p // size].is_null]
-            ids = torch.tensor([blocks[p // size].block_id for p in alive])
-            offsets = torch.tensor([p % size for p in alive])
-            for name in spec.layer_names:
-                if not name.startswith("model.layers."):
-                    continue  # of a draft model
-                found = kv_cache_of(runner, name)[ids, :, offsets]  # [P, kv_heads, 2 * head_dim]
-                keys, values = found.chunk(2, dim=-1)
-                layer = cache.past_key_values.layers[int(name.split(".")[2])]
-                for mine, theirs in ((keys, layer.keys), (values, layer.values)):
-                    wanted = theirs[0].transpose(0, 1)[alive]
-                    worst = (mine.float() - wanted).abs().amax(dim=(1, 2))
-                    assert worst.max() < tolerance, (
-                        f"{request.request_id}, {name}, position {alive[int(worst.argmax())]} of "
-                        f"{count}: {float(worst.max())}"
-                    )
-            compared += len(alive)
+        if request.num_computed_tokens:
+            compared += _check_request(engine, reference, request, tolerance)
     return compared
 
 
-def kv_cache_of(runner: Any, name: str) -> torch.Tensor:
-    """[blocks, kv_heads, block_size, 2 * head_dim] of a layer."""
-    cache = runner.compilation_config.static_forward_context[name].kv_cache
-    return cache[0] if isinstance(cache, list | tuple) else cache
+def _check_request(
+    engine: ViaSDEngine, reference: PreTrainedModel, request: Any, tolerance: float
+) -> int:
+    runner, compared = engine.runner, 0
+    managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    count = request.num_computed_tokens
+    with torch.no_grad():
+        tokens = torch.tensor([list(request.all_token_ids)[:count]])
+        # A cache made without a config keeps what has left a sliding window.
+        cache = reference(tokens, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    for group, manager in zip(runner.kv_cache_config.kv_cache_groups, managers, strict=True):
+        size = group.kv_cache_spec.block_size
+        blocks = manager.req_to_blocks[request.request_id]
+        # Blocks that have left a sliding window are null.
+        alive = [p for p in range(count) if not blocks[p // size].is_null]
+        slots = torch.tensor([blocks[p // size].block_id * size + p % size for p in alive])
+        for name in group.layer_names:
+            if not name.startswith("model.layers."):
+                continue  # a draft model's
+            layer = cache.layers[int(name.split(".")[2])]
+            keys, values = (kv[0].transpose(0, 1)[alive] for kv in (layer.keys, layer.values))
+            worst, position = _difference(runner, name, keys, values, slots)
+            assert worst < tolerance, (
+                f"{request.request_id}, {name}: position {alive[position]} of {count} differs by "
+                f"{worst}"
+            )
+        compared += len(alive)
+    return compared
+
+
+def _difference(
+    runner: Any, name: str, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> tuple[float, int]:
+    """The largest difference between the cache of a layer and K/V [P, kv_heads, head_dim] at some
+    slots, and where it is. Attention's own kernel lays the latter out as it does the former."""
+    layer = runner.compilation_config.static_forward_context[name]
+    cache = layer.kv_cache
+    used, blocks = (slots // cache.shape[2]).unique(return_inverse=True)
+    slots = blocks * cache.shape[2] + slots % cache.shape[2]
+    due, place = (torch.zeros_like(cache[: len(used)]) for _ in range(2))
+    numbers = torch.arange(1.0, len(slots) + 1)[:, None, None].expand_as(keys).contiguous()
+    update = layer.impl.do_kv_cache_update
+    update(layer, keys.contiguous(), values.contiguous(), due, slots)
+    update(layer, numbers, numbers, place, slots)
+    assert int((place > 0).sum()) == 2 * keys.numel()
+    difference = ((cache[used] - due).abs() * (place > 0)).flatten()
+    worst = int(difference.argmax())
+    return float(difference[worst]), int(place.flatten()[worst]) - 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm.v1.metrics.loggers.StatLoggerManager`: where VIA-SD is on, its own logger beside vLLM's. vLLM's
-plugin group for loggers is not used: a class in it switches statistics on for every model that is
-started with --disable-log-stats, and `LLM` does not read it."""
+"""`vllm.v1.metrics.loggers.StatLoggerManager`: where VIA-SD is on, its own logger beside vLLM's.
+vLLM's plugin group for loggers is not used: a class in it switches statistics on for every model
+that is started with --disable-log-stats, and `LLM` does not read it."""
 
 import functools
 from collections.abc import Callable

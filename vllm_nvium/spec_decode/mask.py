@@ -74,7 +74,7 @@ class ModelIdentity(BaseModel):
             if fields["head_dim"] is None and fields["hidden_size"]:
                 fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
         try:
-            return cls(**fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             name = ".".join(map(str, error.errors()[0]["loc"]))
             raise MaskError(
@@ -307,8 +307,8 @@ def read_mask_file(path: Path) -> MaskFile:
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         reason = str(error)
     raise MaskError(
-        f"{FLAG} is {str(path)!r}, which is no mask file of this version ({reason}): write one with "
-        "`vllm-nvium search-mask`."
+        f"{FLAG} is {str(path)!r}, which is no mask file of this version ({reason}): write one "
+        "with `vllm-nvium search-mask`."
     )
 
 

@@ -23,19 +23,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_nvium.console import Progress
-from vllm_nvium.spec_decode.mask import Objective, even_layers, layer_list
+from vllm_nvium.spec_decode.mask import even_layers, layer_list
 from vllm_nvium.training import TrainingError, write_beside
 
 # Skipped layers in ascending order -> what such a slim verifier is worth.
 Score = Callable[[tuple[int, ...]], float]
 
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
 # Of the full model's log-probabilities, which are kept in memory.
 LARGEST_CACHE = 4 * 2**30
 CACHE_DTYPE = torch.float16
@@ -121,8 +120,8 @@ def without_layers(model: Any, skipped: Sequence[int]) -> Iterator[Any]:
 
 
 class TeacherForcing:
-    """Scores masks on text: at every prefix the slim verifier's prediction is compared with the full
-    model's, which is computed once.
+    """Scores masks on text: at every prefix the slim verifier's prediction is compared with the
+    full model's, which is computed once.
 
     Args:
         model: see `without_layers`; in eval mode.
@@ -158,7 +157,7 @@ class TeacherForcing:
         if not math.isfinite(total):
             raise TrainingError(
                 f"Without layers {layer_list(skipped)} the target's predictions are not finite in "
-                f"{self.model.dtype}: use --dtype float32."
+                f"{self.model.dtype}: use --dtype float32, or another checkpoint."
             )
         return total / self.blocks.numel()
 
@@ -513,7 +512,7 @@ class Journal:
         whole = [line for line in lines if line.endswith("\n")]
         journal = cls(path)
         try:
-            began = json.loads(whole[0])["told"]
+            began = dict(json.loads(whole[0])["told"])
             for line in whole[1:]:
                 journal._take(json.loads(line))
         except (ValueError, KeyError, TypeError, IndexError) as error:

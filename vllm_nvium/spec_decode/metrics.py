@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of VIA-SD, from the model runner to the process that answers clients: counters beside
-vLLM's own on /metrics, and a line in its log. Between processes they travel as `kv_connector_stats`,
-the free-form field of vLLM's scheduler statistics, which is unused because VIA-SD refuses KV connectors.
+vLLM's own on /metrics, and a line in its log. They travel in `kv_connector_stats`, the free-form
+field of vLLM's scheduler statistics, which is unused because VIA-SD refuses KV connectors.
 """
 
 import logging
@@ -35,7 +35,7 @@ class Counts:
 
     Attributes:
         full_passes: steps of the full model that did nothing but decode; turns: requests in each of
-            them, summed; tokens: that the requests got from them.
+            them, summed; tokens: that the requests got from them, before a stop cuts the last.
         slim_passes: of the slim verifier.
         windows: verified; window_tokens: in them; accepted: of those by the full model.
         slim_drafted, slim_accepted: drafts that the slim verifier saw, and kept.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 KEY = "via_sd"
 PREFIX = "via_sd_"
@@ -224,6 +225,23 @@ def additional_keys(additional_config: Any) -> dict[str, Any]:
 def options_of(vllm_config: "VllmConfig") -> ViaSDOptions | None:
     """The options of an engine; None when VIA-SD is off."""
     return ViaSDOptions.from_config(vllm_config.additional_config)
+
+
+def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig") -> None:
+    """Check one request; called in the process that answers the client.
+
+    Raises:
+        ValueError: one sentence, sent to the client with status 400.
+    """
+    engine = options_of(vllm_config)
+    if engine is not None:
+        ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
+        return
+    for key, value in additional_keys(sampling_params.extra_args).items():
+        raise ValueError(
+            f"vllm_xargs {key!r} is {value!r}, but VIA-SD is off; the server must be started with "
+            "--via-sd."
+        )
 
 
 def _check_value(where: str, name: str, value: Any) -> None:

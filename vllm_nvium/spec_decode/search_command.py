@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-nvium search-mask TARGET --data FILE... -o mask.json`: finds which layers of a target VIA-SD's
-slim verifier should skip. A search that was interrupted goes on with `--resume`; masks are scored
-on the text as it stands, so text that the target wrote itself is the best to give.
+"""`vllm-nvium search-mask TARGET --data FILE... -o mask.json`: finds which layers of a target
+VIA-SD's slim verifier should skip. A search that was interrupted goes on with `--resume`; masks are
+scored on the text as it stands, so text that the target wrote itself is the best to give.
 """
 
 import argparse
@@ -219,8 +219,8 @@ def check(args: argparse.Namespace) -> Request:
     alpha, beta = _check_divergence(args)
     if args.drafter is not None and args.objective != "speed":
         raise TrainingError(
-            f"--drafter is {args.drafter!r}, and --objective {args.objective} drafts nothing: leave "
-            "it out, or use --objective speed."
+            f"--drafter is {args.drafter!r}, and --objective {args.objective} drafts nothing: "
+            "leave it out, or use --objective speed."
         )
     request = Request(
         target=args.target,
@@ -317,10 +317,11 @@ def find_mask(request: Request) -> MaskFile:
         sha256=hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
     )
     told = _told(request, identity, calibration)
-    journal = Journal.resume(request.record, told) if request.resume else None
+    # Another search is refused before the model is loaded, and a new one leaves nothing behind
+    # when the model is.
+    resumed = Journal.resume(request.record, told) if request.resume else None
     score = _scorer(request, config, blocks)
-    # Not before the model is there: what is refused leaves nothing behind.
-    journal = journal or Journal.create(request.record, told)
+    journal = resumed or Journal.create(request.record, told)
     plan = Plan(
         request.trials, request.seed, request.random_share, request.ranking, request.maximise
     )

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vllm_nvium.spec_decode.controller import Plan, RoundController
+from vllm_nvium.spec_decode.controller import LOSSLESS, PAPER, Plan, RoundController
 
 
 @dataclass
 class Chances:
-    """Of one request, per token; the fields mean the same as in `controller.Acceptance`."""
+    """Of one request, per token; the fields mean the same as in `controller.Acceptance`.
+
+    Under the paper's rule `1 - slim` of the tokens escalate, and the full model replaces those.
+    """
 
     at_full: float
     at_slim: float
@@ -60,6 +63,8 @@ class SimulatedEngine:
     def run(self, controller: RoundController, steps: int) -> float:
         """Tokens per second over so many steps; outliers are told but do not count."""
         tokens, seconds = self.tokens, self.seconds
+        for name in self.names:
+            controller.add(name, PAPER if self.paper else LOSSLESS)
         for _ in range(steps):
             self.step(controller, controller.plan(self.names))
         return (self.tokens - tokens) / (self.seconds - seconds)
@@ -75,7 +80,7 @@ class SimulatedEngine:
         self._draft(controller, len(self.requests), plan.drafts)
         drafted = [plan.drafts * self._hits(request.obtained) for request in self.requests]
         rows = len(self.requests) + sum(drafted)
-        controller.saw_full(len(self.requests), rows, self._timed(self.full(rows)))
+        controller.saw_full(rows, self._timed(self.full(rows)))
         for name, request, proposed in zip(self.names, self.requests, drafted, strict=True):
             accepted = self._accepted(request.at_full, proposed)
             controller.saw_full_check(name, proposed, accepted, tiered=False, asked=plan.drafts)
@@ -84,55 +89,57 @@ class SimulatedEngine:
     def _tiered(self, controller: RoundController, plan: Plan) -> None:
         count = len(self.requests)
         windows, kept = [0] * count, [0] * count
-        alive = [True] * count  # nothing of the window has failed at the full model yet
         still_open = list(range(count))
         rounds = 0
         while still_open:
-            self._round(controller, plan.drafts, still_open, windows, kept, alive)
-            rounds += 1
-            still_open = [
-                i
-                for i in still_open
-                if windows[i] < self.max_window and (alive[i] or not self.paper)
+            self._draft(controller, len(still_open), plan.drafts)
+            asked = [min(plan.drafts, self.max_window - windows[i] - 1) for i in still_open]
+            drafted = [
+                count * self._hits(self.requests[i].obtained)
+                for i, count in zip(still_open, asked, strict=True)
             ]
+            if not any(drafted):
+                for i, count in zip(still_open, asked, strict=True):
+                    controller.saw_slim_check(self.names[i], count, 0, 0)
+                break
+            still_open = self._round(controller, still_open, asked, drafted, windows, kept)
+            rounds += 1
             lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
             if not controller.another_round(lengths, rounds, names):
                 break
         rows = count + sum(windows)
-        controller.saw_full(count, rows, self._timed(self.full(rows)))
+        controller.saw_full(rows, self._timed(self.full(rows)))
         for i, name in enumerate(self.names):
-            controller.saw_full_check(
-                name, windows[i], kept[i], tiered=True, escalated=int(self.paper and not alive[i])
-            )
+            controller.saw_full_check(name, windows[i], kept[i], tiered=rounds > 0)
             self.tokens += kept[i] + 1
 
     def _round(
         self,
         controller: RoundController,
-        drafts: int,
         still_open: list[int],
+        asked: list[int],
+        drafted: list[int],
         windows: list[int],
         kept: list[int],
-        alive: list[bool],
-    ) -> None:
-        self._draft(controller, len(still_open), drafts)
-        rows = len(still_open)
-        for i in still_open:
+    ) -> list[int]:
+        """One slim check; returns the requests whose windows go on."""
+        rows = len(still_open) + sum(drafted)
+        controller.saw_slim(rows, self._timed(self.slim(rows)))
+        going = []
+        for i, wanted, count in zip(still_open, asked, drafted, strict=True):
             request = self.requests[i]
-            asked = min(drafts, self.max_window - windows[i] - 1)
-            drafted = asked * self._hits(request.obtained)
-            accepted = self._accepted(request.at_slim, drafted)
-            controller.saw_slim_check(self.names[i], drafted, accepted, asked)
-            rows += drafted
-            length = accepted + 1
-            if alive[i]:
-                good = self._accepted(request.slim, length)
-                kept[i] += good
-                alive[i] = good == length
-                # Under the paper's rule nothing is written behind a token that escalates.
-                length = min(good + 1, length) if self.paper else length
+            accepted = self._accepted(request.at_slim, count)
+            # Under the paper's rule the slim verifier only draws again what it refuses.
+            length = accepted + int(accepted < count or not self.paper)
+            fails = [self.random.random() >= request.slim for _ in range(length)]
+            escalated = sum(fails) if self.paper else 0
+            controller.saw_slim_check(self.names[i], wanted, count, accepted, escalated)
+            if kept[i] == windows[i]:
+                kept[i] += fails.index(True) if any(fails) else length
             windows[i] += length
-        controller.saw_slim(len(still_open), rows, self._timed(self.slim(rows)))
+            if length > 0 and not escalated and windows[i] < self.max_window - 1:
+                going.append(i)
+        return going
 
     def _draft(self, controller: RoundController, count: int, drafts: int) -> None:
         if drafts:

@@ -54,6 +54,12 @@ def _above_one(value: int) -> int | None:
     return value if value > 1 else None
 
 
+def _rust_frontend() -> str | None:
+    import vllm.envs as envs
+
+    return "1" if envs.VLLM_USE_RUST_FRONTEND else None
+
+
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--pipeline-parallel-size",
@@ -78,6 +84,12 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         lambda c: True if c.lora_config is not None else None,
         "adapters are not applied to the passes of the slim verifier",
         "merge the adapter into the checkpoint and leave it off",
+    ),
+    Unsupported(
+        "VLLM_USE_RUST_FRONTEND",
+        lambda c: _rust_frontend(),
+        "that front end checks no per-request options and shows no metrics of VIA-SD",
+        "unset it",
     ),
     Unsupported(
         "--async-scheduling",
@@ -143,6 +155,15 @@ def check(vllm_config: "VllmConfig") -> None:
         value = row.value(vllm_config)
         if value is not None and value is not False:
             raise ViaSDRefusal(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+    # With another scheduler the slim verifier would write into blocks of other requests.
+    for flag, found, own in (
+        ("--worker-cls", vllm_config.parallel_config.worker_cls, (CPU_WORKER, GPU_WORKER)),
+        ("--scheduler-cls", vllm_config.scheduler_config.scheduler_cls, (SCHEDULER,)),
+    ):
+        if found not in own:
+            raise ViaSDRefusal(
+                f"{flag} is {found!r}, but VIA-SD has one of its own ({own[0]}); leave it out."
+            )
     model = vllm_config.model_config
     _check_architecture(model)
     from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, skipped_layers

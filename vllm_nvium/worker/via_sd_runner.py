@@ -55,9 +55,12 @@ class Request:
         return self.params.temperature < GREEDY_BELOW
 
     @property
+    def is_seeded(self) -> bool:
+        return not self.is_greedy and self.params.seed is not None
+
+    @property
     def is_tiered(self) -> bool:
-        # How many rounds a window has follows the clock, and so would what a seed draws.
-        return self.options.on and (self.is_greedy or self.params.seed is None)
+        return self.options.on and not self.is_seeded
 
     @property
     def keeps_laws(self) -> bool:
@@ -238,6 +241,7 @@ class ViaSDModelRunnerMixin(Runner):
         if is_step:
             self._saw_step(output)
             self._windows = {}
+            self._leave_out_drafts()
             if self._has_drafted and self._plan.rounds > 0:
                 self._grow_windows()
             # The scheduler reads it; what a process sends to another keeps added attributes.
@@ -280,6 +284,26 @@ class ViaSDModelRunnerMixin(Runner):
         ids = self.input_batch.req_ids
         discarded = self.discard_request_mask.np[: len(ids)]
         return [request_id for i, request_id in enumerate(ids) if not discarded[i]]
+
+    def _leave_out_drafts(self) -> None:
+        """Takes back drafts that must not be verified.
+
+        How many there are follows the clock, and so would what a seed draws: seeded requests are
+        decoded plainly. And where the drafter did not fit into the context vLLM puts zeros, a whole
+        window of them.
+        """
+        requests = [self.via_sd_requests.get(name) for name in self.input_batch.req_ids]
+        left_out = [
+            not self._has_drafted or (request is not None and request.is_seeded)
+            for request in requests
+        ]
+        if not any(left_out) or self._draft_token_ids is None:
+            return
+        drafts, _ = self._plain_drafts()
+        self._draft_token_ids = [
+            [] if left else tokens for left, tokens in zip(left_out, drafts, strict=True)
+        ]
+        self._draft_token_req_ids = list(self.input_batch.req_ids)
 
     # --- the window -----------------------------------------------------------------------------
 

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of sampled tokens under VIA-SD, against the reference on small vocabularies: the target's
+own in the lossless mode, and the formula of `tiers.paper_law` in the paper's.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_sampling_laws import SIGNIFICANCE, chi_square
+from transformers import PreTrainedModel
+from vllm import SamplingParams
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from trace_engine import Arrival
+from via_sd_engine import ViaSDEngine, check_greedy_tokens, logits_of, looked_up, slim_logits
+
+from tiny_models import make_dense
+from vllm_nvium.spec_decode.tiers import ACCEPT, ESCALATE, REGENERATE, paper_law, paper_tiers
+
+VOCABULARY = 8
+SKIPPED = (1, 2)
+# Repeats itself, and every token of the vocabulary is in it: n-grams always have a draft.
+PROMPT = [3, 4, 5, 6, 7, 2, 1, 0, 3, 4, 6, 5, 3, 4, 5]
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.12}
+REQUESTS = 4000
+KINDS = ["ngram", "greedy draft model", "drawing draft model"]
+TOKENS = 4
+
+
+@dataclass
+class Served:
+    reference: PreTrainedModel
+    draft: PreTrainedModel
+    kind: str
+    engine: ViaSDEngine
+
+    def proposal(self, prefix: list[int], temperature: float) -> torch.Tensor | None:
+        """[V] float64, the law of the first draft behind a prefix; None where there is none."""
+        if self.kind == "ngram":
+            drafts = looked_up(prefix, 1, longest=2)
+            return one_hot(drafts[0]) if drafts else None
+        logits = logits_of(self.draft, prefix)[-1].double()
+        if self.kind == "drawing draft model":
+            return torch.softmax(logits / temperature, dim=-1)
+        return one_hot(int(logits.argmax()))
+
+
+def one_hot(token: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(token), VOCABULARY).double()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder: Path = tmp_path_factory.mktemp("laws")
+    reference = make_dense(folder / "target", seed=3, **SIZES)
+    draft = make_dense(folder / "draft", seed=4, num_hidden_layers=2, **SIZES)
+    drafter: dict[str, Any] = {
+        "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }  # fmt: skip
+    if request.param != "ngram":
+        how = "greedy" if request.param.startswith("greedy") else "probabilistic"
+        drafter = {
+            "method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2,
+            "draft_sample_method": how,
+        }  # fmt: skip
+    engine = ViaSDEngine(
+        str(folder / "target"),
+        drafter,
+        {"mask": ",".join(map(str, SKIPPED)), "window": 6, "allow_paper_mode": True},
+        max_num_seqs=256,
+        max_num_batched_tokens=4096,
+        num_gpu_blocks_override=600,
+        max_model_len=64,
+    )
+    return Served(reference, draft, request.param, engine)
+
+
+def draw_tokens(served: Served, requests: Sequence[SamplingParams]) -> list[list[int]]:
+    torch.manual_seed(0)  # what requests without a seed share
+    served.engine.runner._generator.manual_seed(1)
+    served.engine.run([Arrival(0, list(PROMPT), params) for params in requests])
+    return [served.engine.emitted[str(i)].tokens for i in range(len(requests))]
+
+
+def laws_behind(
+    model: PreTrainedModel, prefixes: Sequence[Sequence[int]], temperature: float
+) -> torch.Tensor:
+    """[P, V] float64."""
+    with torch.no_grad():
+        tokens = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])
+        return torch.softmax(model(tokens).logits[:, -1].double() / temperature, dim=-1)
+
+
+def joint_law(model: PreTrainedModel, length: int, temperature: float) -> np.ndarray:
+    """[V] * length, of the first tokens."""
+    law = laws_behind(model, [()], temperature)[0]
+    for done in range(1, length):
+        prefixes = list(itertools.product(range(VOCABULARY), repeat=done))
+        law = (law.reshape(-1, 1) * laws_behind(model, prefixes, temperature)).reshape(-1)
+    return law.reshape((VOCABULARY,) * length).numpy()
+
+
+def counts_of(tokens: Sequence[Sequence[int]], places: Sequence[int]) -> np.ndarray:
+    counts = np.zeros((VOCABULARY,) * len(places))
+    for row in tokens:
+        counts[tuple(row[place] for place in places)] += 1
+    return counts
+
+
+def check_joint(tokens: Sequence[Sequence[int]], law: np.ndarray) -> None:
+    """Marginals of one, two and three places: every one has bins that are full enough."""
+    for places in [(0,), (1,), (2,), (3,), (0, 1), (1, 2), (2, 3), (1, 3), (0, 1, 2), (1, 2, 3)]:
+        others = tuple(i for i in range(TOKENS) if i not in places)
+        counts, due = counts_of(tokens, places), law.sum(axis=others)
+        p_value = chi_square([counts.ravel()], [due.ravel()])
+        assert p_value > SIGNIFICANCE, (places, p_value)
+
+
+# --- lossless -------------------------------------------------------------------------------------
+
+
+def sampled(temperature: float, **fields: Any) -> SamplingParams:
+    # More tokens than are looked at, so that windows are not cut short.
+    fields = {"max_tokens": TOKENS + 6, "ignore_eos": True} | fields
+    return SamplingParams(temperature=temperature, **fields)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_lossless_tokens_follow_the_targets_law(
+    served: Served, temperature: float, rounds: int
+) -> None:
+    served.engine.set_rounds(2, rounds)
+    served.engine.window_rounds.clear()
+    counts = served.engine.runner.counts
+    before = counts.accepted, counts.window_tokens, counts.slim_accepted, counts.slim_drafted
+    tokens = draw_tokens(served, [sampled(temperature)] * REQUESTS)
+    check_joint(tokens, joint_law(served.reference, TOKENS, temperature))
+    after = counts.accepted, counts.window_tokens, counts.slim_accepted, counts.slim_drafted
+    kept, seen, slim_kept, slim_seen = (b - a for a, b in zip(before, after, strict=True))
+    # Both tiers kept and rejected tokens often.
+    assert 0.2 < kept / seen < 0.9 and 0.1 < slim_kept / slim_seen < 0.9
+    assert max(served.engine.window_rounds) == rounds
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 3}, {"top_p": 0.8}], ids=["top_k", "top_p"])
+def test_lossless_tokens_follow_the_law_that_top_k_and_top_p_leave(
+    served: Served, fields: dict[str, Any]
+) -> None:
+    served.engine.set_rounds(2, 2)
+    tokens = draw_tokens(served, [sampled(1.0, **fields)] * REQUESTS)
+    for length in range(2):
+        observed, expected = [], []
+        for prefix in itertools.product(range(VOCABULARY), repeat=length):
+            rows = [row for row in tokens if tuple(row[:length]) == prefix]
+            if len(rows) < 100:
+                continue
+            law = cut(laws_behind(served.reference, [prefix], 1.0)[0], **fields)
+            counts = counts_of(rows, [length])
+            assert counts[law == 0].sum() == 0
+            observed.append(counts[law > 0])
+            expected.append(law[law > 0])
+        assert observed and chi_square(observed, expected) > SIGNIFICANCE
+
+
+def cut(law: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
+    """The most likely tokens, as many as asked for, or until their sum reaches `top_p`."""
+    order = law.argsort(descending=True)
+    sums = law[order].cumsum(0)
+    count = top_k or int((sums < top_p).sum()) + 1
+    kept = torch.zeros_like(law)
+    kept[order[:count]] = law[order[:count]]
+    return (kept / kept.sum()).numpy()
+
+
+# --- the paper's rule -----------------------------------------------------------------------------
+
+ACCEPT_FROM, ESCALATE_BELOW = 0.6, 0.25
+PAPER = {
+    "via_sd_mode": "paper", "via_sd_accept": ACCEPT_FROM, "via_sd_escalate": ESCALATE_BELOW
+}  # fmt: skip
+
+
+def papers_law(served: Served, prefix: Sequence[int], temperature: float) -> torch.Tensor:
+    """[V] float64, of the token behind a prefix whose last token opens a window."""
+    before = [*PROMPT, *prefix]
+    q = laws_behind(served.reference, [prefix], temperature)[0]
+    p = served.proposal(before, temperature)
+    if p is None:
+        return q
+    logits = slim_logits(served.reference, SKIPPED, before[:-1], before[-1:])[-1].double()
+    slim = torch.softmax(logits / temperature, dim=-1)
+    return paper_law(p, slim, q, ACCEPT_FROM, ESCALATE_BELOW)
+
+
+def check_papers_law(served: Served, tokens: Sequence[list[int]], temperature: float) -> None:
+    observed, expected, plain = [], [], []
+    for first in range(VOCABULARY):
+        rows = [row for row in tokens if row[0] == first]
+        if len(rows) < 100:
+            continue
+        law = papers_law(served, [first], temperature).numpy()
+        counts = counts_of(rows, [1])
+        assert counts[law == 0].sum() == 0, first
+        observed.append(counts)
+        expected.append(law)
+        plain.append(laws_behind(served.reference, [[first]], temperature)[0].numpy())
+    assert len(observed) > 3
+    possible = [law > 0 for law in expected]
+    pairs = zip(observed, expected, possible, strict=True)
+    kept = [(counts[good], law[good]) for counts, law, good in pairs if good.sum() > 1]
+    if kept:
+        assert chi_square([k[0] for k in kept], [k[1] for k in kept]) > SIGNIFICANCE
+    # It is another law than the target's, and these are enough draws to tell.
+    assert chi_square(observed, plain) < SIGNIFICANCE
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_tokens_of_the_papers_rule_follow_its_formula(
+    served: Served, temperature: float, rounds: int
+) -> None:
+    served.engine.set_rounds(2, rounds)
+    tiers = list(served.engine.runner.counts.tiers)
+    params = sampled(temperature, extra_args=PAPER, max_tokens=6)
+    tokens = draw_tokens(served, [params] * REQUESTS)
+    check_papers_law(served, tokens, temperature)
+    happened = [b - a for a, b in zip(tiers, served.engine.runner.counts.tiers, strict=True)]
+    assert all(count > 100 for count in happened), happened
+
+
+def test_the_papers_rule_at_temperature_0(served: Served) -> None:
+    """By hand: keep the draft, take the slim verifier's token, or the target's."""
+    if served.kind == "drawing draft model":
+        pytest.skip("at temperature 0 it drafts as the greedy one does")
+    served.engine.set_rounds(1, 1)
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(0, VOCABULARY, 12).tolist() for _ in range(60)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, extra_args=PAPER)
+    served.engine.run([Arrival(0, list(prompt), params) for prompt in prompts])
+    seen = [0, 0, 0]
+    for number, prompt in enumerate(prompts):
+        first, second = served.engine.emitted[str(number)].tokens[:2]
+        p = served.proposal([*prompt, first], 1.0)
+        if p is None:
+            continue
+        draft = p.argmax()
+        slim = slim_logits(served.reference, SKIPPED, prompt, [first])[-1:].softmax(dim=-1)
+        tier = int(
+            paper_tiers(
+                draft.reshape(1, 1), slim.expand(1, 2, -1),
+                torch.tensor([ACCEPT_FROM]), torch.tensor([ESCALATE_BELOW]),
+            )
+        )  # fmt: skip
+        seen[tier] += 1
+        wanted = {
+            ACCEPT: int(draft),
+            REGENERATE: int(slim.argmax()),
+            ESCALATE: int(logits_of(served.reference, [*prompt, first])[-1].argmax()),
+        }
+        assert second == wanted[tier], (number, tier)
+    assert min(seen) > 2, seen
+
+
+# --- requests of all kinds in one batch -----------------------------------------------------------
+
+
+def test_requests_of_all_kinds_keep_their_laws_beside_each_other(served: Served) -> None:
+    served.engine.set_rounds(2, 2)
+    each = 2500
+    kinds = {
+        "lossless": [sampled(1.0)] * each,
+        "paper": [sampled(1.0, extra_args=PAPER)] * each,
+        "off": [sampled(1.0, extra_args={"via_sd": "off"})] * each,
+        "seeded": [sampled(1.0, seed=seed) for seed in range(each)],
+        "greedy": [sampled(0.0)] * (each // 10),
+    }
+    order = [(kind, params) for kind, all_ in kinds.items() for params in all_]
+    np.random.default_rng(0).shuffle(order)
+    tokens = draw_tokens(served, [params for _, params in order])
+    law = joint_law(served.reference, TOKENS, 1.0)
+    by_kind = {
+        kind: [row for row, (its, _) in zip(tokens, order, strict=True) if its == kind]
+        for kind in kinds
+    }
+    for kind in ("lossless", "off", "seeded"):
+        check_joint(by_kind[kind], law)
+    check_papers_law(served, by_kind["paper"], 1.0)
+    assert len(set(map(tuple, by_kind["greedy"]))) == 1
+    check_greedy_tokens(served.reference, PROMPT, by_kind["greedy"][0])

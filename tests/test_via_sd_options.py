@@ -1,0 +1,549 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of VIA-SD: flags, refusals at start, overrides of one request, and vLLM's own sampling
+options, whose greedy results are those of an engine without it.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from trace_engine import Arrival, TraceEngine
+from via_sd_engine import NGRAM, ViaSDEngine
+
+from tiny_models import make_dense, save_character_tokenizer
+from vllm_nvium import plugin
+from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
+from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    plugin.register()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return EngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def from_command_line(parser: Any, model: Path, *arguments: str) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs.from_cli_args(parser.parse_args(["--model", str(model), *arguments]))
+
+
+FLAGS: dict[str, tuple[list[str], Any]] = {
+    "via_sd": ([], True),
+    "via_sd_mask": (["1,2"], "1,2"),
+    "via_sd_mode": (["paper"], "paper"),
+    "via_sd_accept": (["0.7"], 0.7),
+    "via_sd_escalate": (["0.1"], 0.1),
+    "via_sd_window": (["9"], 9),
+    "via_sd_rounds": (["2"], 2),
+    "via_sd_max_batch": (["3"], 3),
+    "via_sd_allow_paper_mode": ([], True),
+}
+
+
+def test_every_flag_reaches_additional_config(parser: Any, dense_checkpoint: Path) -> None:
+    arguments: list[str] = []
+    for key, (values, _) in FLAGS.items():
+        arguments += ["--" + key.replace("_", "-"), *values]
+    args = from_command_line(parser, dense_checkpoint, *arguments)
+    assert args.additional_config == {key: value for key, (_, value) in FLAGS.items()}
+    options = ViaSDOptions.from_config(args.additional_config)
+    assert options == ViaSDOptions("1,2", "paper", 0.7, 0.1, 9, 2, 3, True)
+    # No option is without a flag, but for the one that --speculative-config sets.
+    assert {f"via_sd_{field.name}" for field in fields(ViaSDOptions)} == (
+        {*FLAGS, "via_sd_drafts"} - {"via_sd"}
+    )
+    assert from_command_line(parser, dense_checkpoint).additional_config == {}
+
+
+def test_rounds_may_be_auto(parser: Any, dense_checkpoint: Path) -> None:
+    args = from_command_line(parser, dense_checkpoint, "--via-sd", "--via-sd-rounds", "auto")
+    assert args.additional_config == {"via_sd": True, "via_sd_rounds": "auto"}
+
+
+def test_help_has_a_group_with_every_flag(parser: Any) -> None:
+    group = next(group for group in parser._action_groups if group.title == "VIA-SD")
+    shown = {option for action in group._group_actions for option in action.option_strings}
+    assert shown == {"--" + key.replace("_", "-") for key in FLAGS}
+    assert all(action.help for action in group._group_actions)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--via-sd-mode", "fast"], ["--via-sd-mode", "fast", "lossless", "paper"]),
+        (["--via-sd-rounds", "many"], ["--via-sd-rounds", "many", "auto"]),
+        (["--via-sd-window", "x"], ["--via-sd-window", "x"]),
+        (["--via-sd-accept", "x"], ["--via-sd-accept", "x"]),
+    ],
+)
+def test_the_parser_names_the_flag(
+    parser: Any, capsys: Any, arguments: list[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in words), printed
+
+
+# ------------------------------------------------------------------------------------------- start
+
+
+def arguments(path: Path, via_sd: dict[str, Any] | None = None, **options: Any) -> Any:
+    """EngineArgs with VIA-SD and n-grams, unless it is said otherwise."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    additional = {"via_sd": True} | {f"via_sd_{key}": value for key, value in (via_sd or {}).items()}
+    defaults = {"speculative_config": dict(NGRAM), "additional_config": additional}
+    return EngineArgs(model=str(path), **(defaults | options))
+
+
+def refusal(path: Path, via_sd: dict[str, Any] | None = None, **options: Any) -> str:
+    with pytest.raises(ValueError) as error:
+        arguments(path, via_sd, **options).create_engine_config()
+    message = str(error.value)
+    assert "\n" not in message and "validation error" not in message, message
+    assert message.endswith("."), message
+    return message
+
+
+CHANGED = (
+    "additional_config", "speculative_config", "scheduler_cls", "worker_cls", "async_scheduling"
+)  # fmt: skip
+
+
+def test_a_start_leaves_the_arguments_as_they_were(dense_checkpoint: Path) -> None:
+    args = arguments(dense_checkpoint, {"window": 7, "mask": "1"})
+    before = {name: getattr(args, name) for name in CHANGED}
+    copies = json.loads(json.dumps([before["additional_config"], before["speculative_config"]]))
+    for _ in range(2):
+        config = args.create_engine_config()
+        assert {name: getattr(args, name) for name in before} == before
+        assert [args.additional_config, args.speculative_config] == copies
+        assert config.parallel_config.worker_cls == CPU_WORKER
+        assert config.scheduler_config.scheduler_cls == SCHEDULER
+        assert config.scheduler_config.async_scheduling is False
+        # vLLM's buffers follow the window, the drafter is asked for what the user said.
+        assert config.speculative_config.num_speculative_tokens == 7
+        options = ViaSDOptions.from_config(config.additional_config)
+        assert options is not None and (options.window, options.drafts) == (7, 4)
+
+
+def test_a_refused_start_leaves_the_arguments_as_they_were(dense_checkpoint: Path) -> None:
+    args = arguments(dense_checkpoint, pipeline_parallel_size=2)
+    before = {name: getattr(args, name) for name in CHANGED}
+    with pytest.raises(ValueError):
+        args.create_engine_config()
+    assert {name: getattr(args, name) for name in CHANGED} == before
+
+
+def test_without_the_flag_nothing_changes(dense_checkpoint: Path) -> None:
+    config = arguments(dense_checkpoint, additional_config={}).create_engine_config()
+    assert config.parallel_config.worker_cls.startswith("vllm.")
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.speculative_config.num_speculative_tokens == 4
+    off = arguments(dense_checkpoint, additional_config={"via_sd": False}).create_engine_config()
+    assert off.parallel_config.worker_cls == config.parallel_config.worker_cls
+
+
+DRAFTER = "--speculative-config"
+NO_COUNT = {key: value for key, value in NGRAM.items() if key != "num_speculative_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("via_sd", "words"),
+    [
+        (
+            {"accept": 0.2, "escalate": 0.4},
+            ["--via-sd-escalate is 0.4", "--via-sd-accept is 0.2", "must not exceed"],
+        ),
+        ({"accept": 1.5}, ["--via-sd-accept", "1.5", "0..1"]),
+        ({"accept": True}, ["--via-sd-accept", "True", "0..1"]),
+        ({"escalate": "0.1"}, ["--via-sd-escalate", "'0.1'", "0..1"]),
+        ({"mode": "fast"}, ["--via-sd-mode", "'fast'", "'lossless' or 'paper'"]),
+        ({"window": 0}, ["--via-sd-window", "0", "1..128"]),
+        ({"window": 129}, ["--via-sd-window", "129", "1..128"]),
+        ({"window": 3}, ["--via-sd-window is 3", "num_speculative_tokens is 4"]),
+        ({"rounds": -1}, ["--via-sd-rounds", "-1", "'auto'"]),
+        ({"rounds": True}, ["--via-sd-rounds", "True"]),
+        ({"max_batch": 0}, ["--via-sd-max-batch", "0", ">= 1"]),
+        ({"allow_paper_mode": 1}, ["--via-sd-allow-paper-mode", "1", "a bool"]),
+        ({"speed": 1}, ["'via_sd_speed'", "via_sd_window"]),
+        ({"mask": "7"}, ["--via-sd-mask is '7'", "layers are 0 to 3"]),
+        ({"mask": "0-3"}, ["--via-sd-mask is '0-3'", "keep at least one"]),
+        ({"mask": "even:0"}, ["--via-sd-mask is 'even:0'", "greater than 0"]),
+        ({"mask": "even:1.5"}, ["--via-sd-mask is 'even:1.5'", "less than 1"]),
+        ({"mask": "no/such/file.json"}, ["--via-sd-mask is 'no/such/file.json'"]),
+        ({"mask": ""}, ["--via-sd-mask", "''"]),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused_at_start(
+    dense_checkpoint: Path, via_sd: dict[str, Any], words: list[str]
+) -> None:
+    message = refusal(dense_checkpoint, via_sd)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"speculative_config": None}, ["--via-sd", DRAFTER, '"method": "ngram"']),
+        ({"speculative_config": NGRAM | {"method": "medusa"}}, [DRAFTER, "'medusa'", "ngram"]),
+        ({"speculative_config": NO_COUNT}, [DRAFTER, "num_speculative_tokens None", ">= 1"]),
+        (
+            {"speculative_config": NGRAM | {"num_speculative_tokens": 17}},
+            ["--via-sd-window is 16", "num_speculative_tokens is 17"],
+        ),
+        (
+            {"speculative_config": NGRAM | {"num_speculative_tokens_per_batch_size": []}},
+            [DRAFTER, "num_speculative_tokens_per_batch_size", "remove it"],
+        ),
+        ({"pipeline_parallel_size": 2}, ["--pipeline-parallel-size is 2", "set it to 1"]),
+        ({"tensor_parallel_size": 2}, ["--tensor-parallel-size is 2", "set it to 1"]),
+        ({"enable_lora": True}, ["--enable-lora is True", "leave it off"]),
+        ({"async_scheduling": True}, ["--async-scheduling is True", "leave it off"]),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ["--worker-cls is", CPU_WORKER]),
+        (
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            ["--scheduler-cls is", "leave it out"],
+        ),
+        ({"additional_config": {"via_sd_window": 8}}, ["--via-sd-window is 8", "add --via-sd"]),
+        ({"additional_config": {"via_sd": "yes"}}, ["--via-sd", "'yes'", "a bool"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_start_that_cannot_work_is_refused(
+    dense_checkpoint: Path, options: dict[str, Any], words: list[str]
+) -> None:
+    message = refusal(dense_checkpoint, **options)
+    assert all(word in message for word in words), message
+
+
+def test_a_kv_connector_is_refused(dense_checkpoint: Path) -> None:
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    message = refusal(dense_checkpoint, kv_transfer_config=connector)
+    assert "--kv-transfer-config is ExampleConnector" in message and "remove it" in message
+
+
+def test_model_runner_v2_is_refused(dense_checkpoint: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    message = refusal(dense_checkpoint)
+    assert "VLLM_USE_V2_MODEL_RUNNER is '1'" in message and "unset it" in message
+
+
+def test_an_nvium_model_is_refused(nvium_checkpoint: Path) -> None:
+    message = refusal(nvium_checkpoint)
+    assert "N-vium" in message and "remove" in message
+
+
+def test_an_architecture_without_a_plain_list_of_layers_is_refused(
+    dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(dense_checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    config["architectures"] = ["InternLM2ForCausalLM"]
+    (other / "config.json").write_text(json.dumps(config))
+    message = refusal(other)
+    assert "InternLM2ForCausalLM" in message and "LlamaForCausalLM" in message
+
+
+def test_every_flag_in_the_table_exists_in_vllm(parser: Any) -> None:
+    known = parser._option_string_actions
+    assert [option.flag for option in UNSUPPORTED if option.flag not in known] == []
+
+
+# ---------------------------------------------------------------------------------------- requests
+
+BAD_OVERRIDES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"via_sd_mode": "paper"}, ["'via_sd_mode' is 'paper'", "--via-sd-allow-paper-mode"]),
+    ({"via_sd_mode": "fast"}, ["'via_sd_mode'", "'fast'", "'lossless' or 'paper'"]),
+    (
+        {"via_sd_accept": 0.2, "via_sd_escalate": 0.4},
+        ["via_sd_escalate is 0.4", "via_sd_accept is 0.2"],
+    ),
+    # The engine's own threshold is 0.5.
+    ({"via_sd_escalate": 0.6}, ["via_sd_escalate is 0.6", "via_sd_accept is 0.5"]),
+    ({"via_sd_accept": "0.6"}, ["'via_sd_accept'", "'0.6'", "0..1"]),
+    ({"via_sd_accept": [0.6]}, ["'via_sd_accept'", "[0.6]", "0..1"]),
+    ({"via_sd": "perhaps"}, ["'via_sd'", "'perhaps'", "'on' or 'off'"]),
+    ({"via_sd": [1]}, ["'via_sd'", "[1]", "'on' or 'off'"]),
+    ({"via_sd_window": 3}, ["'via_sd_window'", "via_sd_mode"]),
+    ({"via_sd_": 3}, ["'via_sd_'", "via_sd_mode"]),
+]
+
+
+def test_overrides_are_read() -> None:
+    engine = ViaSDOptions(allow_paper_mode=True)
+    read = ViaSDRequestOptions.from_extra_args
+    assert read(None, engine) == ViaSDRequestOptions(True, "lossless", 0.5, 0.3)
+    assert read({"other": 1}, engine) == ViaSDRequestOptions(True, "lossless", 0.5, 0.3)
+    given = {"via_sd_mode": "paper", "via_sd_accept": 1, "via_sd_escalate": 0}
+    assert read(given, engine) == ViaSDRequestOptions(True, "paper", 1, 0)
+    for off in ("off", "false", "0", False, 0):
+        assert not read({"via_sd": off}, engine).on
+    for on in ("on", "true", "1", True, 1):
+        assert read({"via_sd": on}, engine).on
+    # A server of the paper's mode lets requests ask for the lossless one and back.
+    assert read({"via_sd_mode": "lossless"}, ViaSDOptions(mode="paper")).mode == "lossless"
+    assert read({}, ViaSDOptions(mode="paper")).mode == "paper"
+
+
+class Features:
+    """The same model in an engine with VIA-SD and in one without speculation."""
+
+    def __init__(self, path: Path) -> None:
+        # The vocabulary is that of the tokenizer: no token is without a character.
+        self.reference: PreTrainedModel = make_dense(
+            path, seed=2, vocab_size=98, bigrams=0.7, whisper=0.2
+        )
+        save_character_tokenizer(path)
+        common: dict[str, Any] = {"num_gpu_blocks_override": 100, "max_num_seqs": 8}
+        self.plain = TraceEngine(str(path), **common)
+        options = {"mask": "2", "window": 8, "rounds": 2}
+        self.tiered = ViaSDEngine(str(path), NGRAM, options, **common)
+        self.drafted = TraceEngine(str(path), speculative_config=dict(NGRAM), **common)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Features]:
+    yield Features(tmp_path_factory.mktemp("characters"))
+
+
+_RANDOM = random.Random(0)
+PROMPT = [_RANDOM.randrange(3, 98) for _ in range(12)] * 2
+
+
+def outputs(engine: TraceEngine, *params: SamplingParams, prompt: list[int] = PROMPT) -> list[Any]:
+    engine.run([Arrival(0, list(prompt), one) for one in params])
+    return [engine.outputs[str(i)] for i in range(len(params))]
+
+
+def add(engine: TraceEngine, params: SamplingParams) -> None:
+    engine.engine.add_request("refused", {"prompt_token_ids": PROMPT}, params)
+
+
+@pytest.mark.parametrize(("given", "words"), BAD_OVERRIDES, ids=str)
+def test_a_bad_override_is_refused_before_the_engine_core(
+    features: Features, given: dict[str, Any], words: list[str]
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    params = SamplingParams(extra_args=given)
+    server = SimpleNamespace(vllm_config=features.tiered.engine.vllm_config)
+    for call in (
+        lambda: add(features.tiered, params),
+        lambda: AsyncLLM.generate(server, "w3", params, "0"),
+    ):
+        with pytest.raises(VLLMValidationError) as error:
+            call()
+        message = str(error.value)
+        assert all(word in message for word in words), message
+        assert "\n" not in message and message.endswith(".")
+    assert not features.tiered.engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("given", [{"via_sd": "off"}, {"via_sd_mode": "lossless"}], ids=str)
+def test_an_override_where_via_sd_is_off_is_refused(
+    features: Features, given: dict[str, Any]
+) -> None:
+    for engine in (features.plain, features.drafted):
+        with pytest.raises(VLLMValidationError) as error:
+            add(engine, SamplingParams(extra_args=given))
+        message = str(error.value)
+        assert "VIA-SD is off" in message and "--via-sd" in message
+        assert "\n" not in message and message.endswith(".")
+    add_other = SamplingParams(extra_args={"other": 1}, max_tokens=1)
+    assert outputs(features.plain, add_other)[0].finished
+
+
+# --------------------------------------------------------------------- vLLM's own sampling options
+
+
+def greedy(**fields: Any) -> SamplingParams:
+    return SamplingParams(**({"temperature": 0.0, "max_tokens": 40, "ignore_eos": True} | fields))
+
+
+def test_greedy_results_of_sampling_options_are_the_plain_engines(features: Features) -> None:
+    plain = outputs(features.plain, greedy())[0].outputs[0]
+    text, tokens = plain.text, plain.token_ids
+    assert len(text) == 40
+    asked = {
+        "stop string": greedy(stop=[text[17:19]]),
+        "stop string kept": greedy(stop=[text[23:26]], include_stop_str_in_output=True),
+        "stop token": greedy(stop_token_ids=[tokens[20]], ignore_eos=False),
+        "min_tokens": greedy(stop_token_ids=[tokens[20]], ignore_eos=False, min_tokens=30),
+        "end of sequence": greedy(ignore_eos=False),
+        "repetition": greedy(repetition_penalty=1.5),
+        "presence": greedy(presence_penalty=1.0),
+        "frequency": greedy(frequency_penalty=0.7),
+        "bad words": greedy(bad_words=[text[5], text[11:13]]),
+        "allowed tokens": greedy(allowed_token_ids=sorted(set(tokens[:20]) | {5, 6, 7})),
+        "one token": greedy(max_tokens=1),
+        "two tokens": greedy(max_tokens=2),
+        "no text": greedy(detokenize=False),
+        "to the end of the context": greedy(max_tokens=None),
+    }
+    before = features.tiered.runner.counts.windows
+    wanted, found = (
+        outputs(engine, *asked.values()) for engine in (features.plain, features.tiered)
+    )
+    assert features.tiered.runner.counts.windows > before + 50
+    changed = 0
+    for name, mine, theirs in zip(asked, found, wanted, strict=True):
+        for left, right in zip(mine.outputs, theirs.outputs, strict=True):
+            assert left.token_ids == right.token_ids, name
+            assert (left.text, left.finish_reason, left.stop_reason) == (
+                right.text, right.finish_reason, right.stop_reason,
+            ), name  # fmt: skip
+            changed += left.token_ids != tokens
+    # The options did something.
+    assert changed >= 10
+
+
+def test_log_probabilities_are_the_plain_engines(features: Features) -> None:
+    asked = [greedy(logprobs=5, max_tokens=30), greedy(logprobs=0, prompt_logprobs=3)]
+    wanted, found = (outputs(engine, *asked) for engine in (features.plain, features.tiered))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert len(mine.outputs[0].logprobs) == len(mine.outputs[0].token_ids)
+        check_logprobs(mine.outputs[0].logprobs, theirs.outputs[0].logprobs)
+    assert len(found[1].prompt_logprobs) == len(PROMPT)
+    check_logprobs(found[1].prompt_logprobs, wanted[1].prompt_logprobs)
+
+
+def check_logprobs(mine: list[Any], theirs: list[Any]) -> None:
+    for left, right in zip(mine, theirs, strict=True):
+        if right is None:
+            assert left is None
+            continue
+        assert left.keys() == right.keys()
+        for token, value in right.items():
+            assert left[token].logprob == pytest.approx(value.logprob, abs=1e-3)
+            assert left[token].rank == value.rank
+
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "choice": {"choice": ["abcabcabd", "abcabcabcabe", "xyz"]},
+    "regex": {"regex": "(ab|cd){6,12}x"},
+    "json": {
+        "json": {
+            "type": "object",
+            "properties": {"name": {"enum": ["anna", "bob"]}, "age": {"type": "integer"}},
+            "required": ["name", "age"],
+        }
+    },
+    "grammar": {"grammar": 'root ::= ("yes " | "no "){3,8} "end"'},
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_structured_outputs_are_the_plain_engines(features: Features, kind: str) -> None:
+    def asked() -> list[SamplingParams]:
+        # The end is allowed where the grammar is: it ends the answer.
+        return [
+            greedy(
+                structured_outputs=StructuredOutputsParams(**STRUCTURES[kind]),
+                ignore_eos=False,
+                max_tokens=60,
+            )
+        ]
+
+    before = features.tiered.runner.counts.windows
+    wanted, found = (outputs(engine, *asked()) for engine in (features.plain, features.tiered))
+    assert found[0].outputs[0].token_ids == wanted[0].outputs[0].token_ids
+    assert found[0].outputs[0].text == wanted[0].outputs[0].text
+    if kind == "choice":
+        assert found[0].outputs[0].text in STRUCTURES[kind]["choice"]
+    assert features.tiered.runner.counts.windows > before
+
+
+def test_the_papers_rule_keeps_to_structure_and_forbidden_tokens(features: Features) -> None:
+    """It may change which token is chosen, never to one that may not be."""
+    engine = features.tiered
+    keep_all = {"via_sd_mode": "paper", "via_sd_accept": 0.0, "via_sd_escalate": 0.0}
+    saved = engine.runner.via_sd, engine.engine.vllm_config.additional_config
+    free = outputs(engine, greedy())[0].outputs[0]
+    engine.engine.vllm_config.additional_config = saved[1] | {"via_sd_allow_paper_mode": True}
+    engine.runner.via_sd = ViaSDOptions(**{**vars(saved[0]), "allow_paper_mode": True})
+    forbidden = sorted(set(free.token_ids))[:8]
+    allowed = [token for token in range(3, 98) if token not in forbidden]
+    words = [chr(32 + token - 3) for token in forbidden if token >= 3]
+    try:
+        for kind, structure in STRUCTURES.items():
+            params = greedy(
+                structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False,
+                max_tokens=60, extra_args=keep_all,
+            )  # fmt: skip
+            strict = greedy(
+                structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False,
+                max_tokens=60,
+            )  # fmt: skip
+            mine, theirs = outputs(engine, params, strict)
+            if kind in ("choice", "regex"):
+                import re
+
+                pattern = structure.get("regex") or "|".join(structure["choice"])
+                assert re.fullmatch(pattern, mine.outputs[0].text)
+            assert theirs.finished
+        found = outputs(
+            engine,
+            greedy(bad_words=[word for word in words if word.strip()], extra_args=keep_all),
+            greedy(allowed_token_ids=allowed, extra_args=keep_all),
+        )
+        assert not set(found[1].outputs[0].token_ids) & set(forbidden)
+        assert not set(found[0].outputs[0].text) & {word for word in words if word.strip()}
+    finally:
+        engine.runner.via_sd, engine.engine.vllm_config.additional_config = saved
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": {5: 1.0}}, {"min_p": 0.1}], ids=str)
+def test_what_vllm_cannot_speculate_with_is_refused(
+    features: Features, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+        add(features.tiered, SamplingParams(temperature=1.0, **fields))
+
+
+def test_n_answers_to_one_request(features: Features) -> None:
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=20, ignore_eos=True)
+    answers = outputs(features.tiered, params)[0].outputs
+    assert len(answers) == 3 and len({tuple(answer.token_ids) for answer in answers}) == 3
+    assert all(len(answer.token_ids) == 20 for answer in answers)
+
+
+def test_a_seed_draws_the_same_whatever_the_rounds_are(features: Features) -> None:
+    """How many rounds and drafts there are follows the clock, and what a seed draws must not."""
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=60, ignore_eos=True)
+    beside = [greedy(), SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)]
+    found = []
+    for drafts, rounds in ((4, 2), (1, 1), (2, 3), (4, 0), (3, "auto")):
+        features.tiered.set_rounds(drafts, rounds)
+        found.append(outputs(features.tiered, params)[0].outputs[0].token_ids)
+        found.append(outputs(features.tiered, *beside, params)[2].outputs[0].token_ids)
+    features.tiered.set_rounds(4, 2)
+    assert all(tokens == found[0] for tokens in found)
+    assert found[0] == outputs(features.plain, params)[0].outputs[0].token_ids

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random traces of requests through engines with VIA-SD: tokens, KV cache and drafts are what plain
+decoding with transformers gives, whatever was drafted, kept, rejected, preempted or aborted.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+from vllm import SamplingParams
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from trace_engine import Arrival
+from via_sd_engine import NGRAM, ViaSDEngine, check_greedy_tokens, check_kv_cache, looked_up
+
+from tiny_models import make_dense
+
+VOCABULARY = 64
+WINDOW = 12
+# Models that agree often, but not always, with themselves without a layer and with each other.
+TARGET: dict[str, Any] = {"vocab_size": VOCABULARY, "bigrams": 0.7, "whisper": 0.2}
+DRAFT: dict[str, Any] = {
+    **TARGET, "num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 3,
+    "num_key_value_heads": 3, "seed": 5,
+}  # fmt: skip
+_TEXTS = [[random.Random(t).randrange(3, VOCABULARY) for _ in range(120)] for t in range(2)]
+# A text that repeats itself, for n-grams.
+_TEXTS.append((_TEXTS[0][:17] * 8)[:120])
+
+
+@dataclass
+class Served:
+    reference: PreTrainedModel
+    engine: ViaSDEngine
+    draft: PreTrainedModel | None = None
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    path = tmp_path_factory.mktemp("target")
+    return path, make_dense(path, seed=1, **TARGET)
+
+
+@pytest.fixture(scope="module")
+def with_ngrams(target: tuple[Path, PreTrainedModel]) -> Iterator[Served]:
+    path, reference = target
+    # 10 blocks of 32: one long sequence or a few short ones fit, so preemption is common.
+    options = {"mask": "2", "window": WINDOW, "rounds": 2}
+    engine = ViaSDEngine(str(path), NGRAM, options, num_gpu_blocks_override=10)
+    yield Served(reference, engine)
+
+
+@pytest.fixture(scope="module")
+def with_draft_model(
+    target: tuple[Path, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    path, reference = target
+    draft_path = tmp_path_factory.mktemp("draft")
+    draft = make_dense(draft_path, **DRAFT)
+    drafter = {"method": "draft_model", "model": str(draft_path), "num_speculative_tokens": 4}
+    options = {"mask": "2", "window": WINDOW, "rounds": 2}
+    engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=10)
+    yield Served(reference, engine, draft)
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> Arrival:
+    text = draw(st.sampled_from(_TEXTS))
+    length = draw(st.integers(1, 110))
+    tail = draw(st.lists(st.integers(3, VOCABULARY - 1), max_size=3))
+    kind = draw(st.sampled_from(["greedy"] * 5 + ["off", "sampled", "seeded"]))
+    params = SamplingParams(
+        temperature=0.0 if kind in ("greedy", "off") else 1.0,
+        seed=7 if kind == "seeded" else None,
+        max_tokens=draw(st.one_of(st.integers(1, 8), st.integers(30, 70))),
+        ignore_eos=draw(st.sampled_from([True, True, False])),
+        extra_args={"via_sd": "off"} if kind == "off" else None,
+    )
+    return Arrival(
+        step=draw(st.integers(0, 12)),
+        prompt=text[:length] + tail,
+        params=params,
+        abort_after=draw(st.sampled_from([None, None, None, 1, 5, 20])),
+    )
+
+
+@st.composite
+def traces(draw: st.DrawFn, max_size: int = 7) -> list[Arrival]:
+    """Arrivals, some of which go on from what an earlier one has got."""
+    size = draw(st.integers(1, max_size))
+    trace = draw(st.lists(arrivals(), min_size=size, max_size=size))
+    for number, arrival in enumerate(trace):
+        earlier = [i for i in range(number) if trace[i].continues is None]
+        if earlier and draw(st.booleans()):
+            arrival.continues = draw(st.sampled_from(earlier))
+            arrival.step = trace[arrival.continues].step + draw(st.integers(10, 40))
+            arrival.prompt = draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=3))
+    return trace
+
+
+rounds = st.sampled_from([1, 2, 3, "auto"])
+windows = st.sampled_from([1, 2, 5, WINDOW])
+
+
+def play(served: Served, trace: list[Arrival]) -> None:
+    emitted = served.engine.run(trace)
+    for number, arrival in enumerate(trace):
+        seen = emitted.get(str(number))
+        if seen is None:
+            assert arrival.abort_after is not None
+            continue
+        if arrival.abort_after is None:
+            full = arrival.params.max_tokens == len(seen.tokens)
+            ended = not arrival.params.ignore_eos and seen.tokens[-1] == 1
+            assert full or ended
+        if arrival.params.temperature == 0.0:
+            check_greedy_tokens(served.reference, arrival.prompt, seen.tokens)
+
+
+EXAMPLES = max(int(os.environ.get("NVIUM_TRACES", "220")) // 10, 5)
+MANY = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@MANY
+@given(trace=traces(), drafts=st.integers(1, 4), rounds=rounds, window=windows)
+def test_tokens_with_ngrams_are_greedy_decodings(with_ngrams, trace, drafts, rounds, window):
+    with_ngrams.engine.set_rounds(min(drafts, window), rounds, window)
+    play(with_ngrams, trace)
+
+
+@MANY
+@given(trace=traces(), drafts=st.integers(1, 4), rounds=rounds, window=windows)
+def test_tokens_with_a_draft_model_are_greedy_decodings(
+    with_draft_model, trace, drafts, rounds, window
+):
+    with_draft_model.engine.set_rounds(min(drafts, window), rounds, window)
+    play(with_draft_model, trace)
+
+
+# --- what must have happened ----------------------------------------------------------------------
+
+
+def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **fields)
+
+
+def crowd(seed: int, size: int = 6) -> list[Arrival]:
+    """More than fits into the KV cache."""
+    generator = random.Random(seed)
+    return [
+        Arrival(
+            2 * i,
+            _TEXTS[i % 3][: generator.randint(20, 60)] + [10 + i],
+            greedy(generator.randint(50, 70)),
+        )
+        for i in range(size)
+    ]
+
+
+@pytest.mark.parametrize("drafter", ["with_ngrams", "with_draft_model"])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_more_requests_than_fit(request: pytest.FixtureRequest, drafter: str, rounds: int) -> None:
+    served: Served = request.getfixturevalue(drafter)
+    engine = served.engine
+    engine.set_rounds(3, rounds, WINDOW)
+    before, preemptions = vars_of(engine), engine.preemptions
+    engine.window_rounds.clear()
+    play(served, crowd(rounds))
+    happened = {key: value - before[key] for key, value in vars_of(engine).items()}
+    assert engine.preemptions > preemptions
+    assert max(engine.window_rounds) == rounds
+    # Both tiers kept tokens and rejected tokens.
+    assert 0 < happened["slim_accepted"] < happened["slim_drafted"]
+    assert 0 < happened["accepted"] < happened["window_tokens"]
+    assert happened["slim_passes"] >= happened["full_passes"] * 0.5
+
+
+def vars_of(engine: ViaSDEngine) -> dict[str, int]:
+    counts = engine.runner.counts
+    sums = {name: getattr(counts, name) for name in counts.__slots__}
+    return {name: value for name, value in sums.items() if isinstance(value, int)}
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_every_family(kind: str, tmp_path: Path) -> None:
+    """Gemma has full and sliding layers, and so two groups of KV caches."""
+    ties = {"tie_word_embeddings": kind.startswith("gemma")}
+    reference = make_dense(tmp_path, kind, seed=1, **(TARGET | {"bigrams": 0.0} | ties))
+    options = {"mask": "2", "window": WINDOW, "rounds": 2}
+    # Two groups take a block each.
+    blocks = 20 if kind.startswith("gemma") else 10
+    engine = ViaSDEngine(str(tmp_path), NGRAM, options, num_gpu_blocks_override=blocks)
+    groups = len(engine.runner.kv_cache_config.kv_cache_groups)
+    assert groups == (2 if kind.startswith("gemma") else 1)
+    compared = 0
+
+    def look() -> None:
+        nonlocal compared
+        compared += check_kv_cache(engine, reference)
+
+    engine.after_step = look
+    play(Served(reference, engine), crowd(3, size=5))
+    assert compared > 1000 and max(engine.window_rounds) == 2
+    counts = engine.runner.counts
+    assert 0 < counts.slim_accepted < counts.slim_drafted
+    assert 0 < counts.accepted < counts.window_tokens
+
+
+# --- the KV cache ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["with_ngrams", "with_draft_model"])
+def test_the_kv_cache_is_that_of_plain_decoding(
+    request: pytest.FixtureRequest, drafter: str
+) -> None:
+    """After every step, at every position that counts as computed."""
+    served: Served = request.getfixturevalue(drafter)
+    engine = served.engine
+    engine.set_rounds(4, 2, WINDOW)
+    compared = 0
+
+    def look() -> None:
+        nonlocal compared
+        compared += check_kv_cache(engine, served.reference)
+
+    engine.after_step = look
+    try:
+        play(served, crowd(7, size=4))
+    finally:
+        engine.after_step = None
+    assert compared > 2000
+
+
+# --- the drafter ----------------------------------------------------------------------------------
+
+
+def test_a_draft_model_drafts_what_it_says_behind_the_same_tokens(with_draft_model: Served) -> None:
+    """In every round of every window: its own KV cache holds what it should."""
+    engine, draft = with_draft_model.engine, with_draft_model.draft
+    assert draft is not None
+    engine.set_rounds(4, 3, WINDOW)
+    engine.asked.clear()
+    play(with_draft_model, crowd(11))
+    checked = [0, 0, 0]
+    for asked in engine.asked:
+        drafts = asked.drafts[: 256 - len(asked.prefix)]
+        check_greedy_tokens(draft, asked.prefix, drafts)
+        checked[asked.round - 1] += len(drafts)
+    assert min(checked) > 30
+
+
+def test_ngrams_go_on_behind_the_window(with_ngrams: Served) -> None:
+    engine = with_ngrams.engine
+    engine.set_rounds(4, 3, WINDOW)
+    engine.asked.clear()
+    play(with_ngrams, crowd(12))
+    checked = [0, 0, 0]
+    for asked in engine.asked:
+        assert asked.drafts == looked_up(asked.prefix, 4, longest=3)
+        checked[asked.round - 1] += len(asked.drafts)
+    assert min(checked) > 30
