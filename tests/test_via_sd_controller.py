@@ -5,27 +5,27 @@ simulated engine."""
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 import pytest
 
 from vllm_nvium.spec_decode.controller import (
-    HORIZON,
+    LOSSLESS,
+    OFF,
+    PAPER,
     Acceptance,
     Curve,
-    DraftTimes,
-    Outlook,
     PassTimes,
     Plan,
     RoundController,
     Share,
     Times,
-    draft_tokens,
     plain_outlook,
+    round_length,
     round_survival,
     tiered_outlook,
-    window_tokens,
 )
 from vllm_nvium.spec_decode.simulation import Chances, SimulatedEngine
 
@@ -43,8 +43,8 @@ AGREEMENTS = (0.8, 0.9, 0.95, 0.98)
 class FixedPlan(RoundController):
     """The same plan for ever, and every round of it."""
 
-    def __init__(self, plan: Plan, max_window: int, paper: bool = False) -> None:
-        super().__init__(max(plan.drafts, 1), max_window, paper=paper)
+    def __init__(self, plan: Plan, max_window: int) -> None:
+        super().__init__(max(plan.drafts, 1), max_window)
         self.fixed = plan
 
     def plan(self, request_ids: Sequence[str]) -> Plan:
@@ -60,13 +60,17 @@ def flat(seconds: float) -> Curve:
     return Curve([1.0], [seconds])
 
 
-def acceptance(chances: Sequence[Chances]) -> Acceptance:
-    kinds = ("at_full", "at_slim", "slim", "obtained")
-    return Acceptance(*(np.array([getattr(chance, kind) for chance in chances]) for kind in kinds))
+def acceptance(chances: Sequence[Chances], paper: bool = False) -> Acceptance:
+    def column(kind: str) -> np.ndarray:
+        return np.array([getattr(chance, kind) for chance in chances])
+
+    kinds = ("at_full", "at_slim", "slim", "slim", "obtained")
+    own = np.full(len(chances), float(not paper))
+    return Acceptance(*map(column, kinds), own)
 
 
-def one(at_full: float, slim: float = 0.9, obtained: float = 1.0) -> Acceptance:
-    return acceptance([Chances(at_full, at_full, slim, obtained)])
+def one(at_full: float, slim: float = 0.9, paper: bool = False) -> Acceptance:
+    return acceptance([Chances(at_full, at_full, slim)], paper)
 
 
 def relative_times(drafts: int, draft: float, slim: float) -> Times:
@@ -89,84 +93,76 @@ def make_engine(
 # --- Formulas -------------------------------------------------------------------------------------
 
 
-def lengths_of_a_round(accept: float, drafts: int, obtained: float) -> dict[int, float]:
+def lengths_of_a_round(accept: float, drafts: int, own: int) -> dict[int, float]:
     """Chance of each length, by going through all outcomes of all drafts."""
-    chances = {1: 1 - obtained}
+    chances: dict[int, float] = {}
     for outcome in itertools.product((True, False), repeat=drafts):
         kept = next((i for i, good in enumerate(outcome) if not good), drafts)
+        length = kept + 1 if kept < drafts else drafts + own
         chance = prod(accept if good else 1 - accept for good in outcome)
-        chances[kept + 1] = chances.get(kept + 1, 0.0) + obtained * chance
+        chances[length] = chances.get(length, 0.0) + chance
     return chances
 
 
-@pytest.mark.parametrize("obtained", [1.0, 0.3])
+@pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize("drafts", [0, 1, 4])
 @pytest.mark.parametrize("accept", [0.0, 0.55, 1.0])
-def test_tokens_of_a_check_by_enumeration(accept: float, drafts: int, obtained: float) -> None:
-    lengths = lengths_of_a_round(accept, drafts, obtained)
+def test_a_round_by_enumeration(accept: float, drafts: int, own: int) -> None:
+    lengths = lengths_of_a_round(accept, drafts, own)
     assert sum(lengths.values()) == pytest.approx(1)
-    wanted = sum(length * chance for length, chance in lengths.items())
-    found = draft_tokens(np.array(accept), np.array(drafts), np.array(obtained))
-    assert found == pytest.approx(wanted, rel=1e-6)
+    mean = sum(length * chance for length, chance in lengths.items())
+    assert round_length(accept, drafts, own) == pytest.approx(mean, rel=1e-6)
+    for keep in (0.0, 0.7, 1.0):
+        wanted = sum(keep**length * chance for length, chance in lengths.items())
+        assert round_survival(accept, keep, drafts, own) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("slim", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("obtained", [1.0, 0.4])
 @pytest.mark.parametrize("drafts,rounds", [(1, 1), (3, 1), (2, 3)])
-def test_tokens_of_a_window_by_enumeration(
-    drafts: int, rounds: int, obtained: float, slim: float
-) -> None:
-    lengths = lengths_of_a_round(0.6, drafts, obtained)
+def test_tokens_of_a_window_by_enumeration(drafts: int, rounds: int, slim: float) -> None:
+    lengths = lengths_of_a_round(0.6, drafts, 1)
     wanted = 0.0
     for window in itertools.product(lengths, repeat=rounds):
         kept = sum(slim**k for k in range(sum(window) + 1))
         wanted += prod(lengths[length] for length in window) * kept
-    arguments = np.array(0.6), np.array(slim), np.array(drafts), np.array(obtained)
-    found = window_tokens(round_survival(*arguments), np.array(slim), np.array(rounds))
-    assert found == pytest.approx(wanted, rel=1e-6)
+    found = tiered_outlook(one(0.6, slim), relative_times(drafts, 0.1, 0.4), 40, rounds)
+    assert found.tokens[-1, -1] == pytest.approx(wanted, rel=1e-6)
 
 
 MIXED = [Chances(0.8, 0.85, 0.95), Chances(0.5, 0.6, 0.8, 0.7), Chances(0.7, 0.9, 0.9)]
+OFTEN_WITHOUT_DRAFTS = [Chances(0.8, 0.8, 0.95, 0.4)]
+PLANS = [Plan(0, 0), Plan(3, 0), Plan(2, 1), Plan(3, 2), Plan(1, 4), Plan(4, 3)]
 
 
+@pytest.mark.parametrize("chances", [MIXED, OFTEN_WITHOUT_DRAFTS], ids=["three", "one"])
 @pytest.mark.parametrize("paper", [False, True])
-@pytest.mark.parametrize("plan", [Plan(0, 0), Plan(3, 0), Plan(2, 1), Plan(3, 2), Plan(1, 4)])
-def test_outlooks_against_a_simulation(plan: Plan, paper: bool) -> None:
-    """Tokens, and the seconds of passes that grow with their rows."""
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_outlooks_against_a_simulation(
+    plan: Plan, paper: bool, chances: Sequence[Chances]
+) -> None:
+    """Tokens, and the seconds of passes that grow with their rows, up to windows that are full."""
     slim, full = Curve([1.0, 17.0], [0.3, 0.5]), Curve([1.0, 33.0], [1.0, 1.6])
-    engine = SimulatedEngine(MIXED, lambda n, d: 0.1 * d, slim.at, full.at, 16, paper)
-    steps = 6000
-    rate = engine.run(FixedPlan(plan, 16, paper), steps)
-    times = Times(np.arange(4) * 0.1, slim, full)
+    engine = SimulatedEngine(chances, lambda n, d: 0.1 * d, slim, full, 12, paper)
+    steps = 3000
+    rate = engine.run(FixedPlan(plan, 12), steps)
+    times = Times(np.arange(plan.drafts + 1) * 0.1, slim, full)
     if plan.rounds:
-        outlook = tiered_outlook(acceptance(MIXED), times, 16, paper)
+        outlook = tiered_outlook(acceptance(chances, paper), times, 12, 12)
         cell: tuple[int, ...] = (plan.drafts - 1, plan.rounds - 1)
     else:
-        outlook, cell = plain_outlook(acceptance(MIXED), times), (plan.drafts,)
-    assert engine.tokens / steps == pytest.approx(outlook.tokens[cell], rel=0.02)
-    assert rate == pytest.approx(outlook.rates[cell], rel=0.02)
-
-
-@pytest.mark.parametrize("paper", [False, True])
-def test_a_window_that_is_full(paper: bool) -> None:
-    """Rounds end at the window's bound, and the mean length stands for the true one."""
-    chances = [Chances(0.8, 0.8, 0.97)]
-    outlook = tiered_outlook(acceptance(chances), relative_times(4, 0.05, 0.4), 8, paper)
-    engine = make_engine(chances, 0.05, 0.4, max_window=8, paper=paper)
-    rate = engine.run(FixedPlan(Plan(4, 8), 8, paper), 4000) * FULL
-    assert outlook.rates[3].max() == pytest.approx(rate, rel=0.06)
-    assert outlook.rates[3, 4] == 0, "after three rounds of 3.4 tokens there is no room"
-    assert (outlook.tokens <= sum(0.97**k for k in range(9)) + 1e-9).all()
+        outlook, cell = plain_outlook(acceptance(chances, paper), times), (plan.drafts,)
+    assert engine.tokens / steps == pytest.approx(outlook.tokens[cell], rel=0.03)
+    assert rate == pytest.approx(outlook.rates[cell], rel=0.04)
 
 
 def test_some_requests_stand_for_all() -> None:
     times = Times(np.arange(4) * 0.1, Curve([1.0, 99.0], [0.3, 1.0]), Curve([1.0, 99.0], [1, 3]))
-    eight, two = acceptance([Chances(0.6, 0.7, 0.9)] * 8), acceptance([Chances(0.6, 0.7, 0.9)] * 2)
-    two = Acceptance(two.at_full, two.at_slim, two.slim, two.obtained, weight=4)
     for paper in (False, True):
+        eight = acceptance([Chances(0.6, 0.7, 0.9, 0.8)] * 8, paper)
+        two = replace(acceptance([Chances(0.6, 0.7, 0.9, 0.8)] * 2, paper), weight=4)
         pairs = [
             (plain_outlook(eight, times), plain_outlook(two, times)),
-            (tiered_outlook(eight, times, 8, paper), tiered_outlook(two, times, 8, paper)),
+            (tiered_outlook(eight, times, 8, 8), tiered_outlook(two, times, 8, 8)),
         ]
         for all_, sample in pairs:
             np.testing.assert_allclose(sample.tokens, all_.tokens)
@@ -176,34 +172,21 @@ def test_some_requests_stand_for_all() -> None:
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_agrees_with_the_simplest_model_of_tiers(name: str) -> None:
     """The usual formulas take a window's mean length for its length, which is exact for rounds of
-    one length and too good by a little for others."""
+    one length and too good for others."""
     accept, cost = DRAFTERS[name]
     plain = plain_outlook(one(accept), relative_times(24, cost, 1.0)).rates
     per = [(1 - accept ** (d + 1)) / (1 - accept) for d in range(25)]
     assert plain == pytest.approx([per[d] / (1 + d * cost) for d in range(25)], rel=1e-6)
     for slim_cost, agreement in itertools.product(SLIM_COSTS, AGREEMENTS):
         times = relative_times(12, cost, slim_cost)
-        found = tiered_outlook(one(accept, agreement), times, 200).rates[:, :12]
-        sure = tiered_outlook(one(1.0, agreement), times, 200).rates[:, :12]
-        for d, rounds in itertools.product(range(1, 13), range(1, 13)):
+        found = tiered_outlook(one(accept, agreement), times, 60, 4).rates
+        sure = tiered_outlook(one(1.0, agreement), times, 60, 4).rates
+        for d, rounds in itertools.product(range(1, 13), range(1, 5)):
             seconds = 1 + rounds * (d * cost + slim_cost)
             mean = (1 - agreement ** (per[d] * rounds + 1)) / (1 - agreement) / seconds
-            assert 0.92 * mean <= found[d - 1, rounds - 1] <= mean * (1 + 1e-6)
+            assert 0.85 * mean <= found[d - 1, rounds - 1] <= mean * (1 + 1e-6)
             exact = (1 - agreement ** ((d + 1) * rounds + 1)) / (1 - agreement) / seconds
             assert sure[d - 1, rounds - 1] == pytest.approx(exact, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_agrees_with_the_simplest_model_of_the_papers_rule(name: str) -> None:
-    """It pays one full pass for every token that escalates, and never for two in one round."""
-    accept, cost = DRAFTERS[name]
-    for slim_cost, escalated in itertools.product(SLIM_COSTS, (0.02, 0.05, 0.1)):
-        times = relative_times(6, cost, slim_cost)
-        found = tiered_outlook(one(accept, 1 - escalated), times, 400, paper=True).rates.max(1)
-        for d in range(1, 7):
-            per = (1 - accept ** (d + 1)) / (1 - accept)
-            simple = per / (d * cost + slim_cost + min(1, per * escalated))
-            assert found[d - 1] == pytest.approx(simple, rel=0.12)
 
 
 # --- Estimates ------------------------------------------------------------------------------------
@@ -213,21 +196,24 @@ def test_what_was_not_tried_does_not_count() -> None:
     """Checks of 4 drafts stop at the first failure; their acceptance per token comes out anyway."""
     share = Share()
     random = np.random.default_rng(0)
-    for step in range(3000):
+    for _ in range(3000):
         outcome = random.random(4) < 0.7
         kept = 4 if outcome.all() else int(outcome.argmin())
-        share.saw(kept, int(kept < 4), step, 2000)
-    assert share.good / share.all == pytest.approx(0.7, abs=0.02)
+        share.saw(kept, int(kept < 4))
+    assert share.good / share.all == pytest.approx(0.7, abs=0.03)
+    assert share.all > 900, "nothing has changed, so nothing was forgotten at once"
+    assert Share().estimate(0.6, 2) == 0.6
+    assert share.estimate(0.6, 1e9) == pytest.approx(0.6, abs=1e-4)
 
 
-def test_evidence_fades_but_not_its_share() -> None:
-    share = Share()
-    for _ in range(50):
-        share.saw(8, 2, 10, HORIZON)
-    good, all_ = share.aged(10 + 100, 100, 8.0)
-    assert (good, all_) == pytest.approx((share.good / 2, share.all / 2))
-    good, all_ = share.aged(10**6, 100, 8.0)
-    assert all_ == pytest.approx(8) and good == pytest.approx(8 * 0.8)
+def test_a_share_that_changes_is_noticed() -> None:
+    for before, after in ((0.6, 0.95), (0.95, 0.6), (0.9, 0.0)):
+        share = Share()
+        random = np.random.default_rng(0)
+        for step in range(2300):
+            good = random.random() < (before if step < 2000 else after)
+            share.saw(int(good), int(not good))
+        assert share.good / share.all == pytest.approx(after, abs=0.1)
 
 
 def test_slow_passes_change_nothing() -> None:
@@ -239,11 +225,10 @@ def test_slow_passes_change_nothing() -> None:
         times.saw(rows, seconds * (30 if random.random() < 0.1 else 1), step)
     curve = times.curve()
     assert curve is not None
-    assert curve.at(4) == pytest.approx(1, rel=0.05)
-    assert curve.at(36) == pytest.approx(1 + 20 / 16, rel=0.15)
+    assert curve(4) == pytest.approx(1, rel=0.05)
+    assert curve(36) == pytest.approx(1 + 20 / 16, rel=0.15)
     rows = np.arange(0, 64)
     assert (np.diff(curve(rows)) >= 0).all()
-    assert [curve.at(row) for row in rows] == pytest.approx(curve(rows).tolist())
 
 
 def test_one_slow_pass_of_a_size_of_its_own() -> None:
@@ -252,7 +237,7 @@ def test_one_slow_pass_of_a_size_of_its_own() -> None:
         times.saw(4, 1.0, step)
     times.saw(9, 50.0, 20)
     curve = times.curve()
-    assert curve is not None and curve.at(9) == 1.0
+    assert curve is not None and curve(9) == 1.0
 
 
 def test_pass_times_follow_what_changes_and_forget_the_rest() -> None:
@@ -263,23 +248,29 @@ def test_pass_times_follow_what_changes_and_forget_the_rest() -> None:
     for step in range(60, 80):
         times.saw(2, 3.0, step)
     curve = times.curve()
-    assert curve is not None and curve.at(2) == 2.0, "a larger pass was never seen to take more"
+    assert curve is not None and 2 <= curve(2) == curve(9) <= 3, "one is not above the other"
     times.saw(2, 3.0, 200)
     curve = times.curve()
-    assert curve is not None and curve.at(2) == curve.at(9) == 3.0
+    assert curve is not None and curve(2) == curve(9) == 3.0
+
+
+def test_curves_go_on_beyond_what_was_seen() -> None:
+    assert flat(2.0)(np.array([0.0, 1.0, 500.0])).tolist() == [2, 2, 2]
+    assert Curve([10.0, 12.0], [1.0, 2.0])(100) == 2, "the slope of neighbours may be noise"
+    assert Curve([10.0, 20.0], [1.0, 2.0])(100) == pytest.approx(10)
 
 
 def test_draft_times() -> None:
-    times = DraftTimes()
-    assert times.seconds(1, 3).tolist() == [0, 0, 0, 0]
-    for step in range(5):
-        times.saw(1, 2, 0.4, step)
-    assert times.seconds(1, 4) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    for step in range(5):
-        times.saw(1, 4, 0.5, step)
-        times.saw(32, 4, 1.6, step)
-    assert times.seconds(1, 5) == pytest.approx([0, 0.2, 0.4, 0.45, 0.5, 0.55])
-    assert times.seconds(40, 4)[4] == 1.6
+    controller = RoundController(5, 8)
+    assert controller._draft_seconds(1).tolist() == [0] * 6
+    for _ in range(5):
+        controller.saw_draft(1, 2, 0.4)
+    assert controller._draft_seconds(1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    for _ in range(5):
+        controller.saw_draft(1, 4, 0.6)
+        controller.saw_draft(32, 4, 1.6)
+    assert controller._draft_seconds(1) == pytest.approx([0, 0.2, 0.4, 0.5, 0.6, 0.75])
+    assert controller._draft_seconds(40)[4] == pytest.approx(1.6)
 
 
 # --- The controller on a simulated engine ---------------------------------------------------------
@@ -292,30 +283,34 @@ def best_rates(
 ) -> tuple[float, float]:
     """The best plain and the best tiered plan, tokens per full pass."""
     times = relative_times(MAX_DRAFTS, draft, slim)
-    plain: Outlook = plain_outlook(acceptance(chances), times)
-    tiered = tiered_outlook(acceptance(chances), times, MAX_WINDOW, paper)
+    plain = plain_outlook(acceptance(chances, paper), times)
+    tiered = tiered_outlook(acceptance(chances, paper), times, MAX_WINDOW, MAX_WINDOW)
     return float(plain.rates.max()), float(tiered.rates.max())
 
 
 @pytest.mark.parametrize("paper", [False, True])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_takes_the_side_that_wins(name: str, paper: bool) -> None:
+    """From a start of 400 steps on; trials count, and their share is bounded elsewhere."""
     accept, draft = DRAFTERS[name]
     for slim, agreement in itertools.product(SLIM_COSTS, AGREEMENTS):
         chances = [Chances(accept, accept, agreement)]
         engine = make_engine(chances, draft, slim, paper=paper, noise=0.05, outliers=0.01)
-        controller = RoundController(MAX_DRAFTS, MAX_WINDOW, paper=paper)
-        rate = engine.run(controller, 1500) * FULL
+        controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+        engine.run(controller, 400)
+        tokens, seconds, tiered_share = engine.tokens, engine.seconds, 0.0
+        for _ in range(50):
+            engine.run(controller, 20)
+            tiered_share += (controller._used.rounds > 0) / 50
+        rate = (engine.tokens - tokens) / (engine.seconds - seconds) * FULL
         plain, tiered = best_rates(chances, draft, slim, paper)
         where = f"slim {slim} at {agreement}: {rate:.2f} of {plain:.2f} and {tiered:.2f}"
         assert rate >= 0.97 * plain, where
         assert rate >= 0.95 * max(plain, tiered), where
-        steps = controller.snapshot()["steps"]
         if tiered > 1.05 * plain:
-            assert steps["tiered"] > 0.8 * 1500, where
+            assert tiered_share > 0.7, where
         if plain > 1.05 * tiered:
-            assert steps["tiered"] < 0.2 * 1500, where
-
+            assert tiered_share < 0.3, where
 
 def test_follows_what_changes() -> None:
     """A slim tier that gets good, one that gets bad, and a drafter that does."""
@@ -324,12 +319,12 @@ def test_follows_what_changes() -> None:
         engine = make_engine([before], 0.1, 0.35, noise=0.05)
         controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
         engine.run(controller, 1000)
-        assert (controller.plan(engine.names).rounds > 0) != uses
+        assert (controller._used.rounds > 0) != uses
         engine.requests = [after]
         engine.run(controller, 1000)
         rate = engine.run(controller, 1000) * FULL
         assert rate >= 0.93 * max(best_rates([after], 0.1, 0.35))
-        assert (controller.plan(engine.names).rounds > 0) == uses
+        assert (controller._used.rounds > 0) == uses
     useless, useful = Chances(0.02, 0.02, 0.5), Chances(0.9, 0.9, 0.5)
     engine = make_engine([useless], 0.1, 0.6, noise=0.05)
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
@@ -358,10 +353,11 @@ def test_outliers_flip_nothing(uses: bool) -> None:
     engine = make_engine(chances, 0.1, 0.4, noise=0.05, outliers=0.1)
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
     engine.run(controller, 200)
-    before = controller.snapshot()["steps"]["tiered"]
-    engine.run(controller, 1500)
-    tiered = (controller.snapshot()["steps"]["tiered"] - before) / 1500
-    assert tiered > 0.9 if uses else tiered < 0.1
+    used = []
+    for _ in range(75):
+        engine.run(controller, 20)
+        used.append(controller._used.rounds > 0)
+    assert np.mean(used) > 0.9 if uses else np.mean(used) < 0.1
 
 
 def test_requests_that_differ() -> None:
@@ -389,7 +385,7 @@ def test_off_above_the_batch_where_it_stops_paying() -> None:
         )
         controller = RoundController(4, MAX_WINDOW)
         engine.run(controller, 400)
-        assert (controller.plan(engine.names).rounds > 0) == uses
+        assert (controller._used.rounds > 0) == uses
         assert uses or engine.run(controller, 300) * FULL >= 0.97 * 64
 
 
@@ -422,11 +418,11 @@ def test_a_drafter_that_finds_nothing() -> None:
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
     engine.run(controller, 1000)
     assert engine.run(controller, 500) * FULL >= 0.97 * 2, "plain decoding of two brings 2"
-    assert controller.snapshot()["acceptance"]["obtained"] < 0.1
+    assert controller.snapshot()["acceptance"][LOSSLESS]["obtained"] < 0.1
     half = make_engine([Chances(0.8, 0.8, 0.5, obtained=0.5)], 0.0, 0.9, noise=0.05)
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
     half.run(controller, 500)
-    assert controller.snapshot()["acceptance"]["obtained"] == pytest.approx(0.5, abs=0.1)
+    assert controller.snapshot()["acceptance"][LOSSLESS]["obtained"] == pytest.approx(0.5, abs=0.1)
     assert half.run(controller, 1000) * FULL >= 0.96 * max(best_rates(half.requests, 0.0, 0.9))
 
 

@@ -168,14 +168,10 @@ class Round:
     Attributes:
         length: tokens that it adds to a window.
         kept: those of them that the full model accepts, if it accepted all before.
-        survival: the chance that it accepts all of them.
-        stays_open: the chance that none of them escalates.
     """
 
     length: np.ndarray
     kept: np.ndarray
-    survival: np.ndarray
-    stays_open: np.ndarray
 
 
 def one_round(accept: Acceptance, drafts: np.ndarray) -> Round:
@@ -184,52 +180,77 @@ def one_round(accept: Acceptance, drafts: np.ndarray) -> Round:
 
         kept = E[s + ... + s^n] = s (1 - E[s^n]) / (1 - s)
     """
-    columns = (accept.at_slim, accept.slim, accept.stays, accept.obtained, accept.own)
-    a, s, stays, h, own = (column[:, None] for column in columns)
+    columns = (accept.at_slim, accept.slim, accept.obtained, accept.own)
+    a, s, h, own = (column[:, None] for column in columns)
     s = np.minimum(s, LARGEST_ACCEPTANCE)
     h = h / max(accept.found, 1e-9)
     survival = h * round_survival(a, s, drafts, own) + (1 - h) * s**own
     return Round(
         length=h * round_length(a, drafts, own) + (1 - h) * own,
         kept=s * (1 - survival) / (1 - s),
-        survival=survival,
-        stays_open=np.where(own > 0, 1.0, h * round_survival(a, stays, drafts, own)),
     )
 
 
 def tiered_outlook(accept: Acceptance, times: Times, max_window: int, max_rounds: int) -> Outlook:
     """`[D, R]`: windows of 1..R rounds with 1..D drafts each.
 
-    With P as in `one_round`, and g the chance that the full model keeps all of a round (under the
-    paper's rule: that none of it escalates, because a window that goes on holds nothing that can
-    fail):
+    With P as in `one_round`, `o_r(w)` the chance that after r rounds a window is still open and w
+    tokens long, and `safe` the chance that such a token does not fail (1 under the paper's rule,
+    where only windows without escalated tokens go on):
 
-        tokens     sum_i (1 + kept_i sum_r P^r g_i^(r-1))
-        seconds    sum_r (P^(r-1) draft(d) + P^r slim(rows)) somebody_r + full(rows) + overhead
-
-    Rounds count as far as the window has room for them.
+        o_(r+1)(w') = sum_w o_r(w) P(n = w' - w) stays^(w' - w)
+        tokens      sum_i (1 + sum_r P^(r+1) sum_w o_r(w) safe^w kept)
+        seconds     sum_r (P^r draft(d) + P^(r+1) slim(rows)) somebody_r + full(rows) + overhead
 
     Args:
-        max_window: most tokens between two full passes.
+        max_window: most tokens between two full passes. The slim verifier's own token ends a
+            round, so that a window with room for one token is full.
     """
-    drafts, earlier = np.arange(1, len(times.draft)), np.arange(max_rounds)
+    most = len(times.draft) - 1
+    drafts, lengths = np.arange(1, most + 1), np.arange(max(max_window - 1, 0))
     per_round, found = one_round(accept, drafts), accept.found
-    length = np.maximum(per_round.length, 1e-9)[..., None]  # [B, D, 1]
-    room = np.clip(max_window / length - earlier, 0.0, 1.0)  # [B, D, R]
-    is_open = per_round.stays_open[..., None] ** earlier * (room > 0)
-    keeps = np.where(accept.own[:, None] > 0, per_round.survival, per_round.stays_open)
-    reached = found**earlier  # [R]
-    kept = per_round.kept[..., None] * keeps[..., None] ** earlier * room
-    tokens = 1 + np.cumsum(found * reached * kept, axis=2)
-    windows = np.cumsum(found * reached * is_open * length * room, axis=2)
+    # Which number of drafts fits into a window of each length, less 1.
+    fits = np.minimum(drafts[:, None], max_window - 1 - lengths) - 1  # [D, L]
+    added = lengths - lengths[:, None]  # [L, L]
+    chances = _length_chances(accept, drafts, max_window)[:, fits]  # [B, D, L, W + 1]
+    rows = np.arange(len(lengths))[:, None]
+    moves = np.where(added >= 0, chances[:, :, rows, np.maximum(added, 0)], 0.0)  # [B, D, L, L]
+    safe = np.where(accept.own > 0, accept.slim, 1.0)[:, None, None] ** lengths
+    brings = np.stack(  # [B, D, L, 4]
+        [
+            safe * per_round.kept[:, fits],
+            per_round.length[:, fits],
+            np.ones_like(per_round.length[:, fits]),
+            1 + (fits + 1) * (accept.obtained / max(found, 1e-9))[:, None, None],
+        ],
+        axis=-1,
+    )
+    state = np.zeros((len(accept.slim), most, 1, len(lengths)))
+    state[..., :1] = 1.0
+    of_rounds = []
+    for _ in range(max_rounds):
+        of_rounds.append((state @ brings)[..., 0, :])
+        state = state @ moves
+    kept, window, is_open, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)  # [B, D, R] each
+    reached = found ** np.arange(max_rounds)  # [R]
+    tokens = 1 + found * np.cumsum(reached * kept, axis=2)
+    windows = found * np.cumsum(reached * window, axis=2).sum(0)
     somebody = 1 - np.prod(1 - is_open, axis=0) ** accept.weight  # [D, R]
-    rows = accept.obtained / max(found, 1e-9)
-    rows = (is_open * (1 + drafts[:, None] * rows[:, None, None])).sum(0)
-    slim = times.slim(accept.weight * rows / np.maximum(somebody, 1e-9))
+    slim = times.slim(accept.weight * rows.sum(0) / np.maximum(somebody, 1e-9))
     rounds = reached * somebody * (times.draft[1:, None] + found * slim)
-    full = times.full(accept.weight * (len(is_open) + windows.sum(0)))
+    full = times.full(accept.weight * (len(tokens) + windows))
     seconds = np.cumsum(rounds, axis=1) + full + times.overhead
     return Outlook(accept.weight * tokens.sum(0), seconds)
+
+
+def _length_chances(accept: Acceptance, drafts: np.ndarray, longest: int) -> np.ndarray:
+    """`[B, D, W + 1]`: how many tokens a round adds, if none of them escalates."""
+    a, h = accept.at_slim[:, None, None], (accept.obtained / max(accept.found, 1e-9))[:, None, None]
+    n, d = np.arange(longest + 1), drafts[:, None]
+    own = accept.own[:, None, None]
+    chances = np.where((n >= 1) & (n <= d), a ** np.maximum(n - 1, 0) * (1 - a), 0.0)
+    chances = h * (chances + np.where(n == d + own, a**d, 0.0)) + (1 - h) * (n == 1) * own
+    return chances * np.where(own > 0, 1.0, accept.stays[:, None, None] ** n)
 
 
 # --- What was seen --------------------------------------------------------------------------------
@@ -309,11 +330,16 @@ class Share:
         self.good, self.all = self.good * keep + good, self.all * keep + count
         keep = max(1 - count / SHORT_MEMORY, 0.0)
         self.new_good, self.new_all = self.new_good * keep + good, self.new_all * keep + count
-        usual = (self.good + 1) / (self.all + 2)
+        older = max(self.all - self.new_all, 0.0) + 2
+        usual = min(max((self.good - self.new_good + 1) / older, 0.01), 0.99)
         off = self.new_good - usual * self.new_all
-        # The short memory holds about half as many independent trials as it counts.
-        if off * off > SURPRISE**2 * usual * (1 - usual) * self.new_all / 2:
+        variance = usual * (1 - usual) * self.new_all * (1 + self.new_all / older)
+        if off * off > SURPRISE**2 * variance:
             self.good, self.all = self.new_good, self.new_all
+
+    def fade(self, keep: float) -> None:
+        """Makes what comes next count for more."""
+        self.good, self.all = self.good * keep, self.all * keep
 
     def estimate(self, prior: float, trials: float) -> float:
         """With a belief that is worth so many trials."""
@@ -337,10 +363,14 @@ KINDS = tuple(each.name for each in fields(Shares) if each.name != "rule")
 # --- What is done ---------------------------------------------------------------------------------
 
 # Trials that the memories of a share hold, and standard deviations between them that are too many.
-MEMORY, SHORT_MEMORY, SURPRISE = 1000.0, 50.0, 3.5
+MEMORY, SHORT_MEMORY, SURPRISE = 1000.0, 50.0, 3.0
 # What is believed before the first trial, and how many trials that belief is worth.
 PRIOR = {"at_full": 0.6, "at_slim": 0.6, "slim": 0.8, "stays": 0.9, "obtained": 0.9}
 PRIOR_TRIALS = 2.0
+# The slim verifier is most of the full model: what one makes of drafts says how the other may
+# judge, and is worth so many trials.
+ALIKE = {"at_full": "at_slim", "at_slim": "at_full"}
+ALIKE_TRIALS = 100.0
 # How many trials the share of all requests is worth for one of them.
 COMMON_TRIALS = 16.0
 # Kinds of plan, and what must be known before each is used, from so many trials.
@@ -348,12 +378,16 @@ NONE, PLAIN, TIERED = range(3)
 NEEDS = {NONE: (), PLAIN: ("at_full",), TIERED: ("at_slim", "slim")}
 ENOUGH_EVIDENCE = 16.0
 FIRST_PLANS = {NONE: Plan(0, 0), PLAIN: Plan(4, 0), TIERED: Plan(2, 2)}
-# Steps of a trial, and the outcomes that end it early.
-SHORT_TRIAL, LONG_TRIAL, TRIAL_OUTCOMES = 3, 10, 24
+# Least steps of a trial, as a median needs. Most steps, and outcomes that end it before; the first tells the most.
+SHORT_TRIAL, FIRST_TRIAL, TRIAL = 5, (15, 30), (8, 24)
+# How much of what is known about a kind of plan that is not in use survives its next trial.
+TRIAL_FADE = 0.75
+# Steps whose time the budget for trials can save up.
+LARGEST_BANK = 5
 # Plain decoding has no acceptance to learn: its trials may be so many times rarer.
-SELDOM = 10
+SELDOM = 25
 # Requests that a plan is made for; in larger batches some stand for all.
-LARGEST_SAMPLE = 32
+LARGEST_SAMPLE = 8
 
 
 class RoundController:
@@ -379,10 +413,10 @@ class RoundController:
         *,
         max_rounds: int | None = None,
         max_batch: int | None = None,
-        budget: float = 0.015,
+        budget: float = 0.01,
         refresh: int = 8,
         margin: float = 0.01,
-        interval: int = 50,
+        interval: int = 40,
     ) -> None:
         self.max_drafts, self.max_window, self.max_batch = max_drafts, max_window, max_batch
         self.max_rounds = max_window if max_rounds is None else min(max_rounds, max_window)
@@ -403,6 +437,7 @@ class RoundController:
         self._next_choice = 0
         self._on_trial = False
         self._trial_steps = self._outcomes = 0
+        self._trial_size = FIRST_TRIAL
         self._last_trial: dict[int, int] = {}
         self._bank = 0.0
         self._steps_of = [0, 0, 0]
@@ -412,7 +447,8 @@ class RoundController:
 
     def add(self, request_id: str, rule: str) -> None:
         """A request that will decode: `OFF`, `LOSSLESS` or `PAPER`, which is what others are."""
-        self._requests.setdefault(request_id, Shares(rule))
+        if request_id not in self._requests:
+            self._requests[request_id] = Shares(rule)
 
     def remove(self, request_id: str) -> None:
         """The request has ended; what it taught about all requests stays."""
@@ -476,7 +512,8 @@ class RoundController:
 
     def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
         if good + bad > 0:
-            request = self._requests.setdefault(request_id, Shares())
+            self.add(request_id, LOSSLESS)
+            request = self._requests[request_id]
             getattr(request, kind).saw(good, bad)
             getattr(self._common[request.rule], kind).saw(good, bad)
 
@@ -496,7 +533,9 @@ class RoundController:
         if over or (resized and not self._on_trial) or not self._is_allowed(request_ids):
             self._choose(request_ids)
         self._trial_steps += self._on_trial
-        self._bank = min(self._bank + self.budget * self._seconds, self._seconds * LONG_TRIAL)
+        self._bank = min(
+            self._bank + self.budget * self._seconds, LARGEST_BANK * self._seconds
+        )
         self._steps_of[_kind(self._plan)] += 1
         return self._plan
 
@@ -527,9 +566,9 @@ class RoundController:
             self._gains.update(zip(missing, each, strict=True))
         gained = added = rows = 0.0
         for request_id, length in zip(request_ids, window_lengths, strict=True):
-            safe, kept, mean = self._gains[request_id]
+            chance, kept, mean = self._gains[request_id]
             room = min(self.max_window - length, mean)
-            gained += kept * room / mean * safe**length
+            gained += kept * room / mean * chance**length
             added += room
             rows += 1 + length
         drafts, times = self._plan.drafts, self._times
@@ -561,7 +600,12 @@ class RoundController:
     # Estimates.
 
     def _share(self, rule: str, kind: str) -> float:
-        return getattr(self._common[rule], kind).estimate(PRIOR[kind], PRIOR_TRIALS)
+        shares, prior, trials = self._common[rule], PRIOR[kind], PRIOR_TRIALS
+        if kind in ALIKE:
+            other: Share = getattr(shares, ALIKE[kind])
+            prior = other.estimate(prior, trials)
+            trials += min(other.all, ALIKE_TRIALS)
+        return float(getattr(shares, kind).estimate(prior, trials))
 
     def _acceptance(self, request_ids: Sequence[str]) -> Acceptance:
         requests = [self._requests.get(request_id) or Shares() for request_id in request_ids]
@@ -577,7 +621,7 @@ class RoundController:
             for request in requests
         ]
         own = [float(request.rule != PAPER) for request in requests]
-        return Acceptance(*np.array(shares).T, own=np.array(own))
+        return Acceptance(*np.array(shares).T, np.array(own))
 
     def _overhead_seconds(self, requests: int) -> float:
         curve = self._overhead.curve()
@@ -644,7 +688,7 @@ class RoundController:
         self._end_trial(table)
         untried = [kind for kind in allowed if kind not in self._last_trial]
         if untried:
-            return self._start_trial(self._fitting(FIRST_PLANS[untried[0]]))
+            return self._start_trial(self._fitting(FIRST_PLANS[untried[0]]), FIRST_TRIAL)
         if table is None:
             return None
         rates = table.rates
@@ -655,7 +699,10 @@ class RoundController:
         self._plan = self._used
         due = self._due(table, best)
         if due is not None:
-            self._start_trial(best[due])
+            for shares in (*self._common.values(), *self._requests.values()):
+                for need in NEEDS[due]:
+                    getattr(shares, need).fade(TRIAL_FADE)
+            self._start_trial(best[due], TRIAL)
         return None
 
     def _use(self, rates: np.ndarray, best: dict[int, Plan], request_ids: Sequence[str]) -> None:
@@ -684,7 +731,7 @@ class RoundController:
             if kind != _kind(self._used)
             and self._step - self._last_trial[kind]
             >= self.interval * (SELDOM if kind == NONE else 1)
-            and self._lost(table, plan, SHORT_TRIAL) <= self._bank
+            and self._lost(table, plan, SHORT_TRIAL) <= max(self._bank, 0.0)
         ]
         return min(due, key=self._last_trial.__getitem__, default=None)
 
@@ -697,20 +744,25 @@ class RoundController:
     def _fitting(self, plan: Plan) -> Plan:
         return Plan(min(plan.drafts, self.max_drafts), min(plan.rounds, self.max_rounds))
 
-    def _start_trial(self, plan: Plan) -> None:
-        self._plan = plan
+    def _start_trial(self, plan: Plan, size: tuple[int, int]) -> None:
+        self._plan, self._trial_size = plan, size
         self._trial_steps = self._outcomes = 0
         self._on_trial = True
         self._last_trial[_kind(plan)] = self._step
 
     def _trial_is_over(self) -> bool:
-        enough = self._plan.drafts == 0 or self._outcomes >= TRIAL_OUTCOMES
-        return self._trial_steps >= (SHORT_TRIAL if enough else LONG_TRIAL)
+        steps, outcomes = self._trial_size
+        enough = self._plan.drafts == 0 or self._outcomes >= outcomes
+        return self._trial_steps >= (SHORT_TRIAL if enough else steps)
 
     def _end_trial(self, table: Outlook | None) -> None:
         """What a trial has lost is known best at its end, from what it taught."""
         if self._on_trial and table is not None:
-            self._bank -= self._lost(table, self._plan, self._trial_steps)
+            if self._trial_size == FIRST_TRIAL:
+                # Owed to nobody; and what it taught is not much, so that more may follow soon.
+                self._bank = LARGEST_BANK * float(table.seconds[self._plan.drafts, 0])
+            else:
+                self._bank -= self._lost(table, self._plan, self._trial_steps)
         self._on_trial = False
 
 

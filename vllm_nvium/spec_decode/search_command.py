@@ -579,6 +579,7 @@ def draw(path: Path, trials: "Sequence[Trial]", objective: str) -> None:
         "agreement": "share of prefixes with the full model's top token",
         "speed": "speed (tokens per second)",
     }
+    ax.locator_params(axis="x", integer=True)
     ax.set_xlabel("trial")
     ax.set_ylabel(names[objective])
     ax.spines[["top", "right"]].set_visible(False)

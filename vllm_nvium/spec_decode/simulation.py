@@ -26,7 +26,8 @@ class Chances:
 
 @dataclass
 class SimulatedEngine:
-    """A batch that decodes for ever.
+    """A batch that decodes for ever. The controller is told of drawn outcomes; the tokens that
+    count are the mean over what the full model may do to them, which has less noise.
 
     Attributes:
         requests: chances of each.
@@ -53,7 +54,7 @@ class SimulatedEngine:
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
-        self.tokens = 0
+        self.tokens = 0.0
         self.seconds = 0.0
 
     @property
@@ -84,7 +85,7 @@ class SimulatedEngine:
         for name, request, proposed in zip(self.names, self.requests, drafted, strict=True):
             accepted = self._accepted(request.at_full, proposed)
             controller.saw_full_check(name, proposed, accepted, tiered=False, asked=plan.drafts)
-            self.tokens += accepted + 1
+            self.tokens += 1 + _accepted_of(proposed, request.at_full)
 
     def _tiered(self, controller: RoundController, plan: Plan) -> None:
         count = len(self.requests)
@@ -111,7 +112,9 @@ class SimulatedEngine:
         controller.saw_full(rows, self._timed(self.full(rows)))
         for i, name in enumerate(self.names):
             controller.saw_full_check(name, windows[i], kept[i], tiered=rounds > 0)
-            self.tokens += kept[i] + 1
+            self.tokens += 1
+            if not self.paper:
+                self.tokens += _accepted_of(windows[i], self.requests[i].slim)
 
     def _round(
         self,
@@ -137,6 +140,8 @@ class SimulatedEngine:
             if kept[i] == windows[i]:
                 kept[i] += fails.index(True) if any(fails) else length
             windows[i] += length
+            if self.paper:
+                self.tokens += _accepted_of(length, request.slim)
             if length > 0 and not escalated and windows[i] < self.max_window - 1:
                 going.append(i)
         return going
@@ -161,3 +166,8 @@ class SimulatedEngine:
         if self.outliers and self.random.random() < self.outliers:
             seconds *= self.OUTLIER
         return seconds
+
+
+def _accepted_of(proposed: int, chance: float) -> float:
+    """Leading tokens that are accepted, on the mean."""
+    return sum(chance**k for k in range(1, proposed + 1))

@@ -8,16 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.v1.sample import rejection_sampler as vllm_rejection_sampler
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from vllm_nvium.model_executor.catch_up import Rows
 from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
-from vllm_nvium.spec_decode.controller import Plan, RoundController
+from vllm_nvium.spec_decode.controller import OFF, Plan, RoundController
 from vllm_nvium.spec_decode.drafting import DraftAgain, drafts_again
 from vllm_nvium.spec_decode.mask import ModelIdentity, skipped_layers
 from vllm_nvium.spec_decode.metrics import KEY, Counts, Reporter
@@ -63,6 +65,11 @@ class Request:
         return self.options.on and not self.is_seeded
 
     @property
+    def rule(self) -> str:
+        """As the controller calls it."""
+        return self.options.mode if self.is_tiered else OFF
+
+    @property
     def keeps_laws(self) -> bool:
         # A grammar cuts drafts that it forbids before they are verified; with point masses that
         # leaves the law alone, with the slim law as proposal it would not.
@@ -86,9 +93,26 @@ class FixedRounds:
         return done < self.fixed.rounds
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("saw_") or name == "remove":
+        if name.startswith("saw_") or name in ("add", "remove"):
             return lambda *args, **kwargs: None
         raise AttributeError(name)
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """What vLLM's function of this name is for: `x` [B] of each request for each of its drafts.
+
+    On CPU vLLM 0.32's own kernel writes into a copy: temperature, top-k and top-p of drafts would be
+    whatever was in memory.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
+    x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return x.repeat_interleave(counts, output_size=num_tokens)
 
 
 class TieredRejectionSampler(RejectionSampler):
@@ -97,6 +121,15 @@ class TieredRejectionSampler(RejectionSampler):
     # [tokens] bool, of the drafts of the present step; None when all are asked about.
     kept: torch.Tensor | None = None
 
+    def forward(
+        self, metadata: Any, draft_probs: Any, logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if logits.device.type != "cpu":
+            return super().forward(metadata, draft_probs, logits, *args, **kwargs)
+        name = expand_batch_to_tokens.__name__
+        with patch.object(vllm_rejection_sampler, name, expand_batch_to_tokens):
+            return super().forward(metadata, draft_probs, logits, *args, **kwargs)
+
     def apply_logits_processors(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         logits = super().apply_logits_processors(logits, *args, **kwargs)
         if self.kept is not None:
@@ -104,6 +137,8 @@ class TieredRejectionSampler(RejectionSampler):
             tokens = metadata.draft_token_ids.long()
             # All weight on the draft, after log-probabilities have been taken from the full model.
             rows = self.kept.nonzero().squeeze(1)
+            # What a request forbids stays forbidden.
+            rows = rows[logits[rows, tokens[rows]] > -torch.inf]
             logits[rows] = -torch.inf
             logits[rows, tokens[rows]] = 0.0
         return logits
@@ -127,7 +162,7 @@ class ViaSDModelRunnerMixin(Runner):
             self.controller = RoundController(
                 options.drafts,
                 options.window,
-                paper=options.mode == "paper",
+                max_rounds=None if drafts_again(self) else 1,
                 max_batch=options.max_batch,
             )
         else:
@@ -139,9 +174,13 @@ class ViaSDModelRunnerMixin(Runner):
         self._plan = Plan(options.drafts, 0)
         self._draft_seconds = self._step_start = 0.0
         self._has_drafted = False
+        # When the last step ended; drafts that were asked for it and go straight to the full model.
+        self._step_end: float | None = None
+        self._asked: dict[str, int] = {}
         self._draft_hidden: torch.Tensor | None = None
         self._generator = torch.Generator(device=self.device)
-        self._generator.manual_seed(self.vllm_config.model_config.seed)
+        # With vLLM's own seed the slim tier would draw the numbers that the full model's sampler does.
+        self._generator.manual_seed(self.vllm_config.model_config.seed + 1)
 
     @property
     def counts(self) -> Counts:
@@ -183,7 +222,9 @@ class ViaSDModelRunnerMixin(Runner):
                 options = ViaSDRequestOptions.from_extra_args(
                     new.sampling_params.extra_args, self.via_sd
                 )
-                self.via_sd_requests[new.req_id] = Request(options, new.sampling_params)
+                request = Request(options, new.sampling_params)
+                self.via_sd_requests[new.req_id] = request
+                self.controller.add(new.req_id, request.rule)
         return super()._update_states(scheduler_output)
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
@@ -194,6 +235,9 @@ class ViaSDModelRunnerMixin(Runner):
             rows == 1 + len(drafts.get(request_id, ())) for request_id, rows in scheduled.items()
         )
         self._verified = drafts
+        if self._is_decode and self._step_end is not None:
+            self.controller.saw_overhead(len(scheduled), self._step_start - self._step_end)
+        self._step_end = None
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
@@ -222,11 +266,12 @@ class ViaSDModelRunnerMixin(Runner):
         self, scheduler_output: "SchedulerOutput", sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> Any:
         start = time.perf_counter()
-        request_ids = self._decoding()
+        request_ids = self._drafting()
         self._plan = self.controller.plan(request_ids) if request_ids else self._plan
         drafts = self._plan.drafts
         limited = replace(scheduler_output, num_spec_tokens_to_schedule=drafts)
         self._has_drafted = True
+        self._asked = dict.fromkeys(request_ids, drafts)
         if drafts == 0 and isinstance(sampled_token_ids, list):
             return [[] for _ in sampled_token_ids]
         answer = super().propose_draft_token_ids(limited, sampled_token_ids, *args, **kwargs)
@@ -237,24 +282,31 @@ class ViaSDModelRunnerMixin(Runner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         self._has_drafted, self._draft_seconds = False, 0.0
         is_step = self.execute_model_state is not None
+        # Some drafters answer inside the call, before this step's outcome can be told.
+        asked, self._asked = self._asked, {}
         output = super().sample_tokens(*args, **kwargs)
         if is_step:
-            self._saw_step(output)
+            self._saw_step(output, asked)
             self._windows = {}
             self._leave_out_drafts()
             if self._has_drafted and self._plan.rounds > 0:
                 self._grow_windows()
             # The scheduler reads it; what a process sends to another keeps added attributes.
             setattr(output, KEY, self._reporter.report(self._plan))
+            self._step_end = time.perf_counter()
         return output
 
-    def _saw_step(self, output: Any) -> None:
-        """What the pass of the full model taught."""
+    def _saw_step(self, output: Any, asked: dict[str, int]) -> None:
+        """What the pass of the full model taught.
+
+        Args:
+            asked: drafts that each request was to get, of those that the slim tier did not check.
+        """
         ids = self.input_batch.req_ids
         if self._is_decode:
             seconds = time.perf_counter() - self._step_start - self._draft_seconds
             rows = len(ids) + sum(map(len, self._verified.values()))
-            self.controller.saw_full(len(ids), rows, seconds)
+            self.controller.saw_full(rows, seconds)
             self.counts.full_passes += 1
         for request_id, tokens in zip(ids, output.sampled_token_ids, strict=True):
             drafts = self._verified.get(request_id, ())
@@ -263,27 +315,30 @@ class ViaSDModelRunnerMixin(Runner):
             if self._is_decode:
                 self.counts.turns += 1
                 self.counts.tokens += len(tokens)
-            if not drafts:
+            if not drafts and request_id not in asked:
                 continue
             window = self._windows.get(request_id)
             accepted = len(tokens) - 1
-            escalated = 0
             if window is not None:
                 tiers = window.tiers[: len(drafts)]
-                escalated = tiers.count(ESCALATE) if window.is_paper else 0
                 self.counts.saw_window(len(drafts), accepted)
                 if window.is_paper:
                     for tier in tiers:
                         self.counts.tiers[tier] += 1
             self.controller.saw_full_check(
-                request_id, len(drafts), accepted, window is not None, escalated
+                request_id, len(drafts), accepted, window is not None, asked.get(request_id, 0)
             )
 
-    def _decoding(self) -> list[str]:
-        """Requests whose next token is known after this step."""
+    def _drafting(self) -> list[str]:
+        """Requests that decode in the next step and may have drafts in it."""
         ids = self.input_batch.req_ids
         discarded = self.discard_request_mask.np[: len(ids)]
-        return [request_id for i, request_id in enumerate(ids) if not discarded[i]]
+        requests = [self.via_sd_requests.get(request_id) for request_id in ids]
+        return [
+            ids[i]
+            for i, request in enumerate(requests)
+            if not discarded[i] and request is not None and not request.is_seeded
+        ]
 
     def _leave_out_drafts(self) -> None:
         """Takes back drafts that must not be verified.
@@ -321,6 +376,8 @@ class ViaSDModelRunnerMixin(Runner):
         current = windows
         done = 0
         ids = self.input_batch.req_ids
+        for window in windows:
+            self._asked.pop(ids[window.request], None)
         while drafts := drafts.trimmed([window.room for window in current]):
             hidden, rows = self._check(current, drafts)
             done += 1
@@ -334,6 +391,9 @@ class ViaSDModelRunnerMixin(Runner):
                 break
             drafts = self._draft_again(again, current, going, hidden, rows)
             current = [current[i] for i in going]
+        else:
+            for window in current:
+                self._saw_slim_check(window, window.room, 0, 0)
         self._hand_over(windows, all_drafts, all_probs)
 
     def _open_windows(self) -> list[Window]:
@@ -398,16 +458,24 @@ class ViaSDModelRunnerMixin(Runner):
         logits = self.model.compute_logits(hidden)
         found = check_round(windows, drafts, logits, self._laws, self._generator)
         accepted = found.accepted.tolist()
+        rooms = [window.room for window in windows]
         extend(windows, drafts, found)
         seconds = time.perf_counter() - start
-        self.controller.saw_slim(len(windows), len(token_ids), seconds)
+        self.controller.saw_slim(len(token_ids), seconds)
         self.counts.slim_passes += 1
-        for window, tokens, kept in zip(windows, drafts.tokens, accepted, strict=True):
+        for window, room, tokens, kept in zip(windows, rooms, drafts.tokens, accepted, strict=True):
             self.counts.slim_drafted += len(tokens)
             self.counts.slim_accepted += kept
-            name = self.input_batch.req_ids[window.request]
-            self.controller.saw_slim_check(name, len(tokens), kept)
+            self._saw_slim_check(window, room, len(tokens), kept)
         return hidden, groups
+
+    def _saw_slim_check(self, window: Window, room: int, drafted: int, accepted: int) -> None:
+        """One round of a window that had room for so many tokens."""
+        # A window of the paper's rule ends with the first round that has such a token.
+        escalated = window.tiers.count(ESCALATE) if window.is_paper else 0
+        asked = max(min(self._plan.drafts, room - 1), 0)
+        name = self.input_batch.req_ids[window.request]
+        self.controller.saw_slim_check(name, asked, drafted, accepted, escalated)
 
     def _rows(self, windows: list[Window], drafted: list[int]) -> list[Rows]:
         """Rows [last token, drafts] of each window, for every KV cache group."""
