@@ -112,7 +112,7 @@ def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, float
     return {
         name: after["counts"][name] - before["counts"][name]
         for name in after["counts"]
-        if name != "tiers"
+        if not isinstance(after["counts"][name], list)
     }
 
 

@@ -65,6 +65,8 @@ ASSUMPTIONS = """Assumptions
   it. That cannot be deduced: the report does not say by whom, nor how many tokens escalate. So
   every model is given for several shares of escalated tokens, and the last column says which share
   would give the reported speed-up; "none" where even a target that is never asked is too slow.
+- Under the paper's rule the full model replaces every token that escalates, and a block that the
+  slim verifier keeps whole adds no token of its own: that is what the model runner does.
 - No rejection rates are known to us for 27B. The first is chosen so that the modelled speed-up of
   speculative decoding is the reported one (marked *), the second is lower by as much as for 9B on
   the same data.
@@ -98,8 +100,10 @@ def passes(target: str, args: argparse.Namespace) -> Passes:
     return Passes(seconds(GEMMA["2B"][0]), seconds(slim), seconds(full))
 
 
-def acceptance(at_full: float, at_slim: float, slim: float) -> Acceptance:
-    return Acceptance(*(np.array([share]) for share in (at_full, at_slim, slim, 1.0)))
+def acceptance(at_full: float, at_slim: float, stays: float) -> Acceptance:
+    """Under the paper's rule; the full model replaces every token that escalates."""
+    shares = (at_full, at_slim, stays, stays, 1.0, 0.0)
+    return Acceptance(*(np.array([share]) for share in shares))
 
 
 def plain_speed(accept: float, times: Times) -> float:
@@ -111,8 +115,8 @@ def plain_speed(accept: float, times: Times) -> float:
 def via_speed(at_slim: float, escalated: float, times: Times) -> float:
     """Over plain decoding, under the paper's rule: no full pass until a token escalates."""
     accept = acceptance(0.0, at_slim, 1 - escalated)
-    found = tiered_outlook(accept, times, LONG_WINDOW, paper=True)
-    return float(found.rates[-1].max()) * times.full.at(1)
+    found = tiered_outlook(accept, times, LONG_WINDOW, LONG_WINDOW)
+    return float(found.rates[-1].max()) * float(times.full(1))
 
 
 def accept_for(speed: float, times: Times) -> float:
@@ -123,8 +127,8 @@ def accept_for(speed: float, times: Times) -> float:
 
 def escalated_for(speed: float, at_slim: float, times: Times) -> str:
     """The share of escalated tokens that gives a speed-up under the paper's rule."""
-    per_round = (1 - at_slim ** len(times.draft)) / (1 - at_slim)
-    if per_round * times.full.at(1) < speed * (times.draft[-1] + times.slim.at(1)):
+    per_round = (1 - at_slim ** (len(times.draft) - 1)) / (1 - at_slim)
+    if per_round * float(times.full(1)) < speed * (times.draft[-1] + float(times.slim(1))):
         return "none"
     tried = np.linspace(0.0, 1.0, 201)
     found = min(tried, key=lambda share: abs(via_speed(at_slim, share, times) - speed))
@@ -144,7 +148,7 @@ def controlled_speed(
         paper=paper,
         noise=0.03,
     )
-    controller = RoundController(args.gamma, window, paper=paper)
+    controller = RoundController(args.gamma, window)
     return engine.run(controller, args.steps) * passes_.full
 
 

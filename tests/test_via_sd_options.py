@@ -114,7 +114,9 @@ def arguments(path: Path, via_sd: dict[str, Any] | None = None, **options: Any) 
     from vllm.engine.arg_utils import EngineArgs
 
     plugin.register()
-    additional = {"via_sd": True} | {f"via_sd_{key}": value for key, value in (via_sd or {}).items()}
+    additional = {"via_sd": True} | {
+        f"via_sd_{key}": value for key, value in (via_sd or {}).items()
+    }
     defaults = {"speculative_config": dict(NGRAM), "additional_config": additional}
     return EngineArgs(model=str(path), **(defaults | options))
 

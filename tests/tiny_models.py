@@ -79,7 +79,7 @@ def save_tokenizer(path: Path, vocab_size: int) -> None:
 
 
 def save_character_tokenizer(path: Path) -> None:
-    """A tokenizer of single characters: those of ASCII are 3, 4, ... after `<s>`, `</s>`, `<pad>`."""
+    """A tokenizer of single characters: `<s>`, `</s>`, `<pad>`, then those of ASCII from 3 on."""
     names = ["<s>", "</s>", "<pad>", *map(chr, range(32, 127))]
     characters = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
     tokenizer = Tokenizer(characters)

@@ -25,8 +25,8 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3,
 
 
 def _many_engines_in_one_process() -> None:
-    """For each engine vLLM looks at every object of every module, and stumbles over one of llvmlite,
-    which n-grams import: those modules are out of sight meanwhile."""
+    """For each engine vLLM looks at every object of every module, and stumbles over one of
+    llvmlite, which n-grams import: those modules are out of sight meanwhile."""
     rebind = dispatcher._rebind_kernels
 
     def rebind_out_of_sight(overrides: Any) -> None:
@@ -176,8 +176,8 @@ def without_layers(model: PreTrainedModel, skipped: Sequence[int]) -> PreTrained
 def slim_logits(
     model: PreTrainedModel, skipped: Sequence[int], verified: Sequence[int], window: Sequence[int]
 ) -> torch.Tensor:
-    """[W, V] of the slim verifier on the tokens of a window, which read what the full model wrote for
-    the verified ones."""
+    """[W, V] of the slim verifier on the tokens of a window, which read what the full model wrote
+    for the verified ones."""
     slim = without_layers(model, skipped)
     cache = DynamicCache()
     with torch.no_grad():

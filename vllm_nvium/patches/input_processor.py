@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm.v1.engine.input_processor.InputProcessor`: per-request options of N-vium and of VIA-SD are
-checked in the process that answers the client. Without it a bad override would surface in the engine
-core, where an exception ends the server."""
+checked in the process that answers the client. Without it a bad override would surface in the
+engine core, where an exception ends the server."""
 
 import functools
 from collections.abc import Callable

@@ -272,8 +272,9 @@ class PassTimes:
 
     def saw(self, size: int, seconds: float, step: int) -> None:
         """A pass of that size took so long, in step number `step`."""
-        # Sizes with the same two leading bits share a median.
-        shift = max(size.bit_length() - 2, 0)
+        # Sizes with the same three leading bits share a median: sizes that differ much must not,
+        # because half of one and half of another have the median of neither.
+        shift = max(size.bit_length() - 3, 0)
         bucket = size >> shift << shift
         if bucket not in self._samples:
             self._samples[bucket] = deque(maxlen=self.keep)
@@ -291,7 +292,8 @@ class PassTimes:
         found: list[tuple[int, float, float]] = []  # samples, size, seconds
         for group in groups:
             sizes, seconds = zip(*group, strict=True)
-            count, size, second = len(group), sum(sizes) / len(group), median_low(seconds)
+            # The median time is that of the median size, and not of the mean one.
+            count, size, second = len(group), float(median_low(sizes)), median_low(seconds)
             # A larger pass that seems faster than a smaller one: both at their mean.
             while found and second < found[-1][2]:
                 other = found.pop()
@@ -363,7 +365,7 @@ KINDS = tuple(each.name for each in fields(Shares) if each.name != "rule")
 # --- What is done ---------------------------------------------------------------------------------
 
 # Trials that the memories of a share hold, and standard deviations between them that are too many.
-MEMORY, SHORT_MEMORY, SURPRISE = 1000.0, 50.0, 3.0
+MEMORY, SHORT_MEMORY, SURPRISE = 2000.0, 50.0, 3.0
 # What is believed before the first trial, and how many trials that belief is worth.
 PRIOR = {"at_full": 0.6, "at_slim": 0.6, "slim": 0.8, "stays": 0.9, "obtained": 0.9}
 PRIOR_TRIALS = 2.0
@@ -378,14 +380,15 @@ NONE, PLAIN, TIERED = range(3)
 NEEDS = {NONE: (), PLAIN: ("at_full",), TIERED: ("at_slim", "slim")}
 ENOUGH_EVIDENCE = 16.0
 FIRST_PLANS = {NONE: Plan(0, 0), PLAIN: Plan(4, 0), TIERED: Plan(2, 2)}
-# Least steps of a trial, as a median needs. Most steps, and outcomes that end it before; the first tells the most.
+# Least steps of a trial, as many as a median needs; most steps of one, and outcomes that end it
+# before: the first has to tell the most.
 SHORT_TRIAL, FIRST_TRIAL, TRIAL = 5, (15, 30), (8, 24)
 # How much of what is known about a kind of plan that is not in use survives its next trial.
 TRIAL_FADE = 0.75
 # Steps whose time the budget for trials can save up.
 LARGEST_BANK = 5
 # Plain decoding has no acceptance to learn: its trials may be so many times rarer.
-SELDOM = 25
+SELDOM = 45
 # Requests that a plan is made for; in larger batches some stand for all.
 LARGEST_SAMPLE = 8
 
@@ -398,11 +401,11 @@ class RoundController:
     Args:
         max_drafts: most tokens that the drafter may propose at a time.
         max_window: most tokens between two passes of the full model.
-        max_rounds: most rounds in a window; None for as many as fit.
+        max_rounds: most rounds in a window; where more would pay, more drafts pay about as much.
         max_batch: no slim tier while more requests than this decode.
         budget: share of the time that trials of what seems worse may lose.
         refresh: steps for which a plan is kept.
-        margin: a plan must promise so much more than the present one to replace it.
+        margin: a kind of plan must promise so much more than the one in use to replace it.
         interval: steps between trials of the same kind of plan.
     """
 
@@ -411,15 +414,15 @@ class RoundController:
         max_drafts: int,
         max_window: int,
         *,
-        max_rounds: int | None = None,
+        max_rounds: int = 8,
         max_batch: int | None = None,
         budget: float = 0.01,
         refresh: int = 8,
-        margin: float = 0.01,
+        margin: float = 0.015,
         interval: int = 40,
     ) -> None:
         self.max_drafts, self.max_window, self.max_batch = max_drafts, max_window, max_batch
-        self.max_rounds = max_window if max_rounds is None else min(max_rounds, max_window)
+        self.max_rounds = min(max_rounds, max_window)
         self.budget, self.refresh, self.margin = budget, refresh, margin
         self.interval = interval
         self._full, self._slim, self._overhead = PassTimes(), PassTimes(), PassTimes()
@@ -533,9 +536,7 @@ class RoundController:
         if over or (resized and not self._on_trial) or not self._is_allowed(request_ids):
             self._choose(request_ids)
         self._trial_steps += self._on_trial
-        self._bank = min(
-            self._bank + self.budget * self._seconds, LARGEST_BANK * self._seconds
-        )
+        self._bank = min(self._bank + self.budget * self._seconds, LARGEST_BANK * self._seconds)
         self._steps_of[_kind(self._plan)] += 1
         return self._plan
 
@@ -621,7 +622,7 @@ class RoundController:
             for request in requests
         ]
         own = [float(request.rule != PAPER) for request in requests]
-        return Acceptance(*np.array(shares).T, np.array(own))
+        return Acceptance(**dict(zip(KINDS, np.array(shares).T, strict=True)), own=np.array(own))
 
     def _overhead_seconds(self, requests: int) -> float:
         curve = self._overhead.curve()
@@ -693,7 +694,7 @@ class RoundController:
             return None
         rates = table.rates
         best = {kind: _best_plan(rates, kind) for kind in allowed}
-        self._use(rates, best, request_ids)
+        self._use(rates, best)
         cell = self._used.drafts, self._used.rounds
         self._rate, self._seconds = float(rates[cell]), float(table.seconds[cell])
         self._plan = self._used
@@ -705,18 +706,21 @@ class RoundController:
             self._start_trial(best[due], TRIAL)
         return None
 
-    def _use(self, rates: np.ndarray, best: dict[int, Plan], request_ids: Sequence[str]) -> None:
-        """Replaces the plan in use where another is better by the margin, and known well enough."""
+    def _use(self, rates: np.ndarray, best: dict[int, Plan]) -> None:
+        """The best plan of the kind in use, or of one that is better by the margin and known."""
         if _kind(self._used) not in best:
             self._used = Plan(self._used.drafts, 0)
+        own = best[_kind(self._used)]
+        if rates[own.drafts, own.rounds] > rates[self._used.drafts, self._used.rounds] * 1.003:
+            self._used = own
         least = rates[self._used.drafts, self._used.rounds] * (1 + self.margin)
         for kind, plan in best.items():
             rate = rates[plan.drafts, plan.rounds]
-            if rate > least and (kind == _kind(self._used) or self._is_known(kind, request_ids)):
+            if rate > least and self._is_known(kind):
                 self._used, least = plan, rate
         self._last_trial[_kind(self._used)] = self._step
 
-    def _is_known(self, kind: int, request_ids: Sequence[str]) -> bool:
+    def _is_known(self, kind: int) -> bool:
         """Whether enough was seen of what a kind of plan depends on, under any rule there is."""
         return all(
             max(getattr(shares, need).all for shares in self._common.values()) >= ENOUGH_EVIDENCE

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nvium.spec_decode.metrics import KEY, put
+from vllm_nvium.spec_decode.options import options_of
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
 
 class ViaSDScheduler(Scheduler):
-    """Reserves as many KV slots ahead as a window has tokens, whatever the drafter needs, and adds
-    the runner's counts to the statistics of a step.
+    """Reserves as many KV slots ahead as a window has tokens, and a draft model's drafts behind the
+    last of them, and adds the runner's counts to the statistics of a step.
 
     vLLM reserves none for drafters without a KV cache of their own (n-gram, suffix).
     """
@@ -25,11 +26,13 @@ class ViaSDScheduler(Scheduler):
     @property
     def num_lookahead_tokens(self) -> int:
         # `num_spec_tokens` is the window: start-up makes it vLLM's num_speculative_tokens.
-        return max(self._vllm_lookahead_tokens, self.num_spec_tokens)
+        return max(self._vllm_lookahead_tokens, self.num_spec_tokens + self._drafts)
 
     @num_lookahead_tokens.setter
     def num_lookahead_tokens(self, value: int) -> None:
         self._vllm_lookahead_tokens = value
+        options = options_of(self.vllm_config)
+        self._drafts = options.drafts if options is not None else 0
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._report = getattr(model_runner_output, KEY, None)

@@ -107,8 +107,8 @@ def expand_batch_to_tokens(
 ) -> torch.Tensor:
     """What vLLM's function of this name is for: `x` [B] of each request for each of its drafts.
 
-    On CPU vLLM 0.32's own kernel writes into a copy: temperature, top-k and top-p of drafts would be
-    whatever was in memory.
+    On CPU vLLM 0.32's own kernel writes into a copy: temperature, top-k and top-p of drafts would
+    be whatever was in memory.
     """
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
     x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
@@ -149,6 +149,8 @@ class ViaSDModelRunnerMixin(Runner):
 
     via_sd: ViaSDOptions
     slim: SlimVerifier
+    # vLLM's own: what the drafter answered, and what the next step verifies.
+    _draft_token_ids: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -159,11 +161,10 @@ class ViaSDModelRunnerMixin(Runner):
         self.rejection_sampler = TieredRejectionSampler(self.sampler, spec, self.device)
         self.controller: Any
         if options.rounds == AUTO:
+            # A drafter that cannot go on inside a window leaves it with one round.
+            rounds = {} if drafts_again(self) else {"max_rounds": 1}
             self.controller = RoundController(
-                options.drafts,
-                options.window,
-                max_rounds=None if drafts_again(self) else 1,
-                max_batch=options.max_batch,
+                options.drafts, options.window, max_batch=options.max_batch, **rounds
             )
         else:
             self.controller = FixedRounds(options.drafts, int(options.rounds))
@@ -171,6 +172,8 @@ class ViaSDModelRunnerMixin(Runner):
         self._reporter = Reporter(options.window)
         # Windows and plain drafts that the next step verifies, by request.
         self._windows: dict[str, Window] = {}
+        # The laws [W, V] that drafts were drawn from, by request; none for point masses.
+        self._proposals: dict[str, torch.Tensor] = {}
         self._plan = Plan(options.drafts, 0)
         self._draft_seconds = self._step_start = 0.0
         self._has_drafted = False
@@ -179,7 +182,8 @@ class ViaSDModelRunnerMixin(Runner):
         self._asked: dict[str, int] = {}
         self._draft_hidden: torch.Tensor | None = None
         self._generator = torch.Generator(device=self.device)
-        # With vLLM's own seed the slim tier would draw the numbers that the full model's sampler does.
+        # With vLLM's own seed the slim tier would draw the numbers that the full model's sampler
+        # does.
         self._generator.manual_seed(self.vllm_config.model_config.seed + 1)
 
     @property
@@ -216,7 +220,11 @@ class ViaSDModelRunnerMixin(Runner):
         for request_id in scheduler_output.finished_req_ids:
             self.via_sd_requests.pop(request_id, None)
             self._windows.pop(request_id, None)
+            self._proposals.pop(request_id, None)
             self.controller.remove(request_id)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            self._windows.pop(request_id, None)  # preempted, and its drafts with it
+            self._proposals.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
                 options = ViaSDRequestOptions.from_extra_args(
@@ -241,12 +249,39 @@ class ViaSDModelRunnerMixin(Runner):
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            # All drafts were cut: vLLM's rejection sampler fails at top-k of no rows.
+            spec_decode_metadata = None
         if spec_decode_metadata is not None:
             self.rejection_sampler.kept = self._kept(spec_decode_metadata.num_draft_tokens)
         try:
             return super()._sample(logits, spec_decode_metadata)
         finally:
             self.rejection_sampler.kept = None
+
+    def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
+        """[drafts, V] float32, what the drafts of this step were drawn from.
+
+        vLLM's own knows those of the last step only. With those of a request that had to wait for
+        its turn it would forget all others too, and take draws for point masses.
+        """
+        laws: list[torch.Tensor] = []
+        start, any_drawn = 0, False
+        tokens = spec_decode_metadata.draft_token_ids
+        ids = self.input_batch.req_ids
+        for request_id, count in zip(ids, spec_decode_metadata.num_draft_tokens, strict=False):
+            found = self._proposals.get(request_id)
+            if count and found is not None:
+                laws.append(found[:count])
+                any_drawn = True
+            elif count:
+                point_masses = torch.zeros(count, self.input_batch.vocab_size, device=self.device)
+                own = tokens[start : start + count].long()
+                # vLLM's placeholders, -1, are never accepted and take nothing from the law.
+                there = (own >= 0).float()
+                laws.append(point_masses.scatter_(1, own.clamp(min=0)[:, None], there[:, None]))
+            start += count
+        return torch.cat(laws).contiguous() if any_drawn else None
 
     def _kept(self, num_draft_tokens: list[int]) -> torch.Tensor | None:
         """Which of this step's drafts the paper's rule keeps without asking the full model."""
@@ -287,10 +322,15 @@ class ViaSDModelRunnerMixin(Runner):
         output = super().sample_tokens(*args, **kwargs)
         if is_step:
             self._saw_step(output, asked)
-            self._windows = {}
+            # Requests that had no turn in this step still wait with their drafts.
+            for request_id in self.input_batch.req_ids:
+                self._windows.pop(request_id, None)
+                self._proposals.pop(request_id, None)
             self._leave_out_drafts()
             if self._has_drafted and self._plan.rounds > 0:
                 self._grow_windows()
+            if self._draft_probs is not None and self._draft_prob_req_ids is not None:
+                self._proposals |= zip(self._draft_prob_req_ids, self._draft_probs, strict=False)
             # The scheduler reads it; what a process sends to another keeps added attributes.
             setattr(output, KEY, self._reporter.report(self._plan))
             self._step_end = time.perf_counter()
@@ -352,7 +392,8 @@ class ViaSDModelRunnerMixin(Runner):
             not self._has_drafted or (request is not None and request.is_seeded)
             for request in requests
         ]
-        if not any(left_out) or self._draft_token_ids is None:
+        found: Any = self._draft_token_ids  # type: ignore[has-type]
+        if not any(left_out) or found is None:
             return
         drafts, _ = self._plain_drafts()
         self._draft_token_ids = [
@@ -378,7 +419,7 @@ class ViaSDModelRunnerMixin(Runner):
         ids = self.input_batch.req_ids
         for window in windows:
             self._asked.pop(ids[window.request], None)
-        while drafts := drafts.trimmed([window.room for window in current]):
+        while drafts := drafts.trimmed(self._rooms(current)):
             hidden, rows = self._check(current, drafts)
             done += 1
             # Positions in `current` of those that go on.
@@ -395,6 +436,12 @@ class ViaSDModelRunnerMixin(Runner):
             for window in current:
                 self._saw_slim_check(window, window.room, 0, 0)
         self._hand_over(windows, all_drafts, all_probs)
+
+    def _rooms(self, windows: Sequence[Window]) -> list[int]:
+        """Tokens that each window may grow by, so that all of them fit into one pass of the slim
+        verifier, and then of a draft model, which adds a row of its own for each."""
+        most = self.max_num_tokens // max(len(windows), 1) - 1
+        return [min(window.room, most) for window in windows]
 
     def _open_windows(self) -> list[Window]:
         """One for each request that may use the tier in this step."""
@@ -560,7 +607,7 @@ class ViaSDModelRunnerMixin(Runner):
         """Makes the windows this step's drafts, as if vLLM's drafter had answered with them."""
         ids = self.input_batch.req_ids
         by_request = {window.request: window for window in windows if window.rounds}
-        self._windows = {ids[i]: window for i, window in by_request.items()}
+        self._windows |= {ids[i]: window for i, window in by_request.items()}
         for i, window in by_request.items():
             all_drafts[i] = window.tokens
         self._draft_token_ids = all_drafts
