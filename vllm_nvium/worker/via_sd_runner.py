@@ -307,7 +307,8 @@ class ViaSDModelRunnerMixin(Runner):
         limited = replace(scheduler_output, num_spec_tokens_to_schedule=drafts)
         self._has_drafted = True
         self._asked = dict.fromkeys(request_ids, drafts)
-        if drafts == 0 and isinstance(sampled_token_ids, list):
+        # Other drafters must see every token, to learn from it or for their own KV cache.
+        if drafts == 0 and self.speculative_config.method == "ngram":
             return [[] for _ in sampled_token_ids]
         answer = super().propose_draft_token_ids(limited, sampled_token_ids, *args, **kwargs)
         self._draft_seconds = time.perf_counter() - start
