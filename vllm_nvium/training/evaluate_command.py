@@ -510,8 +510,8 @@ def print_report(report: Report) -> None:
     table(_aligned(summary_rows(report.results), headers=1))
     say(
         "",
-        "drawn: exits drawn as at temperature 1; greedy: left where the router says more than one "
-        "half.",
+        "drawn: exits drawn as at temperature 1; greedy: left where the log-odds of leaving "
+        "exceed the model's greedy_margin.",
         "An expected speed-up is a ratio of bytes of weights read per token at batch 1 (dense over "
         "N-vium), not a measured time.",
     )

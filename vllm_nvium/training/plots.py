@@ -146,7 +146,7 @@ def draw_shares(ax: "Axes", name: str, evaluation: "Evaluation") -> None:
     """Bars of the exit shares of one text, both rules side by side."""
     rules: list[tuple[str, str, ExitUse]] = [
         ("exits drawn (temperature 1)", SAMPLED_COLOUR, evaluation.sampled),
-        ("exits greedy (p > 1/2)", GREEDY_COLOUR, evaluation.greedy),
+        ("exits greedy (temperature 0)", GREEDY_COLOUR, evaluation.greedy),
     ]
     depths, width = evaluation.depths, 0.4
     for i, (label, colour, use) in enumerate(rules):

@@ -180,7 +180,6 @@ class ViaSDModelRunnerMixin(Runner):
         # When the last step ended; drafts that were asked for it and go straight to the full model.
         self._step_end: float | None = None
         self._asked: dict[str, int] = {}
-        self._draft_hidden: torch.Tensor | None = None
         self._generator = torch.Generator(device=self.device)
         # With vLLM's own seed the slim tier would draw the numbers that the full model's sampler
         # does.
