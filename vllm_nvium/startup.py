@@ -3,8 +3,6 @@
 sentence, and the worker class is chosen. vLLM calls it from `VllmConfig.__post_init__`, in the
 process that makes the configuration, before asynchronous scheduling and the worker are decided."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from vllm_nvium.model_executor.models.checkpoint_layout import (
     check_files,
     indexed_files,
 )
+from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,43 +28,22 @@ class NviumRefusal(ValueError):
     ValidationError and shown without it."""
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """An option that N-vium cannot run with. `value` returns what was set, or None when the option
-    is off; the sentence reads "FLAG is VALUE, but WHY; REMEDY."."""
-
-    flag: str
-    value: Callable[["VllmConfig"], Any]
-    why: str
-    remedy: str
-
-
-def _above_one(value: int) -> int | None:
-    return value if value > 1 else None
-
-
-def _rust_frontend(_: "VllmConfig") -> str | None:
-    import vllm.envs as envs
-
-    return "1" if envs.VLLM_USE_RUST_FRONTEND else None
-
-
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--pipeline-parallel-size",
-        lambda c: _above_one(c.parallel_config.pipeline_parallel_size),
+        lambda c: above_one(c.parallel_config.pipeline_parallel_size),
         "an N-vium model decides between its layers how deep to go and needs them in one process",
         "set it to 1 and use --tensor-parallel-size",
     ),
     Unsupported(
         "--decode-context-parallel-size",
-        lambda c: _above_one(c.parallel_config.decode_context_parallel_size),
+        lambda c: above_one(c.parallel_config.decode_context_parallel_size),
         "catch-up passes of N-vium need the whole KV cache of a sequence in one place",
         "set it to 1",
     ),
     Unsupported(
         "--prefill-context-parallel-size",
-        lambda c: _above_one(c.parallel_config.prefill_context_parallel_size),
+        lambda c: above_one(c.parallel_config.prefill_context_parallel_size),
         "catch-up passes of N-vium need all rows of a sequence in one place",
         "set it to 1",
     ),
@@ -77,7 +55,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--ubatch-size",
-        lambda c: _above_one(c.parallel_config.ubatch_size),
+        lambda c: above_one(c.parallel_config.ubatch_size),
         "the parts of a batch would leave an N-vium model at different depths",
         "leave it at 0",
     ),
@@ -126,7 +104,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "VLLM_USE_RUST_FRONTEND",
-        _rust_frontend,
+        rust_frontend,
         "that front end does not check N-vium's per-request options",
         "unset it",
     ),

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from vllm_nvium.model_executor.catch_up import Rows, common_attention_metadata
+from vllm_nvium.model_executor.ops.ragged import ragged_ranges
 from vllm_nvium.spec_decode.window import Drafts, Window
 
 
@@ -121,10 +123,6 @@ def _kept_rows(
     Returns:
         the rows, [T'] int64 where they are among those of the pass, and their tokens.
     """
-    import numpy as np
-
-    from vllm_nvium.model_executor.ops.ragged import ragged_ranges
-
     chosen = np.array(going)
     first = rows.first[chosen]
     # The newest token of the window has no row yet: the drafter gets it as the next token.

@@ -5,12 +5,12 @@ one sentence. Without `--via-sd` nothing here changes anything."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.spec_decode.options import PREFIX, ViaSDOptions, options_of
+from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,36 +40,16 @@ class ViaSDRefusal(ValueError):
     """A start that cannot work; its message is for the user."""
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """Reads "FLAG is VALUE, but WHY; REMEDY."; `value` returns None when the option is off."""
-
-    flag: str
-    value: Callable[["VllmConfig"], Any]
-    why: str
-    remedy: str
-
-
-def _above_one(value: int) -> int | None:
-    return value if value > 1 else None
-
-
-def _rust_frontend() -> str | None:
-    import vllm.envs as envs
-
-    return "1" if envs.VLLM_USE_RUST_FRONTEND else None
-
-
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--pipeline-parallel-size",
-        lambda c: _above_one(c.parallel_config.pipeline_parallel_size),
+        lambda c: above_one(c.parallel_config.pipeline_parallel_size),
         "the slim verifier of VIA-SD needs all layers in one process",
         "set it to 1",
     ),
     Unsupported(
         "--tensor-parallel-size",
-        lambda c: _above_one(c.parallel_config.tensor_parallel_size),
+        lambda c: above_one(c.parallel_config.tensor_parallel_size),
         "each process would choose the rounds of a VIA-SD window by its own clock",
         "set it to 1",
     ),
@@ -87,7 +67,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "VLLM_USE_RUST_FRONTEND",
-        lambda c: _rust_frontend(),
+        rust_frontend,
         "that front end checks no per-request options and shows no metrics of VIA-SD",
         "unset it",
     ),

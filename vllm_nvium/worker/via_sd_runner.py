@@ -27,6 +27,7 @@ from vllm_nvium.spec_decode.options import AUTO, ViaSDOptions, ViaSDRequestOptio
 from vllm_nvium.spec_decode.slim_verifier import SlimVerifier
 from vllm_nvium.spec_decode.tiers import ESCALATE
 from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend, point_mass
+from vllm_nvium.worker.requests import GREEDY_BELOW
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
     Runner = object  # the mixin stands before vLLM's class and calls it through `super()`
-
-# vLLM's own bound below which a temperature means greedy.
-GREEDY_BELOW = 1e-5
 
 
 @dataclass(slots=True)

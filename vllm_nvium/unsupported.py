@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a start is refused for, as rows of a table: N-vium and VIA-SD each have one. Nothing of vLLM
+is imported at module level, because the tables are read where vLLM's parser is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An option that cannot be run with. `value` returns what was set, or None when the option is
+    off; the sentence reads "FLAG is VALUE, but WHY; REMEDY."."""
+
+    flag: str
+    value: Callable[["VllmConfig"], Any]
+    why: str
+    remedy: str
+
+
+def above_one(value: int) -> int | None:
+    """The value of a count that must be 1, when it is not."""
+    return value if value > 1 else None
+
+
+def rust_frontend(_: "VllmConfig") -> str | None:
+    """The environment's switch of vLLM's Rust front end, when it is on."""
+    import vllm.envs as envs
+
+    return "1" if envs.VLLM_USE_RUST_FRONTEND else None
