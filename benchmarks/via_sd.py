@@ -39,6 +39,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--longest-prompt", type=int, default=512, help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="runs before those, in which `auto` learns"
+    )
     parser.add_argument("--chat", action="store_true", help="put prompts into the chat template")
     parser.add_argument("--enforce-eager", action="store_true")
     return parser.parse_args()
@@ -77,10 +80,10 @@ def engines(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def measure(
     processes: dict[str, EngineProcess], args: argparse.Namespace, texts: list[Any], batch: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Seconds, tokens and steps of the decode steps of every run, after one warm-up."""
+    """Seconds, tokens and steps of the decode steps of every run, after the warm-up."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     label = f"batch {batch}"
-    for repeat in tqdm(range(args.repeats + 1), desc=label, disable=None, leave=False):
+    for repeat in tqdm(range(args.warm_up + args.repeats), desc=label, disable=None, leave=False):
         prompts = [texts[(repeat * batch + i) % len(texts)] for i in range(batch)]
         for process in processes.values():
             process.begin(prompts=prompts, new_tokens=args.new_tokens, temperature=0.0, seed=repeat)
@@ -96,7 +99,7 @@ def measure(
                 if not step["unfinished"]:
                     todo.remove(name)
             todo = todo[1:] + todo[:1]  # nobody always follows the same engine
-        if repeat:
+        if repeat >= args.warm_up:
             for name, run in runs.items():
                 found[name].append(run)
     return found
@@ -173,7 +176,8 @@ def main() -> None:
     lines = [
         f"machine: {machine()}",
         f"target {Path(args.target).name}, drafter {Path(args.drafter).name}, bfloat16, {mode}, "
-        f"prompts {args.prompts.name}, {args.new_tokens} new tokens, greedy, {args.repeats} runs, "
+        f"prompts {args.prompts.name}, {args.new_tokens} new tokens, greedy, {args.repeats} runs "
+        f"after {args.warm_up}, "
         f"engine steps in turn, medians, decode steps only; VIA-SD: {args.mode}, rounds "
         f"{args.rounds}, at most {args.max_drafts} drafts, window {args.window}",
         "",

@@ -17,6 +17,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("VIA-SD on real models", "tests/test_via_sd_real_models.py")
+    group.addoption("--via-sd-target", default="", help="checkpoint of the target")
+    group.addoption("--via-sd-drafter", default="", help="draft model (default: n-gram lookup)")
+    group.addoption("--via-sd-prompts", default="", help="JSON lines with `prompt`")
+    group.addoption("--via-sd-most-prompts", default=164, type=int, help="use so many of them")
+
+
 @pytest.fixture(scope="session")
 def nvium_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random N-vium checkpoint with a tokenizer and a chat template."""

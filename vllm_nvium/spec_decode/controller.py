@@ -579,6 +579,11 @@ class RoundController:
         cost = times.draft[drafts] + self._found * seconds
         return bool(self._found * gained > self._rate * cost)
 
+    def outlook(self, request_ids: Sequence[str]) -> Outlook | None:
+        """`[D + 1, R + 1]`, what each number of drafts and rounds promises by what was seen; None
+        before the first full pass."""
+        return self._table(request_ids, self._allowed(request_ids))
+
     def snapshot(self) -> dict[str, Any]:
         """For logs: seconds by size of a pass, chances per token by rule, the plan."""
         return {
