@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from engine_worker import Worker
 from measured import machine, read_prompts
 
 from vllm_nvium.spec_decode.controller import Plan, RoundController
@@ -34,12 +34,15 @@ CLEAR = 1.05
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path, help="Llama checkpoint (folder) to insert layers into")
+    parser.add_argument("base", type=Path, help="Llama checkpoint to insert layers into (folder)")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines")
     parser.add_argument("--drafter", default="ngram", help="ngram, or a checkpoint")
     parser.add_argument("--costs", default=".3,.4,.55,.7", help="of a slim pass, in full ones")
     parser.add_argument("--agreements", default=".8,.9,.95,.98", help="of slim and full tokens")
     parser.add_argument("--mode", choices=("lossless", "paper"), default="lossless")
+    parser.add_argument("--mask", default="", help="measure BASE itself, with this --via-sd-mask")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--max-drafts", type=int, default=6)
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -148,70 +151,60 @@ def measure(model: str, mask: str, prompts: list[list[int]], args: Any) -> dict[
     controller, which take turns; and what the measured times and acceptances allow."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    from vllm import EngineArgs, SamplingParams
-    from vllm.v1.engine.llm_engine import LLMEngine
 
     drafter: dict[str, Any] = {"method": "draft_model", "model": args.drafter}
     if args.drafter == "ngram":
         drafter = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    options = {"via_sd": True, "mask": mask, "mode": args.mode, "window": args.window}
-    engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            model,
-            dtype="bfloat16",
-            max_model_len=max(map(len, prompts)) + args.new_tokens + 64,
-            max_num_seqs=1,
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-            async_scheduling=False,
-            speculative_config=drafter | {"num_speculative_tokens": args.max_drafts},
-            additional_config={
-                k if k == "via_sd" else f"via_sd_{k}": v for k, v in options.items()
-            },
-        )
+    options = {"mask": mask, "mode": args.mode, "window": args.window}
+    worker = Worker(
+        model,
+        {
+            "dtype": "bfloat16",
+            "max_model_len": max(map(len, prompts)) + args.new_tokens + 64,
+            "max_num_seqs": args.batch,
+            "gpu_memory_utilization": 0.5,  # on CPU what must be free at the start
+            "enforce_eager": args.enforce_eager,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "async_scheduling": False,
+            "speculative_config": drafter | {"num_speculative_tokens": args.max_drafts},
+            "additional_config": {"via_sd": True} | {f"via_sd_{k}": v for k, v in options.items()},
+        },
     )
-    runner = engine.collective_rpc(lambda worker: [worker.model_runner])[0][0]
+    runner = worker.engine.collective_rpc(lambda each: [each.model_runner])[0][0]
     auto, recorder = runner.controller, Recorder(args.max_drafts, args.window)
-    params = SamplingParams(
-        temperature=0.0, max_tokens=args.new_tokens, ignore_eos=True, detokenize=False
-    )
-    count = 0
 
-    def run(prompt: list[int], controller: RoundController, plan: Plan | None = None) -> float:
-        """Tokens per second of one request's decode steps."""
-        nonlocal count
+    def run(number: int, controller: RoundController, plan: Plan | None = None) -> float:
+        """Tokens per second of a batch's decode steps."""
         runner.controller = controller
         if plan is not None:
             recorder.fixed = plan
-        count += 1
-        engine.add_request(str(count), {"prompt_token_ids": prompt}, params)
-        tokens = first = 0
-        seconds = 0.0
-        while engine.has_unfinished_requests():
-            start = time.perf_counter()
-            outputs = engine.step()
-            if tokens:
-                seconds += time.perf_counter() - start
-            tokens = len(outputs[0].outputs[0].token_ids) if outputs else tokens
-            first = first or tokens
-        return (tokens - first) / seconds
+        batch = [prompts[(number * args.batch + i) % len(prompts)] for i in range(args.batch)]
+        worker.begin(batch, args.new_tokens, temperature=0.0, seed=number)
+        tokens, seconds, unfinished = 0, 0.0, True
+        while unfinished:
+            step = worker.step()
+            unfinished = step["unfinished"]
+            if not step["prefill"]:
+                tokens += step["tokens"]
+                seconds += step["seconds"]
+        return tokens / seconds
 
     plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
-    for prompt in prompts[: args.warm_up]:
-        run(prompt, auto)
+    for number in range(args.warm_up):
+        run(number, auto)
         for plan in plans.values():
-            run(prompt, recorder, plan)
-    best_plans(recorder, plans, args.mode)
+            run(number, recorder, plan)
+    best_plans(recorder, plans, args.mode, args.batch)
     before = dict(auto.snapshot()["steps"])
     found: dict[str, list[float]] = {name: [] for name in (*plans, "auto")}
-    for i, prompt in enumerate(prompts[args.warm_up : args.warm_up + args.repeats]):
-        names = list(found)
-        for name in names[i % 4 :] + names[: i % 4]:  # nobody always follows the same plan
+    for number in range(args.warm_up, args.warm_up + args.repeats):
+        names, turn = list(found), number % len(found)
+        for name in names[turn:] + names[:turn]:  # nobody always follows the same plan
             known = plans.get(name)
-            found[name].append(run(prompt, recorder if known else auto, known))
+            found[name].append(run(number, recorder if known else auto, known))
     # What is possible by what was seen until now.
-    allowed = best_plans(recorder, dict(plans), args.mode)
+    allowed = best_plans(recorder, dict(plans), args.mode, args.batch)
     steps = {k: v - before[k] for k, v in auto.snapshot()["steps"].items()}
     seen, counts = recorder.snapshot(), runner.counts
     return {
@@ -227,11 +220,15 @@ def measure(model: str, mask: str, prompts: list[list[int]], args: Any) -> dict[
     }
 
 
-def best_plans(recorder: Recorder, plans: dict[str, Plan], rule: str) -> dict[str, float]:
+def best_plans(
+    recorder: Recorder, plans: dict[str, Plan], rule: str, batch: int
+) -> dict[str, float]:
     """Sets the best plans with and without the tier; returns the tokens per second that all of them
     promise."""
-    recorder.add("like the others", rule)
-    promised = recorder.outlook(["like the others"])
+    names = [f"like the others, {i}" for i in range(batch)]
+    for name in names:
+        recorder.add(name, rule)
+    promised = recorder.outlook(names)
     assert promised is not None
     rates = promised.rates
     plain = 1 + int(rates[1:, 0].argmax())
@@ -255,7 +252,10 @@ def row(cost: float, at: float, agreement: float, found: dict[str, Any]) -> str:
     side = "either"
     if not 1 / CLEAR < gain < CLEAR:
         side = "right" if (tiered > 0.5) == (gain > 1) else "WRONG"
-    cells = [f"{cost} / {seconds['slim'] / seconds['full']:.2f}", f"{at} / {agreement:.2f}"]
+    cells = [
+        f"{cost or ''} / {seconds['slim'] / seconds['full']:.2f}",
+        f"{at} / {agreement:.2f}" if at else "",
+    ]
     cells += [f"{shares['at_full']:.2f}, {shares['at_slim']:.2f}, {shares['slim']:.2f}"]
     cells += [f"{rates[name]:.1f}" for name in ("plain", "speculative", "tier", "auto")]
     cells += [f"{rates['auto'] / best:.3f}", f"{optimum:.1f}", f"{rates['auto'] / optimum:.3f}"]
@@ -274,10 +274,12 @@ def main() -> None:
     cells = [
         (float(c), float(a)) for c in args.costs.split(",") for a in args.agreements.split(",")
     ]
+    what = f"mask {args.mask} of" if args.mask else "constructed targets from"
+    mode = "--enforce-eager" if args.enforce_eager else "default compilation"
     lines = [
         f"machine: {machine()}",
-        f"constructed targets from {args.base.name}, drafter {Path(args.drafter).name}, bfloat16, "
-        f"--enforce-eager, batch 1, greedy, {args.mode}, prompts {args.prompts.name}, "
+        f"{what} {args.base.name}, drafter {Path(args.drafter).name}, bfloat16, "
+        f"{mode}, batch {args.batch}, greedy, {args.mode}, prompts {args.prompts.name}, "
         f"{args.new_tokens} new tokens, {args.repeats} prompts after {args.warm_up}, medians of "
         "decode steps, plans in turn in one engine",
         "",
@@ -287,19 +289,28 @@ def main() -> None:
         "| plans (drafts x rounds) |",
         "|" + "---|" * 14,
     ]
+    if args.mask:
+        lines.append(row(0.0, 0.0, 0.0, alone(str(args.base), args.mask, prompts, args)))
+        print("\n".join(lines))
+        return
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
     for cost, at in tqdm(cells, desc="cells", disable=None):
         with tempfile.TemporaryDirectory() as folder:
             model, new, noise = expanded(base, extra_layers(base, cost))
             agreement = set_agreement(model, noise, base, prompts[-6:], at)
             model.save_pretrained(folder)
             del model, noise
-            mask = ",".join(map(str, new))
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found = pool.submit(measure, folder, mask, prompts[:-6], args).result()
+            found = alone(folder, ",".join(map(str, new)), prompts[:-6], args)
         lines.append(row(cost, at, agreement, found))
         tqdm.write(lines[-1], file=sys.stderr)
         tqdm.write(json.dumps(found), file=sys.stderr)
     print("\n".join(lines))
+
+
+def alone(*args: Any) -> dict[str, Any]:
+    """`measure` in a process of its own, so that its weights are gone afterwards."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -36,6 +37,16 @@ class KeepsGenerators:
             generators.update(aside)
 
 
+def allow_amx() -> None:
+    """Asks the kernel for this process's AMX tiles, which a process may not use unasked.
+
+    vLLM 0.32's bfloat16 attention on CPUs with AMX uses them and does not ask: a model whose
+    matrices are so small that oneDNN did not ask before dies of an illegal instruction.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 class NviumCPUModelRunner(NviumModelRunnerMixin, KeepsGenerators, CPUModelRunner):
     """`CPUModelRunner` that hands the model its `Step`."""
 
@@ -44,5 +55,6 @@ class NviumCPUWorker(cpu_worker.CPUWorker):
     """Chosen through `worker_cls` when an N-vium model runs on CPU."""
 
     def init_device(self) -> None:
+        allow_amx()
         with patch.object(cpu_worker, "CPUModelRunner", NviumCPUModelRunner):
             super().init_device()

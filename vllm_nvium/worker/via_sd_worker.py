@@ -6,7 +6,7 @@ from unittest.mock import patch
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_nvium.worker.cpu_worker import KeepsGenerators
+from vllm_nvium.worker.cpu_worker import KeepsGenerators, allow_amx
 from vllm_nvium.worker.via_sd_runner import ViaSDModelRunnerMixin
 
 
@@ -18,5 +18,6 @@ class ViaSDCPUWorker(cpu_worker.CPUWorker):
     """Chosen through `worker_cls` when VIA-SD runs on CPU."""
 
     def init_device(self) -> None:
+        allow_amx()
         with patch.object(cpu_worker, "CPUModelRunner", ViaSDCPUModelRunner):
             super().init_device()
