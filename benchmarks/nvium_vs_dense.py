@@ -258,6 +258,8 @@ def main() -> None:
         "dtype": "bfloat16",
         "max_model_len": 1024,
         "max_num_seqs": 32,
+        # Whole prompts: vLLM 0.32 on CPU stops at a seeded request whose prompt comes in chunks.
+        "max_num_batched_tokens": max(1024, 512 * max(map(int, args.batches.split(",")))),
         "enforce_eager": args.enforce_eager,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
