@@ -126,6 +126,7 @@ def plain(target: str, prompts: list[list[int]]) -> Said:
 @pytest.mark.parametrize("rounds", ["auto", 2])
 def test_greedy_tokens_are_those_of_plain_decoding(
     request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
     target: str,
     prompts: list[list[int]],
     plain: Said,
@@ -153,13 +154,14 @@ def test_greedy_tokens_are_those_of_plain_decoding(
         else:
             wrong.append((i, differ[0], plain.gaps[i][differ[0]]))
     report = request.config.pluginmanager.getplugin("terminalreporter")
-    for line in (
-        f"{Path(target).name}, drafts {Path(drafter or 'ngram').name}, rounds {rounds}: {equal} of "
-        f"{len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
-        f"plain {plain.counts}",
-        f"VIA-SD {with_tier.counts}",
-    ):
-        report.write_line(line)
+    with capsys.disabled():
+        for line in (
+            f"{Path(target).name}, drafts {Path(drafter or 'ngram').name}, rounds {rounds}: "
+            f"{equal} of {len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
+            f"plain {plain.counts}",
+            f"VIA-SD {with_tier.counts}",
+        ):
+            report.write_line(line)
     assert not wrong
     assert with_tier.counts["vllm:via_sd_full_passes"] > 0
     if rounds != "auto":
