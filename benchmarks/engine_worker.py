@@ -85,11 +85,13 @@ class Worker:
         temperature: float,
         seed: int,
         seeded: bool = True,
+        extra_args: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Adds one batch of prompts, token ids or the lengths of random ones; nothing runs yet.
 
         Args:
             seeded: sampled requests name a seed; with VIA-SD such requests do without the tier.
+            extra_args: of every request, as `vllm_xargs` over HTTP.
         """
         from vllm import SamplingParams
 
@@ -103,6 +105,7 @@ class Worker:
                 max_tokens=new_tokens,
                 ignore_eos=True,
                 detokenize=False,
+                extra_args=extra_args,
             )
             self.count += 1
             self.engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)

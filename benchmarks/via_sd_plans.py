@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VIA-SD plan by plan in one engine: plain decoding, the best plain speculative decoding, the best
+use of the slim tier and what the controller chooses take turns, prompt by prompt, and are held
+against the optimum that the pass times and acceptances measured in the same run allow.
+
+    python benchmarks/via_sd_plans.py TARGET --mask even:0.2 --drafter ngram \\
+        --prompts humaneval.jsonl gsm8k.jsonl --batches 1,8 --out results.jsonl
+
+Each case (prompts, batch size, rule) starts with a controller that knows nothing. Results are added
+to --out as they come, and cases that are there already are not measured again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_worker import Worker
+from measured import machine, ratios, read_prompts
+
+from vllm_nvium.spec_decode.controller import Plan, RoundController
+
+# Sides that differ by less are not told apart.
+CLEAR = 1.05
+PLANS = ("plain", "speculative", "tier", "auto")
+KINDS = {
+    "plain": "plain decoding",
+    "speculative": "best plain speculative",
+    "tier": "best with the tier",
+    "auto": "VIA-SD `auto`",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one table row, or block of rows, is about."""
+
+    prompts: str
+    batch: int
+    mode: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both programs that measure plans take."""
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines")
+    parser.add_argument("--drafter", default="ngram", help="ngram, or a checkpoint")
+    parser.add_argument("--modes", default="lossless", help="lossless,paper")
+    parser.add_argument("--batches", default="1", help="requests at a time")
+    parser.add_argument("--chat", action="store_true", help="use the chat template")
+    parser.add_argument("--longest-prompt", type=int, default=256, help="leave longer ones out")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--max-drafts", type=int, default=6)
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=6, help="batches, each with every plan")
+    parser.add_argument("--warm-up", type=int, default=3, help="batches before them")
+    parser.add_argument("--out", type=Path, help="JSON lines of results, to go on with")
+
+
+# --- Measuring, in a process that has the engine --------------------------------------------------
+
+
+class Recorder(RoundController):
+    """Learns as ever, and plans what it is told."""
+
+    fixed = Plan(0, 0)
+
+    def plan(self, request_ids: Any) -> Plan:
+        self._step += 1
+        return self.fixed
+
+    def another_round(self, window_lengths: Any, rounds_done: int, request_ids: Any) -> bool:
+        return bool(request_ids) and rounds_done < self.fixed.rounds
+
+
+class Engine:
+    """A VIA-SD engine in this process whose plan can be set from outside."""
+
+    def __init__(self, model: str, mask: str, longest: int, batch: int, args: Any) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        drafter: dict[str, Any] = {"method": "draft_model", "model": args.drafter}
+        if args.drafter == "ngram":
+            drafter = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+        options = {"mask": mask, "window": args.window, "allow_paper_mode": True}
+        self.args = args
+        self.worker = Worker(
+            model,
+            {
+                "dtype": "bfloat16",
+                "max_model_len": longest + args.new_tokens + 64,
+                "max_num_seqs": batch,
+                "gpu_memory_utilization": 0.5,  # on CPU what must be free at the start
+                "enforce_eager": args.enforce_eager,
+                "enable_prefix_caching": False,
+                "skip_tokenizer_init": True,
+                "async_scheduling": False,
+                "speculative_config": drafter | {"num_speculative_tokens": args.max_drafts},
+                "additional_config": {"via_sd": True}
+                | {f"via_sd_{name}": value for name, value in options.items()},
+            },
+        )
+        self.runner = self.worker.engine.collective_rpc(lambda each: [each.model_runner])[0][0]
+
+    def run(
+        self, prompts: list[list[int]], mode: str, controller: RoundController, seed: int
+    ) -> dict[str, float]:
+        """Tokens, seconds and full passes per token of a batch's decode steps."""
+        self.runner.controller = controller
+        counts = self.runner.counts
+        turns, tokens = counts.turns, counts.tokens
+        options = {"via_sd_mode": mode}
+        self.worker.begin(
+            prompts, self.args.new_tokens, temperature=0.0, seed=seed, extra_args=options
+        )
+        run, unfinished = {"tokens": 0.0, "seconds": 0.0}, True
+        while unfinished:
+            step = self.worker.step()
+            unfinished = step["unfinished"]
+            if not step["prefill"]:
+                run["tokens"] += step["tokens"]
+                run["seconds"] += step["seconds"]
+        run["passes"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)
+        return run
+
+    def measure(self, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
+        """Runs of every plan in turn, and what the measured times and acceptances allow."""
+        args, size = self.args, case.batch
+        auto = RoundController(args.max_drafts, args.window)
+        recorder = Recorder(args.max_drafts, args.window)
+
+        def run(number: int, name: str) -> dict[str, float]:
+            batch = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
+            recorder.fixed = plans.get(name, recorder.fixed)
+            return self.run(batch, case.mode, recorder if name in plans else auto, number)
+
+        plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
+        for number in range(args.warm_up):
+            for name in ("auto", *plans):
+                run(number, name)
+        best_plans(recorder, plans, case)
+        before = dict(auto.snapshot()["steps"])
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in PLANS}
+        for number in range(args.warm_up, args.warm_up + args.repeats):
+            turn = number % len(PLANS)
+            for name in PLANS[turn:] + PLANS[:turn]:  # nobody always follows the same plan
+                runs[name].append(run(number, name))
+        # What is possible by what was seen until now.
+        optimum = max(best_plans(recorder, dict(plans), case).values())
+        seen = recorder.snapshot()
+        return {
+            "case": asdict(case),
+            "runs": runs,
+            "plans": {name: (plan.drafts, plan.rounds) for name, plan in plans.items()},
+            "optimum": optimum,
+            "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
+            "acceptance": seen["acceptance"][case.mode],
+            "milliseconds": {
+                kind: 1000 * statistics.median(seen["seconds"][kind].values())
+                for kind in ("full", "slim")
+            }
+            | {"draft": 1000 * seen["seconds"]["draft"][1]},
+        }
+
+
+def best_plans(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
+    """Sets the best plans with and without the tier; returns the tokens per second that all of them
+    promise."""
+    names = [f"like the others, {i}" for i in range(case.batch)]
+    for name in names:
+        recorder.add(name, case.mode)
+    promised = recorder.outlook(names)
+    for name in names:
+        recorder.remove(name)
+    assert promised is not None
+    rates = promised.rates
+    plain = 1 + int(rates[1:, 0].argmax())
+    drafts, rounds = divmod(int(rates[1:, 1:].argmax()), rates.shape[1] - 1)
+    plans["speculative"], plans["tier"] = Plan(plain, 0), Plan(1 + drafts, 1 + rounds)
+    return {name: float(rates[plan.drafts, plan.rounds]) for name, plan in plans.items()}
+
+
+def _measure_all(
+    model: str,
+    mask: str,
+    prompts: dict[str, list[list[int]]],
+    cases: list[Case],
+    about: dict[str, Any],
+    args: Any,
+) -> list[dict[str, Any]]:
+    longest = max(len(ids) for texts in prompts.values() for ids in texts)
+    engine = Engine(model, mask, longest, max(case.batch for case in cases), args)
+    found = []
+    for case in tqdm(cases, desc=about["target"], disable=None, leave=False):
+        found.append(about | engine.measure(case, prompts[case.prompts]))
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps(found[-1]) + "\n")
+    return found
+
+
+def measure(
+    model: str,
+    mask: str,
+    prompts: dict[str, list[list[int]]],
+    about: dict[str, Any],
+    args: Any,
+    noted: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """All cases of one target in a process of its own, so that its weights are gone afterwards.
+
+    Args:
+        prompts: token ids by the name of their file.
+        about: what tells this target's results from others'; of --out those are taken.
+        noted: more to keep with the results.
+    """
+    known = results(args.out, about)
+    noted = about | (noted or {})
+    cases = [
+        Case(name, int(batch), mode)
+        for name in prompts
+        for batch in args.batches.split(",")
+        for mode in args.modes.split(",")
+    ]
+    todo = [case for case in cases if asdict(case) not in [each["case"] for each in known]]
+    if not todo:
+        return known
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(
+            _measure_all, model, mask, prompts, todo, about | (noted or {}), args
+        ).result()
+    return known + found
+
+
+def results(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file of results holds of one target."""
+    if path is None or not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if all(row.get(name) == about[name] for name in about)]
+
+
+def about_run(args: Any) -> dict[str, Any]:
+    """What of the options makes results comparable."""
+    mode = "--enforce-eager" if args.enforce_eager else "default compilation"
+    names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "longest_prompt", "chat")
+    return {
+        "machine": f"{machine()}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}",
+        "drafter": Path(args.drafter).name,
+        "compilation": mode,
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def rates(found: dict[str, Any], name: str) -> list[float]:
+    """Tokens per second of every run of a plan."""
+    return [run["tokens"] / run["seconds"] for run in found["runs"][name]]
+
+
+def best_without_tier(found: dict[str, Any]) -> str:
+    """Plain decoding or plain speculative decoding, whichever is faster."""
+    return max(("plain", "speculative"), key=lambda name: statistics.median(rates(found, name)))
+
+
+def side(found: dict[str, Any]) -> str:
+    """Whether `auto` spends its time where more tokens per second are."""
+    gain = statistics.median(rates(found, "tier")) / statistics.median(
+        rates(found, best_without_tier(found))
+    )
+    if 1 / CLEAR < gain < CLEAR:
+        return "either"
+    tiered = found["steps"]["tiered"] / max(sum(found["steps"].values()), 1)
+    return "right" if (tiered > 0.5) == (gain > 1) else "WRONG"
+
+
+HEADER = (
+    "| prompts, batch, rule | plan | drafts x rounds | tok/s | / plain decoding | / best without "
+    "tier | full passes per token | refused at full | ms per pass |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def block(found: dict[str, Any]) -> Iterator[str]:
+    """The rows of one case."""
+    case, best = found["case"], best_without_tier(found)
+    plain, reference = rates(found, "plain"), rates(found, best)
+    chances, times = found["acceptance"], found["milliseconds"]
+    for name in PLANS:
+        mine = rates(found, name)
+        plan = found["plans"].get(name)
+        passes = statistics.median(run["passes"] for run in found["runs"][name])
+        refused = {"speculative": chances["at_full"], "tier": chances["slim"]}.get(name)
+        cells = [f"{case['prompts']}, {case['batch']}, {case['mode']}" if name == "plain" else ""]
+        cells += [KINDS[name], f"{plan[0]} x {plan[1]}" if plan else f"steps {found['steps']}"]
+        cells += [f"{statistics.median(mine):.1f}", ratios(mine, plain), ratios(mine, reference)]
+        cells += [f"{passes:.3f}", f"{1 - refused:.2f}" if refused else ""]
+        cells += [
+            {
+                "plain": f"full {times['full']:.1f}",
+                "speculative": f"draft {times['draft']:.1f}",
+                "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['at_slim']:.2f}",
+                "auto": f"{statistics.median(mine) / found['optimum']:.3f} of the optimum "
+                f"{found['optimum']:.1f}; side: {side(found)}",
+            }[name]
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path, help="checkpoint (Hugging Face folder)")
+    parser.add_argument("--mask", default="even:0.2", help="--via-sd-mask")
+    add_arguments(parser)
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prompts = {
+        path.name: read_prompts(path, str(args.target), args.longest_prompt, args.chat)
+        for path in args.prompts
+    }
+    about = {"target": args.target.name, "mask": Path(args.mask).name} | about_run(args)
+    found = measure(str(args.target), args.mask, prompts, about, args)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print("greedy, bfloat16, decode steps only, medians of runs in turn", "", *HEADER, sep="\n")
+    for each in found:
+        print(*block(each), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
