@@ -15,8 +15,7 @@ from trace_engine import TraceEngine
 from transformers import DynamicCache, PreTrainedModel
 from vllm.triton_utils import dispatcher
 
-from vllm_nvium.spec_decode.controller import RoundController
-from vllm_nvium.worker.via_sd_runner import FixedRounds
+from vllm_nvium.spec_decode.controller import FixedRounds, RoundController
 
 # Two tokens whose logits are nearer than this cannot be told apart in float32.
 TIE = 1e-4

