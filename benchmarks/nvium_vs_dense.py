@@ -79,6 +79,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def longest_context(dense: str | None, most: int = 1024) -> int:
+    """Tokens of a context: a small model may know fewer positions."""
+    if dense is None:
+        return most
+    config = json.loads((Path(dense) / "config.json").read_text())
+    return min(most, int(config["max_position_embeddings"]))
+
+
 def executed_share(
     batch: int, prompts: list[int], new_tokens: int, seed: int, hazards: list[float], depths: list
 ) -> float:
@@ -124,7 +132,8 @@ class Bench:
         self.args, self.engine_args = args, engine_args
         self.engines: dict[str, list[EngineProcess]] = {}
         self.prompt_lengths = [int(n) for n in args.prompt_lengths.split(",")]
-        self.texts = read_prompts(args.prompts, args.dense) if args.prompts else []
+        longest = min(512, engine_args["max_model_len"] - args.new_tokens)
+        self.texts = read_prompts(args.prompts, args.dense, longest) if args.prompts else []
         # Share of the layers in the first one, two, ... segments of the N-vium model.
         self.depths: list[float] = []
 
@@ -256,7 +265,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     engine_args = {
         "dtype": "bfloat16",
-        "max_model_len": 1024,
+        "max_model_len": longest_context(args.dense),
         "max_num_seqs": 32,
         # Whole prompts: vLLM 0.32 on CPU stops at a seeded request whose prompt comes in chunks.
         "max_num_batched_tokens": max(1024, 512 * max(map(int, args.batches.split(",")))),
