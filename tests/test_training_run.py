@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import SIZES, make_dense, make_nvium
@@ -149,6 +150,41 @@ def test_killed_and_resumed_equals_unbroken(
     assert history(broken) == history(unbroken)
 
 
+def test_killed_after_its_last_step_and_resumed_takes_no_more(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A kill while the finished model is calibrated or written."""
+    flags = ["--exit-layers", "2", "--save-every", "4", "--tokens", "2560"]
+    out = tmp_path / "run"
+    assert main(arguments(dense, out, texts, *flags)) == 0
+    before = load_file(out / "exits" / "exits.safetensors")
+    lines = history(out)
+    for folder in ("model", "exits"):
+        shutil.rmtree(out / folder)
+    assert main(arguments(dense, out, texts, *flags, "--resume")) == 0
+    after = load_file(out / "exits" / "exits.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert history(out) == lines
+    assert max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")) == 20
+
+
+def test_a_calibration_on_more_text_measures_the_parent_on_it_too(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ["--exit-layers", "2", "--tokens", "1280"]
+    few, many = ["--calibration-tokens", "128"], ["--calibration-tokens", "512"]
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert main(arguments(dense, out, texts, *flags, *few)) == 0
+    assert main(arguments(dense, out, texts, *flags, *many, "--resume")) == 0
+    assert main(arguments(dense, other, texts, *flags, *many)) == 0
+    found, expected = (
+        json.loads((folder / "exits" / "training.json").read_text()) for folder in (out, other)
+    )
+    assert found["calibration"] == expected["calibration"]
+    assert found["calibration"]["tokens"] == 512
+
+
 def test_a_checkpoint_cut_by_a_crash_is_passed_over(
     dense: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -165,7 +201,7 @@ def test_a_checkpoint_cut_by_a_crash_is_passed_over(
 
 
 def test_from_scratch_against_a_dense_twin(
-    dense: Path, texts: tuple[Path, Path], tmp_path: Path
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     twin = tmp_path / "twin"
     scratch = ["--method", "scratch", "--tokenizer", str(dense), "--tokens", "5120"]
@@ -182,7 +218,21 @@ def test_from_scratch_against_a_dense_twin(
     lines = history(out)
     assert lines[-1]["parent_loss"] == pytest.approx(history(twin)[-1]["val_loss"])
     assert len({line["beta"] for line in lines}) > 1, "the controller moved beta"
+    # 40 steps, of which the first 2 are the hazard warm-up, measured every 2: it does not steer.
+    assert [line["step"] for line in lines[:2]] == [2, 4]
+    assert lines[0]["beta"] == lines[1]["beta"]
     NviumForCausalLM.from_pretrained(out / "model")
+
+    def error(*more: str) -> str:
+        given = arguments(shape, tmp_path / "refused", texts, *scratch, *more)
+        assert main(given) == 2
+        return capfd.readouterr().err
+
+    capfd.readouterr()
+    twins = ["--controller", str(curve)]
+    assert "--block-size is 16, and the twin" in error(*twins, "--block-size", "16")
+    assert "--exit-layers is [1], and --method scratch" in error("--exit-layers", "1")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_config_file(dense: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -260,7 +310,16 @@ def test_refused_runs(
     assert "is dense itself" in error(own)
     other = arguments(nvium, tmp_path / "d", texts, "--dense", str(full))
     assert "--dense is" in error(other)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "nvium", "run"]
+    strange = tmp_path / "strange"
+    make_dense(strange, vocab_size=SIZES["vocab_size"] + 64)
+    other = arguments(nvium, tmp_path / "e", texts, "--dense", str(strange))
+    assert "with a vocabulary of" in error(other)
+    state = load_file(nvium / "model.safetensors")
+    del state["exits.0.norm.weight"]
+    save_file(state, nvium / "model.safetensors", {"format": "pt"})
+    assert "exits.0.norm.weight" in error(arguments(nvium, tmp_path / "f", texts))
+    expected = ["full", "nvium", "run", "strange"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
 
 
 def test_training_goes_on_from_an_nvium_checkpoint(
@@ -292,19 +351,24 @@ def test_missing_package(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("free", "what"), [(10_000, "GB"), (3_000_000, "the checkpoints of this run needs about")]
+)
 def test_no_room_on_the_disk(
+    free: int,
+    what: str,
     dense: Path,
     texts: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
-    usage = type("Usage", (), {"total": 1, "used": 1, "free": 10_000})()
+    usage = type("Usage", (), {"total": 1, "used": 1, "free": free})()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert main(arguments(dense, tmp_path / "run", texts, "--exit-layers", "2")) == 2
-    assert "GB" in capfd.readouterr().err
+    flags = ["--exit-layers", "2", "--method", "full"]
+    assert main(arguments(dense, tmp_path / "run", texts, *flags)) == 2
+    assert what in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,11 @@ SELF_DISTILLED = "self_distilled.jsonl"
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the checkpoint is there, 2 with one line on stderr when not."""
+    from vllm_nvium.convert import ConvertError
+
     try:
         model = train(read_options(args))
-    except TrainingError as error:
+    except (TrainingError, ConvertError) as error:
         complain(f"vllm-nvium train: error: {error}")
         return 2
     say(f"vllm-nvium train: wrote {model}")
@@ -52,7 +54,7 @@ def train(options: TrainOptions) -> Path:
     """
     require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     from vllm_nvium.training.retrofit import finish
-    from vllm_nvium.training.trainer import last_complete_checkpoint
+    from vllm_nvium.training.trainer import last_complete_checkpoint, step_of
 
     out = Path(options.out).expanduser()
     is_new = _claim(out, options)
@@ -63,10 +65,15 @@ def train(options: TrainOptions) -> Path:
         if is_new:
             _unclaim(out)
         raise
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    steps = trainer.args.max_steps
+    if checkpoint is not None and step_of(checkpoint) >= steps:
+        # Trainer would take one more step before it looked whether there is one to take.
+        trainer.load(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Where a run was on its machine says nothing about its exits.
     used = {k: v for k, v in options.record().items() if k not in ("model", "out", "dense")}
-    record = {"options": used, "steps": trainer.state.max_steps, **calibrate()}
+    record = {"options": used, "steps": steps, **calibrate()}
     finish(start, trainer.model, options, out, record)
     return out / "model"
 
@@ -79,7 +86,13 @@ def _prepare(
 
     from vllm_nvium.training.controller import BetaController
     from vllm_nvium.training.data import check_disk_space, check_tokenizer
-    from vllm_nvium.training.retrofit import choose_trainable, open_dense, open_routers, open_start
+    from vllm_nvium.training.retrofit import (
+        choose_trainable,
+        open_dense,
+        open_routers,
+        open_start,
+        planned_bytes,
+    )
     from vllm_nvium.training.trainer import (
         HISTORY,
         NviumTrainer,
@@ -96,6 +109,9 @@ def _prepare(
         raise TrainingError(
             f"--block-size is {options.block_size}, and the model reads at most {longest} tokens."
         )
+    # Before anything is sampled, measured or fitted; what is there already needs no more room.
+    needed = planned_bytes(start, options) - _size_of(out.glob("checkpoint-*/*"))
+    check_disk_space(out, needed, "the checkpoints of this run")
     blocks, validation = _blocks(options, start, out)
     steps = _steps(options, len(blocks))
     every = options.evaluate_every or max(1, math.ceil(0.05 * steps))
@@ -126,8 +142,6 @@ def _prepare(
     trained = choose_trainable(plain, options)
     trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     total = sum(p.numel() for p in plain.parameters())
-    # Two checkpoints of float32 weights and AdamW's two moments, and the finished model.
-    check_disk_space(out, 2 * 12 * trainable + 2 * total, "the checkpoints of this run")
     schedule = Schedule(
         hazard_warm_up_steps=round(options.hazard_warm_up * steps),
         head_loss_steps=round(options.head_loss_share * steps),
@@ -166,7 +180,9 @@ def _prepare(
         if kind != "parent" or not options.calibration_tokens:
             return {}
         texts = _validation_texts(options, start, options.calibration_tokens)
-        largest = _kept(out / "calibration_losses.json", lambda: parent_losses_on(texts))
+        # Another run of the calibration may ask for more of the texts.
+        file = out / f"calibration_losses_{options.calibration_tokens}.json"
+        largest = _kept(file, lambda: parent_losses_on(texts))
         with autocast():
             return _calibrate(options, plain, texts, largest)
 
@@ -202,8 +218,17 @@ def _calibrate(
     table([("text", "loss", "greedy", "parent's"), *rows])
     if not found.reached:
         say("No shift makes the mixture as good as the parent on every text.")
-    greedy_found = {"greedy_margin": greedy_margin, "greedy_losses": greedy}
-    return {"calibration": dataclasses.asdict(found) | greedy_found}
+    more = {
+        "tokens": options.calibration_tokens,
+        "greedy_margin": greedy_margin,
+        "greedy_losses": greedy,
+    }
+    return {"calibration": dataclasses.asdict(found) | more}
+
+
+def _size_of(files: Iterable[Path]) -> int:
+    """Bytes."""
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _blocks(options: TrainOptions, start: "Start", out: Path) -> tuple[Any, Any]:
@@ -383,4 +408,21 @@ def _controller_kind(
                 "be measured: give its parent with --dense, or 'off'."
             )
         return kind, None
-    return "curve", DenseCurve(Path(kind).expanduser()).at
+    history = Path(kind).expanduser()
+    _check_twin(history, options)
+    return "curve", DenseCurve(history).at
+
+
+def _check_twin(history: Path, options: TrainOptions) -> None:
+    """A twin's losses say something about this run only on the same text in the same tokens."""
+    record = history.with_name(RECORD)
+    if not record.is_file():
+        return  # made by something else, which the user has to know
+    found = json.loads(record.read_text())
+    for name in ("tokenizer", "validation", "validation_tokens", "block_size"):
+        mine, theirs = getattr(options, name), found.get(name)
+        if mine != theirs:
+            raise TrainingError(
+                f"--{name.replace('_', '-')} is {mine!r}, and the twin whose curve --controller "
+                f"{str(history)!r} names was measured with {theirs!r}: give the same to both."
+            )

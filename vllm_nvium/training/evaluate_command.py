@@ -15,6 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, progress, say, table
 from vllm_nvium.training import TrainingError, require, write_beside
+from vllm_nvium.training.checkpoints import (
+    check_block_size,
+    check_parent,
+    check_tokenizers_agree,
+    first_line,
+    load_tokenizer,
+    open_model,
+    open_parent,
+)
 from vllm_nvium.training.plots import HistoryPoint, draw, layer_count, read_history
 
 if TYPE_CHECKING:
@@ -24,12 +33,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 LONGEST_NAME = 24
-# Letters, digits, spaces, accents, code and emoji: what tokenizers differ in, whatever the text is.
-TOKENIZER_SAMPLE = (
-    "The quick brown fox jumps over 13 lazy dogs, doesn't it?\n"
-    "\tdef f(x): return x ** 2  # 3.14159\n"
-    "Größe, naïve façade, 東京, привет 🙂"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,17 +254,17 @@ def measure(request: Request) -> Report:
 
     register_with_transformers()
     config = open_model(request.model)
-    _check_block_size(request.block_size, config.max_position_embeddings, "MODEL")
+    check_block_size(request.block_size, config.max_position_embeddings, "MODEL")
     if request.dense is not None:
-        _check_parent(request, config, open_parent(request.dense))
-    tokenizer = _load_tokenizer(str(request.model), "MODEL")
+        check_parent(request.dense, config, open_parent(request.dense), request.block_size)
+    tokenizer = load_tokenizer(str(request.model), "MODEL")
     check_tokenizer(tokenizer, config.vocab_size)
     if request.dense is not None:
-        _check_tokenizers_agree(request, tokenizer, TOKENIZER_SAMPLE)
+        check_tokenizers_agree(request.dense, tokenizer)
     texts = _load_texts(request, tokenizer)
     if request.dense is not None:
         some = tokenizer.decode(next(iter(texts.values()))[0]["input_ids"])
-        _check_tokenizers_agree(request, tokenizer, some)
+        check_tokenizers_agree(request.dense, tokenizer, some)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = _evaluate_dense(request, texts, device)
@@ -326,113 +329,6 @@ def _evaluate_nvium(
     return found
 
 
-def open_model(folder: Path) -> Any:
-    """The configuration of an N-vium checkpoint whose weight files hold what it asks for.
-
-    Raises:
-        TrainingError: the folder is no such checkpoint.
-    """
-    from vllm_nvium.model_executor.models.checkpoint_layout import (
-        LayoutError,
-        check_files,
-        indexed_files,
-    )
-    from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
-
-    if not (folder / "config.json").is_file():
-        raise TrainingError(
-            f"MODEL is {str(folder)!r}, and an N-vium checkpoint folder (with a config.json) is "
-            "needed."
-        )
-    config = _load_config(str(folder), "MODEL")
-    if not isinstance(config, NviumConfig):
-        raise TrainingError(
-            f"MODEL is {str(folder)!r}, whose model_type is {config.model_type!r}, and an N-vium "
-            "checkpoint is needed (`vllm-nvium convert` makes one of a dense model)."
-        )
-    try:
-        files = indexed_files(folder) or [folder / "model.safetensors"]
-        if not files[0].is_file():
-            raise TrainingError(
-                f"MODEL is {str(folder)!r}, which has no model.safetensors; a whole N-vium "
-                "checkpoint is needed."
-            )
-        # transformers would fill in what is missing with random numbers.
-        check_files(config, files)
-    except LayoutError as error:
-        raise TrainingError(str(error)) from error
-    return config
-
-
-def open_parent(name: str) -> Any:
-    """The configuration of a dense model of a family that N-vium models are made from.
-
-    Raises:
-        TrainingError: it cannot be read, or is another kind of model.
-    """
-    from vllm_nvium.convert.dense import FAMILIES
-
-    config = _load_config(name, "--dense")
-    if config.model_type not in FAMILIES:
-        raise TrainingError(
-            f"--dense is {name!r}, whose model_type is {config.model_type!r}, and a dense model "
-            f"({', '.join(FAMILIES)}) is needed."
-        )
-    return config
-
-
-def _load_config(name: str, flag: str) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise TrainingError(
-            f"{flag} is {name!r}, whose configuration transformers cannot read "
-            f"({_first_line(error)})."
-        ) from error
-
-
-def _check_parent(request: Request, config: Any, parent: Any) -> None:
-    if parent.vocab_size != config.vocab_size:
-        raise TrainingError(
-            f"--dense is {request.dense!r} with a vocabulary of {parent.vocab_size}, and MODEL has "
-            f"{config.vocab_size}; the dense parent or twin of MODEL is needed."
-        )
-    _check_block_size(request.block_size, parent.max_position_embeddings, "--dense")
-
-
-def _check_block_size(block_size: int, positions: int, whose: str) -> None:
-    if block_size > positions:
-        raise TrainingError(
-            f"--block-size is {block_size}, and {whose} has max_position_embeddings = {positions}, "
-            "which it must not exceed."
-        )
-
-
-def _load_tokenizer(name: str, flag: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{flag} is {name!r}, whose tokenizer cannot be read ({_first_line(error)})."
-        ) from error
-
-
-def _check_tokenizers_agree(request: Request, tokenizer: Any, sample: str) -> None:
-    assert request.dense is not None
-    other = _load_tokenizer(request.dense, "--dense")
-    mine = tokenizer.encode(sample, add_special_tokens=False)
-    if mine != other.encode(sample, add_special_tokens=False):
-        raise TrainingError(
-            f"--dense is {request.dense!r}, whose tokenizer gives other tokens than MODEL's for "
-            "the same text; the dense parent or twin of MODEL is needed."
-        )
-
-
 def _load(name: str, flag: str, dtype: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -443,7 +339,7 @@ def _load(name: str, flag: str, dtype: str, device: str) -> Any:
         )
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise TrainingError(
-            f"{flag} is {name!r}, whose weights cannot be loaded ({_first_line(error)})."
+            f"{flag} is {name!r}, whose weights cannot be loaded ({first_line(error)})."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise TrainingError(
@@ -451,10 +347,6 @@ def _load(name: str, flag: str, dtype: str, device: str) -> Any:
             "needed."
         )
     return model.to(device)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 # ---- what comes out

@@ -37,8 +37,8 @@ class TrainOptions:
 
     model: str = _option(
         "",
-        "dense or N-vium checkpoint to start from (folder, hub id, .gguf); with --method scratch a "
-        "config.json, of an N-vium model or of a dense one (a twin)",
+        "dense checkpoint to start from (folder, hub id, .gguf) or an N-vium one (folder); with "
+        "--method scratch a config.json, of an N-vium model or of a dense one (a twin)",
     )
     out: str = _option("", "folder of the run: checkpoints, history.jsonl, exits/ and model/")
     text: list[str] = _option(
@@ -72,7 +72,7 @@ class TrainOptions:
         "start is its own parent)",
     )
     self_distill: int = _option(
-        0, "sample so many tokens from the dense parent and train on them too", kind=int
+        0, "sample so many tokens from the dense parent (a folder) and train on them too", kind=int
     )
     prompts: list[str] = _option([], "files of prompts for --self-distill", many=True)
     tokens: int = _option(0, "training tokens in all (default: one pass over the text)", kind=int)
@@ -83,7 +83,7 @@ class TrainOptions:
     calibration_tokens: int = _option(
         32768,
         "with --controller parent: after training, shift all hazards by one number so that the "
-        "mixture is as good as the parent on so much of each validation text; 0: do not",
+        "mixture is as good as the parent on so much of the validation texts in all; 0: do not",
         kind=int,
     )
     block_size: int = _option(512, "context length in training, tokens", kind=int)
@@ -283,6 +283,12 @@ def _check(options: TrainOptions) -> None:
         if not 0 <= share <= 1:
             raise TrainingError(f"--{name} is {share}, and a share lies in 0..1.")
     if options.method == "scratch":
+        for name in ("exit_layers", "adapter_size"):
+            if value := getattr(options, name):
+                raise TrainingError(
+                    f"--{name.replace('_', '-')} is {value}, and --method scratch takes the exits "
+                    "that the config.json describes: leave it out."
+                )
         if not options.tokenizer:
             raise TrainingError("--tokenizer is missing, and --method scratch needs one.")
         if options.self_distill:

@@ -5,6 +5,7 @@ weights are trained, and afterwards the folder of trained exits and the finished
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from vllm_nvium.convert import ConvertError
 from vllm_nvium.convert.checkpoint import copy_companions, staged_folder
@@ -25,6 +26,13 @@ from vllm_nvium.model_executor.models.nvium_reference import (
     register_with_transformers,
 )
 from vllm_nvium.training import TrainingError
+from vllm_nvium.training.checkpoints import (
+    check_parent,
+    check_tokenizers_agree,
+    load_tokenizer,
+    open_model,
+    open_parent,
+)
 from vllm_nvium.training.options import TrainOptions
 
 START = "start"
@@ -74,6 +82,10 @@ def open_start(options: TrainOptions, out: Path) -> Start:
                 f"--exit-layers is {options.exit_layers}, and {options.model} has its exits "
                 "already: leave it out."
             )
+        config = open_model(folder)
+        if options.dense:
+            check_parent(options.dense, config, open_parent(options.dense), options.block_size)
+            check_tokenizers_agree(options.dense, load_tokenizer(str(folder), "MODEL"))
         has_parent = False
     else:
         if options.dense:
@@ -93,7 +105,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
         folder, has_parent = converted, True
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     model = NviumForCausalLM.from_pretrained(folder, dtype=dtype)
-    return Start(model, _tokenizer(str(folder)), False, has_parent, folder)
+    return Start(model, load_tokenizer(str(folder), "MODEL"), False, has_parent, folder)
 
 
 def open_dense(options: TrainOptions) -> PreTrainedModel:
@@ -126,7 +138,8 @@ def _from_scratch(options: TrainOptions) -> Start:
     set_seed(options.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     is_dense = not isinstance(config, NviumConfig)
-    return Start(model, _tokenizer(options.tokenizer), is_dense, False, None)
+    tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
+    return Start(model, tokenizer, is_dense, False, None)
 
 
 def _model_type(folder: Path) -> str | None:
@@ -134,14 +147,6 @@ def _model_type(folder: Path) -> str | None:
         return json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise TrainingError(f"no tokenizer can be read from {name!r} ({reason}).") from error
 
 
 def warm_up_margins(num_exits: int) -> list[float]:
@@ -162,6 +167,37 @@ def open_routers(model: NviumForCausalLM) -> None:
             head.bias.copy_(torch.tensor([0.0, margin]))
 
 
+def planned_bytes(start: Start, options: TrainOptions) -> int:
+    """What a run writes in all: its checkpoints and the finished model.
+
+    A checkpoint is float32 weights and AdamW's two moments of what is trained. Two are kept, and
+    the next is complete before the oldest goes.
+    """
+    trained = sum(
+        parameter.numel()
+        for name, parameter in start.model.named_parameters()
+        if options.method in ("full", "scratch") or name.startswith(OWN)
+    )
+    if options.method == "lora":
+        pattern = re.compile(lora_targets())
+        trained += options.lora_rank * sum(
+            module.in_features + module.out_features
+            for name, module in start.model.named_modules()
+            if isinstance(module, nn.Linear) and pattern.fullmatch(name)
+        )
+    finished = 2 * sum(parameter.numel() for parameter in start.model.parameters())
+    if start.has_parent and start.folder is not None:
+        # Written in the parent's own dtype, as the start was.
+        finished = sum(file.stat().st_size for file in start.folder.glob("*.safetensors"))
+    return 3 * 12 * trained + finished
+
+
+def lora_targets() -> str:
+    """A pattern of the modules that `--method lora` changes: the backbone's layers only, because
+    exits are trained as a whole."""
+    return rf"model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
+
+
 def choose_trainable(model: PreTrainedModel, options: TrainOptions) -> nn.Module:
     """Freezes what is not trained; what is becomes float32, whatever the rest is in.
 
@@ -176,14 +212,12 @@ def choose_trainable(model: PreTrainedModel, options: TrainOptions) -> nn.Module
         from peft import LoraConfig, get_peft_model
 
         set_seed(options.seed)
-        layers = "|".join(LORA_TARGETS)
         trained = get_peft_model(
             model,
             LoraConfig(
                 r=options.lora_rank,
                 lora_alpha=LORA_SCALE * options.lora_rank,
-                # The backbone's layers only: exits are trained as a whole.
-                target_modules=rf"model\.layers\.\d+\.\w+\.({layers})",
+                target_modules=lora_targets(),
             ),
         )
     for name, parameter in model.named_parameters():

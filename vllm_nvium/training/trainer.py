@@ -148,6 +148,10 @@ class NviumTrainer(Trainer):
         state = {name: t.contiguous() for name, t in trainable_state(self.model).items()}
         save_file(state, Path(output_dir) / WEIGHTS)
 
+    def load(self, checkpoint: Path) -> None:
+        """Takes a checkpoint's weights and trains nothing."""
+        self._load_from_checkpoint(str(checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trainable_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
@@ -163,7 +167,7 @@ class Validation(TrainerCallback, ExportableState):
         parent: losses of the dense parent by text, or None.
         curve: mean loss of a dense twin at a step, or None.
         controller: holds beta.
-        steers_from: the controller changes beta from this step on.
+        steers_from: the controller changes beta after this step.
         every: steps.
         history: file to add a line to at every measurement.
         starts_as_parent: before the first step the model is the parent.
@@ -210,7 +214,8 @@ class Validation(TrainerCallback, ExportableState):
         if self.curve is not None:
             dense = self.curve(step)
         self._record(step, losses, dense, self.controller.beta)
-        if step < self.steers_from:
+        # At this very step the hazards are still where the warm-up pulled them.
+        if step <= self.steers_from:
             return
         if self.curve is not None:
             self.controller.update(self.curve(step), losses.mean)
@@ -253,10 +258,15 @@ def last_complete_checkpoint(run: Path) -> Path | None:
     for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             json.loads((folder / STATE).read_text())
-            found[int(folder.name.rsplit("-", 1)[1])] = folder
+            found[step_of(folder)] = folder
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return found[max(found)] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were taken before a checkpoint."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def training_arguments(
