@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measured import read_prompts
 from via_sd_plans import (
+    Case,
     about_run,
     add_arguments,
     best_without_tier,
+    cases_of,
     measure,
     rates,
     results,
@@ -175,14 +178,15 @@ def main() -> None:
         for cost in args.costs.split(",")
         for asked in args.agreements.split(",")
     ]
-    cases = len(texts) * len(args.batches.split(",")) * len(args.modes.split(","))
+    cases = cases_of(args, texts)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
     found = []
     for cost, asked in tqdm(cells, desc="cells", disable=None):
         about = {"target": f"constructed from {args.base.name}", "cost": cost, "asked": asked}
         about |= about_run(args)
-        if len(known := results(args.out, about)) >= cases:
-            found += known
+        known = results(args.out, about)
+        if all(asdict(case) in [each["case"] for each in known] for case in cases):
+            found += [each for each in known if Case(**each["case"]) in cases]
             continue
         with tempfile.TemporaryDirectory() as folder:
             model, new, noise = expanded(base, extra_layers(base, cost))

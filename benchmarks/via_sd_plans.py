@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -228,12 +228,8 @@ def measure(
     """
     known = results(args.out, about)
     noted = about | (noted or {})
-    cases = [
-        Case(name, int(batch), mode)
-        for name in prompts
-        for batch in args.batches.split(",")
-        for mode in args.modes.split(",")
-    ]
+    cases = cases_of(args, prompts)
+    known = [each for each in known if Case(**each["case"]) in cases]
     todo = [case for case in cases if asdict(case) not in [each["case"] for each in known]]
     if not todo:
         return known
@@ -242,6 +238,16 @@ def measure(
             _measure_all, model, mask, prompts, todo, about | (noted or {}), args
         ).result()
     return known + found
+
+
+def cases_of(args: Any, prompts: Iterable[str]) -> list[Case]:
+    """What the options ask for, in the order of the table."""
+    return [
+        Case(name, int(batch), mode)
+        for name in prompts
+        for batch in args.batches.split(",")
+        for mode in args.modes.split(",")
+    ]
 
 
 def results(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -334,7 +340,7 @@ def main() -> None:
         path.name: read_prompts(path, str(args.target), args.longest_prompt, args.chat)
         for path in args.prompts
     }
-    about = {"target": args.target.name, "mask": Path(args.mask).name} | about_run(args)
+    about = {"target": args.target.name, "mask": args.mask} | about_run(args)
     found = measure(str(args.target), args.mask, prompts, about, args)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("greedy, bfloat16, decode steps only, medians of runs in turn", "", *HEADER, sep="\n")

@@ -16,13 +16,14 @@ import torch
 from test_sampling_laws import SIGNIFICANCE, chi_square
 from transformers import PreTrainedModel
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival
 from via_sd_engine import ViaSDEngine, check_greedy_tokens, logits_of, looked_up, slim_logits
 
-from tiny_models import make_dense
+from tiny_models import make_dense, save_character_tokenizer
 from vllm_nvium.spec_decode.tiers import ACCEPT, ESCALATE, REGENERATE, paper_law, paper_tiers
 
 VOCABULARY = 8
@@ -126,6 +127,66 @@ def check_joint(tokens: Sequence[Sequence[int]], law: np.ndarray) -> None:
 
 
 # --- lossless -------------------------------------------------------------------------------------
+
+
+def make_constant(path: Path, law: torch.Tensor) -> None:
+    """Write a Llama checkpoint whose next token has the same law [V] behind every text."""
+    model = make_dense(path, seed=4, num_hidden_layers=1, whisper=0.0, vocab_size=len(law))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.eye(1, model.config.hidden_size))
+        state = model.model(torch.tensor([[5]])).last_hidden_state[0, 0]
+        unembedding = law.log()[:, None] * state / state.square().sum()
+        model.get_output_embeddings().weight.copy_(unembedding)
+    model.save_pretrained(path)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_drawn_drafts_that_a_grammar_cuts(rounds: int, tmp_path: Path) -> None:
+    """The grammar forbids most of what the drafter may draw, and cuts it before it is verified:
+    what is left of its draws no longer follows the drafter's law."""
+    sizes = {"vocab_size": 98, "initializer_range": 0.12}
+    reference = make_dense(tmp_path / "target", seed=3, **sizes)
+    letters = [3 + ord(letter) - 32 for letter in "abc"]
+    # Half of what it draws is a `d`, which the grammar cuts, and nearly all of the rest an `a`.
+    wanted = torch.full((98,), 1e-4)
+    wanted[[*letters, letters[-1] + 1]] = torch.tensor([0.44, 0.03, 0.03, 0.5])
+    make_constant(tmp_path / "draft", wanted)
+    for name in ("target", "draft"):
+        save_character_tokenizer(tmp_path / name)
+    drafter: dict[str, Any] = {
+        "method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2,
+        "draft_sample_method": "probabilistic",
+    }  # fmt: skip
+    engine = ViaSDEngine(
+        str(tmp_path / "target"),
+        drafter,
+        {"mask": "1,2", "window": 4, "rounds": rounds},
+        max_num_seqs=128,
+        max_num_batched_tokens=4096,
+        num_gpu_blocks_override=300,
+        max_model_len=64,
+    )
+    grammar = StructuredOutputsParams(regex="[abc]{3}")
+    prompt, count = [40, 50, 60, 40, 50], 2000
+    torch.manual_seed(0)
+    params = [
+        SamplingParams(temperature=1.0, max_tokens=3, structured_outputs=grammar)
+        for _ in range(count)
+    ]
+    engine.run([Arrival(0, list(prompt), each) for each in params])
+    tokens = [engine.emitted[str(i)].tokens for i in range(count)]
+
+    def law(prefix: list[int]) -> torch.Tensor:
+        logits = logits_of(reference, prompt + prefix)[-1].double()
+        return torch.softmax(logits[letters], dim=-1)
+
+    first = law([])
+    due = torch.stack([first[i] * law([token]) for i, token in enumerate(letters)])
+    counts = np.zeros((3, 3))
+    for row in tokens:
+        counts[letters.index(row[0]), letters.index(row[1])] += 1
+    p_value = chi_square([counts.ravel()], [due.numpy().ravel()])
+    assert p_value > SIGNIFICANCE, (counts / count, due)
 
 
 def sampled(temperature: float, **fields: Any) -> SamplingParams:

@@ -3,13 +3,14 @@
 options, whose greedy results are those of an engine without it.
 """
 
+import copy
 import json
 import os
 import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from via_sd_engine import NGRAM, ViaSDEngine
 from tiny_models import make_dense, save_character_tokenizer
 from vllm_nvium import plugin
 from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
-from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED
+from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, ViaSDRefusal, check
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -152,6 +153,35 @@ def test_a_start_leaves_the_arguments_as_they_were(dense_checkpoint: Path) -> No
         assert options is not None and (options.window, options.drafts) == (7, 4)
 
 
+def test_vllms_short_flags_name_the_drafter_too(dense_checkpoint: Path) -> None:
+    short = {"spec_method": "ngram", "spec_tokens": 3, "speculative_config": None}
+    args = arguments(dense_checkpoint, {"window": 7}, **short)
+    for _ in range(2):
+        config = args.create_engine_config()
+        assert config.speculative_config.method == "ngram"
+        assert config.speculative_config.num_speculative_tokens == 7
+        assert ViaSDOptions.from_config(config.additional_config).drafts == 3
+        assert (args.spec_method, args.spec_tokens, args.speculative_config) == ("ngram", 3, None)
+    message = refusal(dense_checkpoint, spec_tokens=3)
+    assert "--spec-tokens is 3 and --speculative-config has num_speculative_tokens 4" in message
+
+
+def test_drafters_that_vllm_finds_out_about_are_refused(
+    dense_checkpoint: Path, monkeypatch: Any
+) -> None:
+    config = arguments(dense_checkpoint).create_engine_config()
+    for name, value, words in (
+        ("parallel_drafting", True, "with parallel_drafting"),
+        ("method", "dflash", "of method 'dflash'"),
+    ):
+        spec = copy.copy(config.speculative_config)
+        object.__setattr__(spec, name, value)
+        other = copy.copy(config)
+        object.__setattr__(other, "speculative_config", spec)
+        with pytest.raises(ViaSDRefusal, match=words):
+            check(other)
+
+
 def test_a_refused_start_leaves_the_arguments_as_they_were(dense_checkpoint: Path) -> None:
     args = arguments(dense_checkpoint, pipeline_parallel_size=2)
     before = {name: getattr(args, name) for name in CHANGED}
@@ -180,6 +210,8 @@ NO_COUNT = {key: value for key, value in NGRAM.items() if key != "num_speculativ
             {"accept": 0.2, "escalate": 0.4},
             ["--via-sd-escalate is 0.4", "--via-sd-accept is 0.2", "must not exceed"],
         ),
+        ({"accept": 0.7}, ["--via-sd-accept is 0.7", "lossless", "--via-sd-mode paper"]),
+        ({"drafts": 3}, ["'via_sd_drafts' is 3", "num_speculative_tokens", "remove it"]),
         ({"accept": 1.5}, ["--via-sd-accept", "1.5", "0..1"]),
         ({"accept": True}, ["--via-sd-accept", "True", "0..1"]),
         ({"escalate": "0.1"}, ["--via-sd-escalate", "'0.1'", "0..1"]),
@@ -294,6 +326,7 @@ BAD_OVERRIDES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     # The engine's own threshold is 0.5.
     ({"via_sd_escalate": 0.6}, ["via_sd_escalate is 0.6", "via_sd_accept is 0.5"]),
+    ({"via_sd_accept": 0.6}, ["'via_sd_accept' is 0.6", "is lossless", "'paper'"]),
     ({"via_sd_accept": "0.6"}, ["'via_sd_accept'", "'0.6'", "0..1"]),
     ({"via_sd_accept": [0.6]}, ["'via_sd_accept'", "[0.6]", "0..1"]),
     ({"via_sd": "perhaps"}, ["'via_sd'", "'perhaps'", "'on' or 'off'"]),
@@ -523,6 +556,29 @@ def test_the_papers_rule_keeps_to_structure_and_forbidden_tokens(features: Featu
         assert not set(found[0].outputs[0].text) & {word for word in words if word.strip()}
     finally:
         engine.runner.via_sd, engine.engine.vllm_config.additional_config = saved
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"repetition_penalty": 1.1}, {"presence_penalty": 0.5}, {"frequency_penalty": -0.5}],
+    ids=str,
+)
+def test_the_papers_rule_takes_no_penalties(features: Features, fields: dict[str, Any]) -> None:
+    config, runner = features.tiered.engine.vllm_config, features.tiered.runner
+    saved = config.additional_config, runner.via_sd
+    config.additional_config = saved[0] | {"via_sd_allow_paper_mode": True}
+    runner.via_sd = replace(saved[1], allow_paper_mode=True)
+    paper = {"via_sd_mode": "paper"}
+    try:
+        with pytest.raises(VLLMValidationError) as error:
+            add(features.tiered, greedy(extra_args=paper, **fields))
+        for extra_args in ({"via_sd_mode": "lossless"}, paper | {"via_sd": "off"}):
+            assert outputs(features.tiered, greedy(extra_args=extra_args, **fields))[0].finished
+    finally:
+        config.additional_config, runner.via_sd = saved
+    name = next(iter(fields))
+    assert f"{name} is {fields[name]}" in str(error.value)
+    assert "generation_config.json" in str(error.value) and "'lossless'" in str(error.value)
 
 
 @pytest.mark.parametrize("fields", [{"logit_bias": {5: 1.0}}, {"min_p": 0.1}], ids=str)

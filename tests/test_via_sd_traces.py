@@ -21,7 +21,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival
 from via_sd_engine import NGRAM, ViaSDEngine, check_greedy_tokens, check_kv_cache, looked_up
 
-from tiny_models import make_dense
+from tiny_models import make_dense, make_eagle
+from vllm_nvium.spec_decode.controller import FixedRounds
 
 VOCABULARY = 64
 WINDOW = 12
@@ -250,6 +251,84 @@ def test_every_family(kind: str, tmp_path: Path) -> None:
     counts = engine.runner.counts
     assert 0 < counts.slim_accepted < counts.slim_drafted
     assert 0 < counts.accepted < counts.window_tokens
+
+
+# --- drafters that answer once per window ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["suffix", "eagle", "eagle3"])
+def test_drafters_that_answer_once(
+    method: str, target: tuple[Path, PreTrainedModel], tmp_path: Path
+) -> None:
+    path, reference = target
+    drafter: dict[str, Any] = {"method": method, "num_speculative_tokens": 4}
+    if method == "suffix":
+        pytest.importorskip("arctic_inference", reason="suffix decoding is a package of its own")
+    else:
+        make_eagle(tmp_path / "head", method, reference)
+        drafter["model"] = str(tmp_path / "head")
+    options = {"mask": "2", "window": WINDOW, "rounds": "auto"}
+    engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20)
+    served = Served(reference, engine)
+    play(served, crowd(2, size=5))  # `auto` begins without drafts
+    for drafts, rounds in ((3, 2), (4, 0), (1, 1)):
+        engine.set_rounds(drafts, rounds)
+        engine.asked.clear()
+        engine.window_rounds.clear()
+        play(served, crowd(4, size=5))
+        if rounds:
+            assert set(engine.window_rounds) == {1}
+            assert max(len(asked.drafts) for asked in engine.asked) == drafts
+    counts = engine.runner.counts
+    assert 0 < counts.slim_accepted < counts.slim_drafted or method != "suffix"
+    assert 0 < counts.accepted < counts.window_tokens
+
+
+# --- what vLLM's scheduler may add ----------------------------------------------------------------
+
+
+def test_no_drafts_that_nobody_made(with_ngrams: Served) -> None:
+    """A request that needs one token, because the cache has all others, would get a window of
+    drafts -1 from vLLM; a seed then draws something else than without the cache."""
+    engine = with_ngrams.engine
+    engine.set_rounds(3, 2, WINDOW)
+    prompt = [random.Random(99).randrange(3, VOCABULARY) for _ in range(33)]  # a block and a token
+    seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+    verified: list[int] = []
+
+    def look() -> None:
+        for tokens in engine.runner._verified.values():
+            verified.extend(tokens)
+
+    engine.after_step = look
+    try:
+        cold = engine.run([Arrival(0, list(prompt), seeded)])["0"].tokens
+        trace = [Arrival(0, [5, 6, 7], greedy(30)), Arrival(3, list(prompt), seeded)]
+        cached = engine.run(trace)["1"].tokens
+        assert engine.outputs["1"].num_cached_tokens == 32
+    finally:
+        engine.after_step = None
+    assert cached == cold
+    assert verified and min(verified) >= 0
+
+
+def test_no_tier_above_the_largest_batch(with_ngrams: Served) -> None:
+    """`--via-sd-max-batch` beside a fixed number of rounds."""
+    engine = with_ngrams.engine
+    engine.runner.controller = FixedRounds(3, 2, max_batch=2)
+    sizes: list[int] = []
+    grow = engine.runner._grow_windows
+
+    def count() -> None:
+        sizes.append(len(engine.runner._drafting()))
+        grow()
+
+    engine.runner._grow_windows = count
+    try:
+        play(with_ngrams, [Arrival(0, _TEXTS[2][:20], greedy(10 * (1 + i))) for i in range(4)])
+    finally:
+        engine.runner._grow_windows = grow
+    assert sizes and max(sizes) == 2
 
 
 # --- the KV cache ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -148,6 +149,38 @@ def make_dense(
     model.save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(Path(path), model.config.vocab_size)
     return model
+
+
+def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int = 7) -> None:
+    """Write a random EAGLE or EAGLE-3 head of one layer for a Llama `target` to `path`.
+
+    Args:
+        method: `"eagle"` (reads the target's last states) or `"eagle3"` (states of three layers).
+    """
+    config = LlamaConfig(**(target.config.to_dict() | {"num_hidden_layers": 1}))
+    torch.manual_seed(seed)
+    layer = LlamaForCausalLM(config).model.layers[0].state_dict()
+    hidden = config.hidden_size
+    states = {"eagle": 1, "eagle3": 3}[method]
+    inputs = hidden * (states + (method == "eagle"))
+    tensors = {"fc.weight": 0.1 * torch.randn(hidden, inputs)}
+    if method == "eagle":
+        del layer["input_layernorm.weight"]
+        tensors |= {f"layers.0.{name}": tensor for name, tensor in layer.items()}
+        config.architectures = ["LlamaForCausalLM"]
+    else:
+        for name in ("q_proj", "k_proj", "v_proj"):  # embedding and state side by side
+            weight = layer[f"self_attn.{name}.weight"]
+            layer[f"self_attn.{name}.weight"] = torch.cat([weight, weight], dim=1)
+        layer["hidden_norm.weight"] = torch.ones(hidden)
+        tensors |= {f"midlayer.{name}": tensor for name, tensor in layer.items()}
+        tensors["norm.weight"] = torch.ones(hidden)
+        tensors["lm_head.weight"] = target.get_output_embeddings().weight.detach().clone()
+        config.architectures = ["LlamaForCausalLMEagle3"]
+        config.eagle_aux_hidden_state_layer_ids = [1, 2, 3]
+    Path(path).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, Path(path) / "model.safetensors")
 
 
 def _share_bigrams(model: PreTrainedModel, weight: float, rank: int = 16) -> None:

@@ -109,7 +109,7 @@ def _refuse_checkpoints(reason: str) -> None:
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    logger.warning("N-vium models are off: %s", reason)
+    logger.warning("N-vium models and VIA-SD are off: %s", reason)
     for row in ARCHITECTURES:
 
         class RefusedConfig(PretrainedConfig):

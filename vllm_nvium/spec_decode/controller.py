@@ -776,12 +776,15 @@ class RoundController:
 
 
 class FixedRounds:
-    """Stands in for the controller under `--via-sd-rounds N`: always the same plan."""
+    """Stands in for the controller under `--via-sd-rounds N`: always the same plan, and no slim
+    tier while more than `max_batch` requests decode."""
 
-    def __init__(self, drafts: int, rounds: int) -> None:
-        self.fixed = Plan(drafts, rounds)
+    def __init__(self, drafts: int, rounds: int, max_batch: int | None = None) -> None:
+        self.fixed, self.max_batch = Plan(drafts, rounds), max_batch
 
     def plan(self, request_ids: Sequence[str]) -> Plan:
+        if self.max_batch is not None and len(request_ids) > self.max_batch:
+            return Plan(self.fixed.drafts, 0)
         return self.fixed
 
     def another_round(self, lengths: Sequence[int], done: int, request_ids: Sequence[str]) -> bool:

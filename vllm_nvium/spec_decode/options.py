@@ -16,6 +16,8 @@ KEY = "via_sd"
 PREFIX = "via_sd_"
 MODES = ("lossless", "paper")
 AUTO = "auto"
+# What the paper's rule alone has.
+THRESHOLDS = ("accept", "escalate")
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,18 @@ class ViaSDOptions:
             if name not in known:
                 raise ValueError(
                     f"additional_config {PREFIX + name!r} is not an option of VIA-SD; there are "
-                    f"{', '.join(PREFIX + option for option in known)}."
+                    f"{', '.join(PREFIX + option for option in known if option != 'drafts')}."
                 )
             _check_value(f"{_flag(PREFIX + name)} (additional_config)", name, value)
         options = cls(**values)
         _check_thresholds("--via-sd-", options.accept, options.escalate)
+        for name in THRESHOLDS:
+            if name in values and options.mode != "paper" and not options.allow_paper_mode:
+                raise ValueError(
+                    f"--via-sd-{name} is {values[name]}, but the mode is lossless and has no "
+                    "thresholds; remove it, or add --via-sd-mode paper or "
+                    "--via-sd-allow-paper-mode."
+                )
         if options.drafts > options.window:
             raise ValueError(
                 f"--via-sd-window is {options.window}, and the drafter's num_speculative_tokens is "
@@ -127,6 +136,12 @@ class ViaSDRequestOptions:
                 "vllm_xargs 'via_sd_mode' is 'paper', but this server is lossless; it must be "
                 "started with --via-sd-allow-paper-mode."
             )
+        for name in THRESHOLDS:
+            if PREFIX + name in given and values["mode"] != "paper":
+                raise ValueError(
+                    f"vllm_xargs {PREFIX + name!r} is {values[name]}, but the request is lossless "
+                    "and has no thresholds; remove it or ask for via_sd_mode 'paper'."
+                )
         return cls(on=on, **values)
 
 
@@ -235,13 +250,27 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     """
     engine = options_of(vllm_config)
     if engine is not None:
-        ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
+        request = ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
+        if request.on and request.mode == "paper":
+            _check_penalties(sampling_params)
         return
     for key, value in additional_keys(sampling_params.extra_args).items():
         raise ValueError(
             f"vllm_xargs {key!r} is {value!r}, but VIA-SD is off; the server must be started with "
             "--via-sd."
         )
+
+
+def _check_penalties(params: "SamplingParams") -> None:
+    """What the slim verifier is sure of is kept as it is, so penalties would not reach it."""
+    neutral = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    for name, nothing in neutral.items():
+        if (value := getattr(params, name)) != nothing:
+            raise ValueError(
+                f"{name} is {value} (perhaps by the model's generation_config.json), but tokens "
+                f"that the paper's rule keeps take no penalties; set it to {nothing:g} or ask for "
+                "vllm_xargs via_sd_mode 'lossless'."
+            )
 
 
 def _check_value(where: str, name: str, value: Any) -> None:

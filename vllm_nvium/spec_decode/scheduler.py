@@ -21,7 +21,17 @@ class ViaSDScheduler(Scheduler):
     vLLM reserves none for drafters without a KV cache of their own (n-gram, suffix).
     """
 
+    dynamic_sd_lookup: list[int] | None
     _report: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Without such a table vLLM pads a new request that needs one token with a window of drafts
+        # `-1`, to fit CUDA graphs of V2. Here they would be verified: they cost rows, draw from the
+        # generators of seeded requests, and vLLM's CPU kernel reads law number -1 for them.
+        if self.dynamic_sd_lookup is None:
+            most = self.scheduler_config.max_num_seqs
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (most + 1)
 
     @property
     def num_lookahead_tokens(self) -> int:

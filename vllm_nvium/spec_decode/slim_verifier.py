@@ -120,6 +120,8 @@ def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmCo
         self.__dict__.pop("aot_compiled_fn", None)
         self.__dict__["_modules"] = {**vars(inner)["_modules"], "layers": nn.ModuleList(layers)}
         self.start_layer, self.end_layer = 0, len(layers)
+        # What EAGLE-3 has the target hand out is read by its drafter after the full pass only.
+        self.aux_hidden_state_layers = ()
 
     cls = type(name, (base,), {"__init__": __init__, "forward": own, "__doc__": base.__doc__})
     # `positions` is [T], or [3, T] with multimodal rotary embeddings.

@@ -32,6 +32,12 @@ ARCHITECTURES = (
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
 )
+# vLLM's short flags for some of --speculative-config's keys.
+SHORT_FLAGS = {
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
+}
 # Drafters whose count of tokens is a number that vLLM takes per call.
 METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 
@@ -98,10 +104,17 @@ def prepared(engine_args: Any) -> Iterator[None]:
     if options is None:
         yield
         return
-    names = ("additional_config", "speculative_config", "scheduler_cls", "worker_cls")
+    if DRAFTS in given:
+        raise ViaSDRefusal(
+            f"additional_config {DRAFTS!r} is {given[DRAFTS]!r}, but the drafter's count is "
+            "num_speculative_tokens of --speculative-config; remove it."
+        )
+    names = ["additional_config", "speculative_config", "scheduler_cls", "worker_cls"]
+    names += ["async_scheduling", *SHORT_FLAGS]
     before = {name: getattr(engine_args, name) for name in names}
-    before["async_scheduling"] = engine_args.async_scheduling
-    spec, drafts = _speculative_config(engine_args.speculative_config, options)
+    spec, drafts = _speculative_config(_with_short_flags(engine_args), options)
+    for name in SHORT_FLAGS:
+        setattr(engine_args, name, None)
     engine_args.additional_config = {**given, DRAFTS: drafts}
     # Checks that the window holds the drafts of a round.
     try:
@@ -146,6 +159,7 @@ def check(vllm_config: "VllmConfig") -> None:
             )
     model = vllm_config.model_config
     _check_architecture(model)
+    _check_drafter(vllm_config.speculative_config)
     from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, skipped_layers
 
     try:
@@ -171,6 +185,23 @@ def check(vllm_config: "VllmConfig") -> None:
         options.window,
         options.drafts,
     )
+
+
+def _with_short_flags(engine_args: Any) -> dict[str, Any]:
+    """`--speculative-config` with what `--spec-method`, `--spec-model` and `--spec-tokens` add."""
+    spec = dict(engine_args.speculative_config or {})
+    for name, key in SHORT_FLAGS.items():
+        value = getattr(engine_args, name)
+        if value is None:
+            continue
+        if key in spec:
+            flag = "--" + name.replace("_", "-")
+            raise ViaSDRefusal(
+                f"{flag} is {value!r} and --speculative-config has {key} {spec[key]!r}; give one "
+                "of them."
+            )
+        spec[key] = value
+    return spec
 
 
 def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, Any], int]:
@@ -215,6 +246,21 @@ def _worker_class() -> str:
         f"--via-sd is on, but VIA-SD has workers for CPU and CUDA only and this is "
         f"{current_platform.device_name!r}; remove it."
     )
+
+
+def _check_drafter(spec: Any) -> None:
+    """vLLM may have found out that a drafter is of another kind than its method said."""
+    if spec.method not in METHODS:
+        raise ViaSDRefusal(
+            f"--speculative-config names {spec.model!r}, which is a drafter of method "
+            f"{spec.method!r}, and VIA-SD works with {', '.join(METHODS)}."
+        )
+    if spec.parallel_drafting:
+        raise ViaSDRefusal(
+            f"--speculative-config names {spec.model!r} with parallel_drafting, whose drafts come "
+            "in one fixed number, but VIA-SD chooses the number of drafts itself; name a drafter "
+            "without it."
+        )
 
 
 def _check_architecture(model_config: Any) -> None:

@@ -89,8 +89,6 @@ class Drafts:
         return Drafts(kept, None if self.probs is None else self.probs[:, :most])
 
 
-# Rows [newest, drafts] of each window through the slim tier: logits [T, V] in that order.
-SlimLogits = Callable[[Sequence[Window], Drafts], torch.Tensor]
 # Logits [T, V] of rows of windows -> their laws under each request's temperature, top-k and top-p.
 ToLaws = Callable[[torch.Tensor, Sequence[Window], torch.Tensor], torch.Tensor]
 

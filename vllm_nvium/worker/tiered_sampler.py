@@ -43,12 +43,14 @@ class TieredRejectionSampler(RejectionSampler):
         with patch.object(vllm_rejection_sampler, name, expand_batch_to_tokens):
             return super().forward(metadata, draft_probs, logits, *args, **kwargs)
 
-    def apply_logits_processors(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        logits = super().apply_logits_processors(logits, *args, **kwargs)
+    def apply_logits_processors(
+        self, logits: torch.Tensor, sampling_metadata: Any, metadata: Any
+    ) -> torch.Tensor:
+        logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         if self.kept is not None:
-            metadata = next(a for a in (*args, *kwargs.values()) if hasattr(a, "draft_token_ids"))
             tokens = metadata.draft_token_ids.long()
-            # All weight on the draft, after log-probabilities have been taken from the full model.
+            # All weight on the draft. Log-probabilities are the full model's all the same: vLLM
+            # takes them before (`raw_logprobs`, its default).
             rows = self.kept.nonzero().squeeze(1)
             # What a request forbids stays forbidden.
             rows = rows[logits[rows, tokens[rows]] > -torch.inf]

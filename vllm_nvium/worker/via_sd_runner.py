@@ -21,7 +21,7 @@ from vllm_nvium.spec_decode.options import AUTO, ViaSDOptions, ViaSDRequestOptio
 from vllm_nvium.spec_decode.slim_rows import rows_of_windows, slim_laws
 from vllm_nvium.spec_decode.slim_verifier import SlimVerifier
 from vllm_nvium.spec_decode.tiers import ESCALATE
-from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend, point_mass
+from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend
 from vllm_nvium.worker.requests import GREEDY_BELOW
 from vllm_nvium.worker.tiered_sampler import TieredRejectionSampler
 
@@ -40,7 +40,6 @@ class Request:
     Attributes:
         options: as the request asked.
         params: vLLM's sampling parameters.
-        is_tiered: whether the slim tier may be used for it.
     """
 
     options: ViaSDRequestOptions
@@ -56,6 +55,7 @@ class Request:
 
     @property
     def is_tiered(self) -> bool:
+        """Whether the slim tier may be used for it."""
         return self.options.on and not self.is_seeded
 
     @property
@@ -97,7 +97,7 @@ class ViaSDModelRunnerMixin(Runner):
                 options.drafts, options.window, max_batch=options.max_batch, **rounds
             )
         else:
-            self.controller = FixedRounds(options.drafts, int(options.rounds))
+            self.controller = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
         self.via_sd_requests: dict[str, Request] = {}
         self._reporter = Reporter(options.window)
         # Windows and plain drafts that the next step verifies, by request.
@@ -237,9 +237,14 @@ class ViaSDModelRunnerMixin(Runner):
         self._has_drafted = True
         self._asked = dict.fromkeys(request_ids, drafts)
         # Other drafters must see every token, to learn from it or for their own KV cache.
-        if drafts == 0 and self.speculative_config.method == "ngram":
+        method = self.speculative_config.method
+        if drafts == 0 and method == "ngram":
             return [[] for _ in sampled_token_ids]
-        answer = super().propose_draft_token_ids(limited, sampled_token_ids, *args, **kwargs)
+        # Suffix decoding takes no other count than its own, the window.
+        schedule = scheduler_output if method == "suffix" else limited
+        answer = super().propose_draft_token_ids(schedule, sampled_token_ids, *args, **kwargs)
+        if method == "suffix":
+            answer = [tokens[:drafts] for tokens in answer]
         self._draft_seconds = time.perf_counter() - start
         self.controller.saw_draft(len(request_ids), drafts, self._draft_seconds)
         return answer
@@ -259,8 +264,7 @@ class ViaSDModelRunnerMixin(Runner):
             self._leave_out_drafts()
             if self._has_drafted and self._plan.rounds > 0:
                 self._grow_windows()
-            if self._draft_probs is not None and self._draft_prob_req_ids is not None:
-                self._proposals |= zip(self._draft_prob_req_ids, self._draft_probs, strict=False)
+            self._keep_laws_of_plain_drafts()
             # The scheduler reads it; what a process sends to another keeps added attributes.
             setattr(output, KEY, self._reporter.report(self._plan))
             self._step_end = time.perf_counter()
@@ -331,6 +335,15 @@ class ViaSDModelRunnerMixin(Runner):
         ]
         self._draft_token_req_ids = list(self.input_batch.req_ids)
 
+    def _keep_laws_of_plain_drafts(self) -> None:
+        """Drafts that the slim tier did not check are proposals too, with the drafter's law."""
+        if self._draft_probs is None or self._draft_prob_req_ids is None:
+            return
+        for request_id, laws in zip(self._draft_prob_req_ids, self._draft_probs, strict=False):
+            request = self.via_sd_requests.get(request_id)
+            if request is not None and request.keeps_laws:
+                self._proposals[request_id] = laws
+
     # --- the window -----------------------------------------------------------------------------
 
     def _grow_windows(self) -> None:
@@ -365,7 +378,7 @@ class ViaSDModelRunnerMixin(Runner):
         else:
             for window in current:
                 self._saw_slim_check(window, window.room, 0, 0)
-        self._hand_over(windows, all_drafts, all_probs)
+        self._hand_over(windows, all_drafts)
 
     def _rooms(self, windows: Sequence[Window]) -> list[int]:
         """Tokens that each window may grow by, so that all of them fit into one pass of the slim
@@ -478,41 +491,31 @@ class ViaSDModelRunnerMixin(Runner):
     ) -> Drafts:
         """The drafter goes on from where the windows that are still open end."""
         start = time.perf_counter()
-        drafts = again(windows, going, hidden, rows, self._plan.drafts)
+        room = max(windows[i].room for i in going) - 1
+        # A draft model may read fewer positions than the target.
+        longest = max(windows[i].last_position for i in going)
+        count = min(self._plan.drafts, room, self.effective_drafter_max_model_len - 1 - longest)
+        if count < 1:
+            return Drafts([[] for _ in going])
+        drafts = again(windows, going, hidden, rows, count)
         seconds = time.perf_counter() - start
-        self.controller.saw_draft(len(going), self._plan.drafts, seconds)
+        self.controller.saw_draft(len(going), count, seconds)
         return drafts
 
-    def _hand_over(
-        self,
-        windows: list[Window],
-        all_drafts: list[list[int]],
-        all_probs: torch.Tensor | None,
-    ) -> None:
+    def _hand_over(self, windows: list[Window], all_drafts: list[list[int]]) -> None:
         """Makes the windows this step's drafts, as if vLLM's drafter had answered with them."""
         ids = self.input_batch.req_ids
-        by_request = {window.request: window for window in windows if window.rounds}
-        self._windows |= {ids[i]: window for i, window in by_request.items()}
-        for i, window in by_request.items():
-            all_drafts[i] = window.tokens
+        self._keep_laws_of_plain_drafts()
+        for window in windows:
+            if window.rounds == 0:
+                continue
+            request_id = ids[window.request]
+            self._windows[request_id] = window
+            all_drafts[window.request] = window.tokens
+            self._proposals.pop(request_id, None)
+            if window.keeps_laws and window.tokens:
+                self._proposals[request_id] = torch.stack(window.laws)
         self._draft_token_ids = all_drafts
         self._draft_token_req_ids = list(ids)
+        # Laws wait in `_proposals`, by request and no longer than its drafts.
         self._draft_probs, self._draft_prob_req_ids = None, None
-        if all_probs is None and not any(window.keeps_laws for window in by_request.values()):
-            return
-        most = max(map(len, all_drafts))
-        probs = torch.zeros(len(ids), most, self.input_batch.vocab_size, device=self.device)
-        for i, tokens in enumerate(all_drafts):
-            own = by_request.get(i)
-            for place, token in enumerate(tokens):
-                if own is not None and own.keeps_laws:
-                    probs[i, place] = own.laws[place]
-                elif own is None and all_probs is not None and not self._is_greedy(ids[i]):
-                    probs[i, place] = all_probs[i, place]
-                else:
-                    probs[i, place] = point_mass(token, probs.shape[-1], self.device)
-        self._draft_probs, self._draft_prob_req_ids = probs, list(ids)
-
-    def _is_greedy(self, request_id: str) -> bool:
-        request = self.via_sd_requests.get(request_id)
-        return request is None or request.is_greedy
