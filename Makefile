@@ -3,16 +3,17 @@
 # installs only what is not there yet. vLLM 0.32 has wheels for Python 3.11 to 3.14; 3.11 was tried.
 
 PYTHON ?= python3.11
-VENV ?= .venv
-# Build of vLLM to install: cpu or gpu.
+# Build of vLLM to install: cpu or gpu. Each has an environment of its own: pip would take one for
+# the other.
 BUILD ?= cpu
+VENV ?= $(if $(filter cpu,$(BUILD)),.venv,.venv-$(BUILD))
 MODEL ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a log, pip's progress bar is a page of fragments.
-QUIET := $(shell [ -t 1 ] || echo --quiet --progress-bar off)
+QUIET := $(if $(MAKE_TERMOUT),,--quiet --progress-bar off)
 
 .PHONY: demo serve test check doctor clean
 

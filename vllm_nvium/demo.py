@@ -130,6 +130,8 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
             )
         )
         return converted(dense, exits, hazards)
+    from vllm_nvium.convert.dense import FAMILIES
+
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -142,6 +144,11 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
                 "an N-vium checkpoint; remove them."
             )
         return folder
+    if model_type(folder) not in FAMILIES:
+        raise DemoError(
+            f"{model} is a {model_type(folder)} model, and {', '.join(FAMILIES)} can be "
+            "converted to N-vium."
+        )
     say(f"{model} is a dense {model_type(folder)} model; it is converted to N-vium first.")
     return converted(folder, exits, hazards)
 
@@ -324,9 +331,11 @@ def _convert(
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    from vllm_nvium.convert.command import HUB_FILES
+
     say(f"Fetching {name} from the hub ...")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many kinds, all mean this
         raise DemoError(f"{name} could not be fetched from the hub: {error}") from None
 
