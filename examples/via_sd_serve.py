@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a running server with VIA-SD, with and without the slim verifier, through the `openai` client,
-which comes with vLLM; and read from /metrics what the tiers did meanwhile.
+"""Ask a running server with VIA-SD, with and without the slim verifier, through the `openai`
+client, which comes with vLLM; and read from /metrics what the tiers did meanwhile.
 
-    vllm serve MODEL --via-sd --port 8000 \\
-        --speculative-config '{"method": "ngram", "prompt_lookup_max": 4, "num_speculative_tokens": 4}'
+    vllm serve MODEL --via-sd --spec-method ngram --spec-tokens 4 --port 8000
     python examples/via_sd_serve.py [--base-url http://127.0.0.1:8000/v1]
 """
 

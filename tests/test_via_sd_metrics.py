@@ -346,6 +346,19 @@ def test_a_server_shows_them(server: tuple[str, Path]) -> None:
     assert line.startswith("Windows: ") and "Tiers: " in line
 
 
+def test_the_server_example(server: tuple[str, Path]) -> None:
+    example = Path(__file__).parent.parent / "examples" / "via_sd_serve.py"
+    result = subprocess.run(
+        [sys.executable, str(example), "--base-url", f"{server[0]}/v1", "--prompt", PROMPTS[0]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "With the tier: " in result.stdout and "Without it: " in result.stdout
+    assert "vllm:via_sd_windows_total" in result.stdout
+
+
 def test_what_nothing_is_divided_by() -> None:
     line = summary(Counts.zero(4), 3, 0)
     assert "Mean window length: - tokens" in line and "Slim acceptance: -" in line
