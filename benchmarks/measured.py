@@ -20,7 +20,9 @@ def machine() -> str:
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{name} (CPU)"
-    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"
+    libraries = [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
+    preloaded = f", {' and '.join(libraries)} preloaded" if libraries else ""
+    return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}{preloaded}"
 
 
 def read_prompts(path: Path, model: str, longest: int = 512, chat: bool = True) -> list[list[int]]:

@@ -263,7 +263,7 @@ def about_run(args: Any) -> dict[str, Any]:
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
     names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "longest_prompt", "chat")
     return {
-        "machine": f"{machine()}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}",
+        "machine": machine(),
         "drafter": Path(args.drafter).name,
         "compilation": mode,
         **{name: getattr(args, name) for name in names},
