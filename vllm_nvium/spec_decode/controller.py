@@ -46,6 +46,8 @@ class Acceptance:
         slim: the full model accepts a token of a window.
         stays: such a token does not escalate; 1 where the rule is lossless.
         obtained: drafts obtained, as a share of those asked for: n-grams often find none.
+        again: the same in the rounds of a window after its first: where an n-gram was found, the
+            next one mostly is too.
         own: 1 where the slim verifier adds a token of its own behind drafts that it all accepts;
             0 under the paper's rule.
         weight: how many requests each of the B stands for.
@@ -56,6 +58,7 @@ class Acceptance:
     slim: np.ndarray
     stays: np.ndarray
     obtained: np.ndarray
+    again: np.ndarray
     own: np.ndarray
     weight: float = 1.0
 
@@ -63,6 +66,10 @@ class Acceptance:
     def found(self) -> float:
         """The chance that the drafter finds drafts of any request."""
         return float(1 - np.prod(1 - self.obtained) ** self.weight)
+
+    def later(self) -> "Acceptance":
+        """Of the rounds of a window after its first."""
+        return replace(self, obtained=self.again)
 
 
 class Curve:
@@ -194,53 +201,71 @@ def one_round(accept: Acceptance, drafts: np.ndarray) -> Round:
 def tiered_outlook(accept: Acceptance, times: Times, max_window: int, max_rounds: int) -> Outlook:
     """`[D, R]`: windows of 1..R rounds with 1..D drafts each.
 
-    With P as in `one_round`, `o_r(w)` the chance that after r rounds a window is still open and w
-    tokens long, and `safe` the chance that such a token does not fail (1 under the paper's rule,
-    where only windows without escalated tokens go on):
+    With Q_r the product of the first r P of `one_round` (of the first round and of later ones), the
+    chance that round r takes place, `o_r(w)` the chance that after r rounds a window is still open
+    and w tokens long, and `safe` the chance that such a token does not fail (1 under the paper's
+    rule, where only windows without escalated tokens go on):
 
         o_(r+1)(w') = sum_w o_r(w) P(n = w' - w) stays^(w' - w)
-        tokens      sum_i (1 + sum_r P^(r+1) sum_w o_r(w) safe^w kept)
-        seconds     sum_r (P^r draft(d) + P^(r+1) slim(rows)) somebody_r + full(rows) + overhead
+        tokens      sum_i (1 + sum_r Q_(r+1) sum_w o_r(w) safe^w kept)
+        seconds     sum_r (Q_r draft(d) + Q_(r+1) slim(rows)) somebody_r + full(rows) + overhead
 
     Args:
         max_window: most tokens between two full passes. The slim verifier's own token ends a
             round, so that a window with room for one token is full.
     """
     most = len(times.draft) - 1
+    lengths = np.arange(max(max_window - 1, 0))
+    first, later = (_moves_of_a_round(each, most, max_window) for each in (accept, accept.later()))
+    state = np.zeros((len(accept.slim), most, 1, len(lengths)))
+    state[..., :1] = 1.0
+    of_rounds = []
+    for done in range(max_rounds):
+        moves, brings = later if done else first
+        of_rounds.append((state @ brings)[..., 0, :])
+        state = state @ moves
+    kept, window, is_open, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)  # [B, D, R] each
+    places = accept.found * accept.later().found ** np.arange(max_rounds)  # [R]
+    asked = np.concatenate([[1.0], places[:-1]])
+    tokens = 1 + np.cumsum(places * kept, axis=2)
+    windows = np.cumsum(places * window, axis=2).sum(0)
+    somebody = 1 - np.prod(np.clip(1 - is_open, 0, 1), axis=0) ** accept.weight  # [D, R]
+    slim = times.slim(accept.weight * rows.sum(0) / np.maximum(somebody, 1e-9))
+    rounds = somebody * (asked * times.draft[1:, None] + places * slim)
+    full = times.full(accept.weight * (len(tokens) + windows))
+    seconds = np.cumsum(rounds, axis=1) + full + times.overhead
+    return Outlook(accept.weight * tokens.sum(0), seconds)
+
+
+def _moves_of_a_round(
+    accept: Acceptance, most: int, max_window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A round that takes place in a window of L = 0..max_window - 2 tokens, with D = 1..`most`
+    drafts.
+
+    Returns:
+        `[B, D, L, L]`, chances of the lengths that leave the window open; and `[B, D, L, 4]`:
+        tokens that the full model keeps, tokens, 1 (the window is there), and rows of the pass.
+    """
     drafts, lengths = np.arange(1, most + 1), np.arange(max(max_window - 1, 0))
-    per_round, found = one_round(accept, drafts), accept.found
+    per_round = one_round(accept, drafts)
     # Which number of drafts fits into a window of each length, less 1.
     fits = np.minimum(drafts[:, None], max_window - 1 - lengths) - 1  # [D, L]
     added = lengths - lengths[:, None]  # [L, L]
     chances = _length_chances(accept, drafts, max_window)[:, fits]  # [B, D, L, W + 1]
     rows = np.arange(len(lengths))[:, None]
-    moves = np.where(added >= 0, chances[:, :, rows, np.maximum(added, 0)], 0.0)  # [B, D, L, L]
+    moves = np.where(added >= 0, chances[:, :, rows, np.maximum(added, 0)], 0.0)
     safe = np.where(accept.own > 0, accept.slim, 1.0)[:, None, None] ** lengths
-    brings = np.stack(  # [B, D, L, 4]
+    brings = np.stack(
         [
             safe * per_round.kept[:, fits],
             per_round.length[:, fits],
             np.ones_like(per_round.length[:, fits]),
-            1 + (fits + 1) * (accept.obtained / max(found, 1e-9))[:, None, None],
+            1 + (fits + 1) * (accept.obtained / max(accept.found, 1e-9))[:, None, None],
         ],
         axis=-1,
     )
-    state = np.zeros((len(accept.slim), most, 1, len(lengths)))
-    state[..., :1] = 1.0
-    of_rounds = []
-    for _ in range(max_rounds):
-        of_rounds.append((state @ brings)[..., 0, :])
-        state = state @ moves
-    kept, window, is_open, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)  # [B, D, R] each
-    reached = found ** np.arange(max_rounds)  # [R]
-    tokens = 1 + found * np.cumsum(reached * kept, axis=2)
-    windows = found * np.cumsum(reached * window, axis=2).sum(0)
-    somebody = 1 - np.prod(1 - is_open, axis=0) ** accept.weight  # [D, R]
-    slim = times.slim(accept.weight * rows.sum(0) / np.maximum(somebody, 1e-9))
-    rounds = reached * somebody * (times.draft[1:, None] + found * slim)
-    full = times.full(accept.weight * (len(tokens) + windows))
-    seconds = np.cumsum(rounds, axis=1) + full + times.overhead
-    return Outlook(accept.weight * tokens.sum(0), seconds)
+    return moves, brings
 
 
 def _length_chances(accept: Acceptance, drafts: np.ndarray, longest: int) -> np.ndarray:
@@ -358,6 +383,7 @@ class Shares:
     slim: Share = field(default_factory=Share)
     stays: Share = field(default_factory=Share)
     obtained: Share = field(default_factory=Share)
+    again: Share = field(default_factory=Share)
 
 
 KINDS = tuple(each.name for each in fields(Shares) if each.name != "rule")
@@ -367,12 +393,15 @@ KINDS = tuple(each.name for each in fields(Shares) if each.name != "rule")
 # Trials that the memories of a share hold, and standard deviations between them that are too many.
 MEMORY, SHORT_MEMORY, SURPRISE = 2000.0, 50.0, 3.0
 # What is believed before the first trial, and how many trials that belief is worth.
-PRIOR = {"at_full": 0.6, "at_slim": 0.6, "slim": 0.8, "stays": 0.9, "obtained": 0.9}
+PRIOR = {
+    "at_full": 0.6, "at_slim": 0.6, "slim": 0.8, "stays": 0.9, "obtained": 0.9, "again": 0.9,
+}  # fmt: skip
 PRIOR_TRIALS = 2.0
-# The slim verifier is most of the full model: what one makes of drafts says how the other may
-# judge, and is worth so many trials.
-ALIKE = {"at_full": "at_slim", "at_slim": "at_full"}
-ALIKE_TRIALS = 100.0
+# What says something about another chance, and how many trials it is worth at most. The slim
+# verifier is most of the full model: what one makes of drafts says how the other may judge.
+ALIKE = {
+    "at_full": ("at_slim", 100.0), "at_slim": ("at_full", 100.0), "again": ("obtained", 25.0),
+}  # fmt: skip
 # How many trials the share of all requests is worth for one of them.
 COMMON_TRIALS = 16.0
 # Kinds of plan, and what must be known before each is used, from so many trials.
@@ -476,7 +505,13 @@ class RoundController:
         self._overhead.saw(requests, seconds, self._step)
 
     def saw_slim_check(
-        self, request_id: str, asked: int, drafted: int, accepted: int, escalated: int = 0
+        self,
+        request_id: str,
+        asked: int,
+        drafted: int,
+        accepted: int,
+        escalated: int = 0,
+        is_first: bool = True,
     ) -> None:
         """The slim verifier's check of one round.
 
@@ -485,8 +520,9 @@ class RoundController:
             drafted: drafts that there were.
             accepted: leading ones that it kept; under the paper's rule, that it did not draw again.
             escalated: under the paper's rule, those of the kept ones that escalate.
+            is_first: it is the first of its window.
         """
-        self._saw_obtained(request_id, asked, drafted)
+        self._saw_obtained(request_id, asked, drafted, "obtained" if is_first else "again")
         self._saw(request_id, "at_slim", accepted, int(accepted < drafted))
         length = accepted + int(accepted < drafted)
         self._saw(request_id, "stays", length - escalated, escalated)
@@ -508,10 +544,12 @@ class RoundController:
         self._saw(request_id, "slim" if tiered else "at_full", accepted, bad)
         self._outcomes += accepted + bad
 
-    def _saw_obtained(self, request_id: str, asked: int, drafted: int) -> None:
+    def _saw_obtained(
+        self, request_id: str, asked: int, drafted: int, kind: str = "obtained"
+    ) -> None:
         if asked > 0:
             share = min(drafted / asked, 1.0)
-            self._saw(request_id, "obtained", share, 1 - share)
+            self._saw(request_id, kind, share, 1 - share)
 
     def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
         if good + bad > 0:
@@ -560,7 +598,7 @@ class RoundController:
             return True
         missing = [request_id for request_id in request_ids if request_id not in self._gains]
         if missing:
-            accept = self._acceptance(missing)
+            accept = self._acceptance(missing).later()
             per_round = one_round(accept, np.array([self._plan.drafts]))
             safe = np.where(accept.own > 0, accept.slim, 1.0)
             each = zip(safe, per_round.kept[:, 0], per_round.length[:, 0], strict=True)
@@ -608,9 +646,10 @@ class RoundController:
     def _share(self, rule: str, kind: str) -> float:
         shares, prior, trials = self._common[rule], PRIOR[kind], PRIOR_TRIALS
         if kind in ALIKE:
-            other: Share = getattr(shares, ALIKE[kind])
+            name, most = ALIKE[kind]
+            other: Share = getattr(shares, name)
             prior = other.estimate(prior, trials)
-            trials += min(other.all, ALIKE_TRIALS)
+            trials += min(other.all, most)
         return float(getattr(shares, kind).estimate(prior, trials))
 
     def _acceptance(self, request_ids: Sequence[str]) -> Acceptance:
@@ -653,7 +692,7 @@ class RoundController:
         sample = [name for name in request_ids if self._has_tier(name)] or request_ids
         sample = sample[:: -(-len(sample) // LARGEST_SAMPLE)]
         accept = replace(self._acceptance(sample), weight=count / len(sample))
-        self._times, self._found = times, accept.found
+        self._times, self._found = times, accept.later().found
         plain = plain_outlook(accept, times)
         shape = self.max_drafts + 1, self.max_rounds + 1
         # What is not possible brings nothing, in the time of what is.

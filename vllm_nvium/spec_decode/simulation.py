@@ -22,6 +22,11 @@ class Chances:
     at_slim: float
     slim: float
     obtained: float = 1.0
+    again: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.again is None:
+            self.again = self.obtained
 
 
 @dataclass
@@ -95,15 +100,18 @@ class SimulatedEngine:
         while still_open:
             self._draft(controller, len(still_open), plan.drafts)
             asked = [min(plan.drafts, self.max_window - windows[i] - 1) for i in still_open]
+            is_first = rounds == 0
             drafted = [
-                count * self._hits(self.requests[i].obtained)
+                count * self._hits(self._obtained(i, is_first))
                 for i, count in zip(still_open, asked, strict=True)
             ]
             if not any(drafted):
                 for i, count in zip(still_open, asked, strict=True):
-                    controller.saw_slim_check(self.names[i], count, 0, 0)
+                    controller.saw_slim_check(self.names[i], count, 0, 0, is_first=is_first)
                 break
-            still_open = self._round(controller, still_open, asked, drafted, windows, kept)
+            still_open = self._round(
+                controller, still_open, asked, drafted, windows, kept, is_first
+            )
             rounds += 1
             lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
             if not controller.another_round(lengths, rounds, names):
@@ -124,6 +132,7 @@ class SimulatedEngine:
         drafted: list[int],
         windows: list[int],
         kept: list[int],
+        is_first: bool,
     ) -> list[int]:
         """One slim check; returns the requests whose windows go on."""
         rows = len(still_open) + sum(drafted)
@@ -136,7 +145,7 @@ class SimulatedEngine:
             length = accepted + int(accepted < count or not self.paper)
             fails = [self.random.random() >= request.slim for _ in range(length)]
             escalated = sum(fails) if self.paper else 0
-            controller.saw_slim_check(self.names[i], wanted, count, accepted, escalated)
+            controller.saw_slim_check(self.names[i], wanted, count, accepted, escalated, is_first)
             if kept[i] == windows[i]:
                 kept[i] += fails.index(True) if any(fails) else length
             windows[i] += length
@@ -155,6 +164,12 @@ class SimulatedEngine:
             if self.random.random() >= chance:
                 return accepted
         return proposed
+
+    def _obtained(self, i: int, is_first: bool) -> float:
+        request = self.requests[i]
+        found = request.obtained if is_first else request.again
+        assert found is not None
+        return found
 
     def _hits(self, chance: float) -> bool:
         return chance >= 1 or self.random.random() < chance

@@ -377,7 +377,7 @@ class ViaSDModelRunnerMixin(Runner):
             current = [current[i] for i in going]
         else:
             for window in current:
-                self._saw_slim_check(window, window.room, 0, 0)
+                self._saw_slim_check(window, window.room, 0, 0, window.rounds == 0)
         self._hand_over(windows, all_drafts)
 
     def _rooms(self, windows: Sequence[Window]) -> list[int]:
@@ -451,6 +451,7 @@ class ViaSDModelRunnerMixin(Runner):
         found = check_round(windows, drafts, logits, self._laws, self._generator)
         accepted = found.accepted.tolist()
         rooms = [window.room for window in windows]
+        is_first = windows[0].rounds == 0
         extend(windows, drafts, found)
         seconds = time.perf_counter() - start
         self.controller.saw_slim(len(token_ids), seconds)
@@ -458,16 +459,18 @@ class ViaSDModelRunnerMixin(Runner):
         for window, room, tokens, kept in zip(windows, rooms, drafts.tokens, accepted, strict=True):
             self.counts.slim_drafted += len(tokens)
             self.counts.slim_accepted += kept
-            self._saw_slim_check(window, room, len(tokens), kept)
+            self._saw_slim_check(window, room, len(tokens), kept, is_first)
         return hidden, groups
 
-    def _saw_slim_check(self, window: Window, room: int, drafted: int, accepted: int) -> None:
+    def _saw_slim_check(
+        self, window: Window, room: int, drafted: int, accepted: int, is_first: bool
+    ) -> None:
         """One round of a window that had room for so many tokens."""
         # A window of the paper's rule ends with the first round that has such a token.
         escalated = window.tiers.count(ESCALATE) if window.is_paper else 0
         asked = max(min(self._plan.drafts, room - 1), 0)
         name = self.input_batch.req_ids[window.request]
-        self.controller.saw_slim_check(name, asked, drafted, accepted, escalated)
+        self.controller.saw_slim_check(name, asked, drafted, accepted, escalated, is_first)
 
     def _laws(
         self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
