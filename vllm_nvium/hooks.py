@@ -549,6 +549,27 @@ HOOKS: tuple[Hook, ...] = (
     *_each(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
+        "dynamic_sd_lookup scheduler_config",
+        "a table of draft counts, so that new requests are not padded with drafts that nobody made",
+        "seeds would draw other tokens where a prompt is cached",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "effective_drafter_max_model_len",
+        "how far a draft model can go on in a window",
+        "a draft model would be run past its context",
+    ),
+    *_each(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "spec_method spec_model spec_tokens",
+        "short flags that name a drafter too",
+        "they would be overlooked beside --via-sd",
+    ),
+    *_each(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
         "update_from_output make_stats",
         "overridden to add the counts of a step to its statistics",
         "no metrics of VIA-SD",

@@ -5,7 +5,7 @@ of a Quadrivium (three exits) and of a dense twin with as many parameters and a 
     python examples/scratch_pair/make_pair.py TEXT OUT
 
 TEXT is a folder that examples/retrofit_smollm2/prepare_text.py wrote (with --bytes 8000000). Then
-`vllm-nvium train` with dense.yaml and, steered by its history, with nvium.yaml beside this file.
+`vllm-nvium train` with dense.yaml and with nvium.yaml beside this file; see docs/checkpoints.md.
 """
 
 import argparse
