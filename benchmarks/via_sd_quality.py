@@ -159,6 +159,7 @@ def rules(args: argparse.Namespace) -> list[Rule]:
 def generate(todo: list[Rule], problems: list[Problem], args: argparse.Namespace) -> None:
     """Answers of one engine: the target alone, or all rules of VIA-SD."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is all there is on stdout
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm import LLM, SamplingParams
 
