@@ -49,11 +49,13 @@ class Asked:
         prefix: all tokens of the request so far, the window's too.
         drafts: what it proposed behind them.
         round: 1 for the drafts that open a window.
+        room: most drafts that any window of the call has room for.
     """
 
     prefix: list[int]
     drafts: list[int]
     round: int
+    room: int
 
 
 class ViaSDEngine(TraceEngine):
@@ -110,15 +112,17 @@ class ViaSDEngine(TraceEngine):
             drafts, probs = plain_drafts()
             for row, tokens in enumerate(drafts):
                 if not runner.discard_request_mask.np[row]:
-                    self.asked.append(Asked(tokens_of(row), list(tokens), 1))
+                    self.asked.append(Asked(tokens_of(row), list(tokens), 1, runner.via_sd.window))
             return drafts, probs
 
         def record_again(again: Any, windows: Any, going: list[int], *args: Any) -> Any:
+            # One place is the slim verifier's own.
+            room = max(windows[i].room for i in going) - 1
             drafts = draft_again(again, windows, going, *args)
             for i, tokens in zip(going, drafts.tokens, strict=True):
                 window = windows[i]
                 prefix = tokens_of(window.request) + window.tokens
-                self.asked.append(Asked(prefix, list(tokens), window.rounds + 1))
+                self.asked.append(Asked(prefix, list(tokens), window.rounds + 1, room))
             return drafts
 
         def record_windows(windows: Any, *args: Any) -> None:
