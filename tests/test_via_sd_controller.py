@@ -430,6 +430,26 @@ def test_trials_stay_within_the_budget() -> None:
         assert controller.snapshot()["steps"]["tiered"] > 10, "it is tried all the same"
 
 
+def test_credit_is_for_what_may_win() -> None:
+    """Soon after its first trial a tier that lost clearly is tried within the budget only, and one
+    that may have been unlucky again and again."""
+
+    def tiered_steps(slim: float, agreement: float) -> float:
+        found = []
+        for seed in range(6):
+            engine = make_engine([Chances(0.9, 0.9, agreement)], 0.3, slim, noise=0.05, seed=seed)
+            controller = RoundController(6, MAX_WINDOW)
+            engine.run(controller, 60)
+            before = controller.snapshot()["steps"]["tiered"]
+            engine.run(controller, 200)
+            found.append(controller.snapshot()["steps"]["tiered"] - before)
+        return float(np.mean(found))
+
+    assert tiered_steps(0.7, 0.79) < 18, "it brings two thirds of plain drafts"
+    assert tiered_steps(0.5, 0.9) > 24, "it brings four fifths"
+    assert tiered_steps(0.4, 0.97) > 100, "it wins by 8 %"
+
+
 def test_a_drafter_that_finds_nothing() -> None:
     engine = make_engine([Chances(0.5, 0.5, 0.9, obtained=0.0)] * 2, 0.1, 0.4, noise=0.05)
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)

@@ -414,8 +414,9 @@ FIRST_PLANS = {NONE: Plan(0, 0), PLAIN: Plan(4, 0), TIERED: Plan(2, 2)}
 SHORT_TRIAL, FIRST_TRIAL, TRIAL = 5, (15, 30), (8, 24)
 # How much of what is known about a kind of plan that is not in use survives its next trial.
 TRIAL_FADE = 0.75
-# Steps whose time the budget for trials can save up.
-LARGEST_BANK = 5
+# Steps whose time the budget for trials can save up, and owe for trials of what may be the best:
+# of what would be, if the acceptances that it needs were better by so many standard errors.
+LARGEST_BANK, HOPE = 5, 2.0
 # Plain decoding has no acceptance to learn: its trials may be so many times rarer.
 SELDOM = 45
 # Requests that a plan is made for; in larger batches some stand for all.
@@ -681,8 +682,15 @@ class RoundController:
         points = [(0.0, 0.0), *self._draft[nearest].points()]
         return np.asarray(Curve(*zip(*points, strict=True))(np.arange(self.max_drafts + 1)))
 
-    def _table(self, request_ids: Sequence[str], allowed: Sequence[int]) -> Outlook | None:
-        """`[D + 1, R + 1]`, by drafts and rounds; None before the first full pass."""
+    def _table(
+        self, request_ids: Sequence[str], allowed: Sequence[int], hope: float = 0.0
+    ) -> Outlook | None:
+        """`[D + 1, R + 1]`, by drafts and rounds; None before the first full pass.
+
+        Args:
+            hope: standard errors by which the full model's and the slim verifier's acceptance are
+                taken to be better than what was seen.
+        """
         full, slim = self._full.curve(), self._slim.curve()
         if full is None:
             return None
@@ -693,6 +701,9 @@ class RoundController:
         sample = sample[:: -(-len(sample) // LARGEST_SAMPLE)]
         accept = replace(self._acceptance(sample), weight=count / len(sample))
         self._times, self._found = times, accept.later().found
+        for kind in sum(NEEDS.values(), ()) if hope else ():
+            hoped = getattr(accept, kind) + hope * self._error(kind)
+            accept = replace(accept, **{kind: np.minimum(hoped, 1.0)})
         plain = plain_outlook(accept, times)
         shape = self.max_drafts + 1, self.max_rounds + 1
         # What is not possible brings nothing, in the time of what is.
@@ -702,6 +713,13 @@ class RoundController:
             tiered = tiered_outlook(accept, times, self.max_window, self.max_rounds)
             tokens[1:, 1:], seconds[1:, 1:] = tiered.tokens, tiered.seconds
         return Outlook(tokens, seconds)
+
+    def _error(self, kind: str) -> float:
+        """The standard error of a chance, under the rule that it is best known of."""
+        seen = {rule: getattr(shares, kind).all for rule, shares in self._common.items()}
+        rule = max(seen, key=seen.__getitem__, default=LOSSLESS)
+        chance, trials = self._share(rule, kind), seen.get(rule, 0.0) + PRIOR_TRIALS
+        return float(np.sqrt(chance * (1 - chance) / trials))
 
     # The choice.
 
@@ -742,7 +760,7 @@ class RoundController:
         cell = self._used.drafts, self._used.rounds
         self._rate, self._seconds = float(rates[cell]), float(table.seconds[cell])
         self._plan = self._used
-        due = self._due(table, best)
+        due = self._due(table, best, request_ids)
         if due is not None:
             for shares in (*self._common.values(), *self._requests.values()):
                 for need in NEEDS[due]:
@@ -771,16 +789,25 @@ class RoundController:
             for need in NEEDS[kind]
         )
 
-    def _due(self, table: Outlook, best: dict[int, Plan]) -> int | None:
+    def _due(self, table: Outlook, best: dict[int, Plan], request_ids: Sequence[str]) -> int | None:
         """The kind that was longest not tried, if it is time and the budget covers it."""
         due = [
             kind
-            for kind, plan in best.items()
+            for kind in best
             if kind != _kind(self._used)
             and self._step - self._last_trial[kind]
             >= self.interval * (SELDOM if kind == NONE else 1)
-            and self._lost(table, plan, SHORT_TRIAL) <= max(self._bank, 0.0)
         ]
+        bank = dict.fromkeys(due, self._bank)
+        if due:
+            # What may well be the best is tried on credit: at the start nothing is known for sure.
+            hoped = self._table(request_ids, list(best), HOPE)
+            assert hoped is not None
+            for kind in due:
+                plan = _best_plan(hoped.rates, kind)
+                if hoped.rates[plan.drafts, plan.rounds] > self._rate:
+                    bank[kind] += LARGEST_BANK * self._seconds
+        due = [kind for kind in due if self._lost(table, best[kind], SHORT_TRIAL) <= bank[kind]]
         return min(due, key=self._last_trial.__getitem__, default=None)
 
     def _lost(self, table: Outlook, plan: Plan, steps: int) -> float:
@@ -804,13 +831,10 @@ class RoundController:
         return self._trial_steps >= (SHORT_TRIAL if enough else steps)
 
     def _end_trial(self, table: Outlook | None) -> None:
-        """What a trial has lost is known best at its end, from what it taught."""
-        if self._on_trial and table is not None:
-            if self._trial_size == FIRST_TRIAL:
-                # Owed to nobody; and what it taught is not much, so that more may follow soon.
-                self._bank = LARGEST_BANK * float(table.seconds[self._plan.drafts, 0])
-            else:
-                self._bank -= self._lost(table, self._plan, self._trial_steps)
+        """What a trial has lost is known best at its end, from what it taught. First trials are
+        owed to nobody."""
+        if self._on_trial and table is not None and self._trial_size != FIRST_TRIAL:
+            self._bank -= self._lost(table, self._plan, self._trial_steps)
         self._on_trial = False
 
 
