@@ -9,6 +9,7 @@ import platform
 import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 
 def machine() -> str:
@@ -52,6 +53,14 @@ def read_prompts(path: Path, model: str, longest: int = 512, chat: bool = True) 
     # Files are ordered by kind; a run should meet all kinds.
     random.Random(0).shuffle(found)
     return found
+
+
+def drafter_config(drafter: str, drafts: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` of `ngram`, or of a draft model in a folder."""
+    found: dict[str, Any] = {"method": "draft_model", "model": drafter}
+    if drafter == "ngram":
+        found = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    return found | {"num_speculative_tokens": drafts}
 
 
 def rates(runs: list[dict[str, float]]) -> list[float]:

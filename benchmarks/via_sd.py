@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_worker import EngineProcess
-from measured import machine, ratios, read_prompts
+from measured import drafter_config, machine, ratios, read_prompts
 
 
 def parse() -> argparse.Namespace:
@@ -51,27 +51,13 @@ def engines(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name -> what its engine arguments add."""
     rounds = args.rounds if args.rounds == "auto" else int(args.rounds)
 
-    def drafter(count: int) -> dict[str, Any]:
-        if args.drafter == "ngram":
-            return {
-                "method": "ngram",
-                "prompt_lookup_min": 2,
-                "prompt_lookup_max": 4,
-                "num_speculative_tokens": count,
-            }
-        return {
-            "method": "draft_model",
-            "model": args.drafter,
-            "num_speculative_tokens": count,
-        }
-
     found: dict[str, dict[str, Any]] = {"plain": {}}
     for count in map(int, args.drafts.split(",")):
-        found[f"drafts {count}"] = {"speculative_config": drafter(count)}
+        found[f"drafts {count}"] = {"speculative_config": drafter_config(args.drafter, count)}
     for mask in args.masks:
         options = {"mask": mask, "mode": args.mode, "rounds": rounds, "window": args.window}
         found[f"VIA-SD {Path(mask).name}"] = {
-            "speculative_config": drafter(args.max_drafts),
+            "speculative_config": drafter_config(args.drafter, args.max_drafts),
             "additional_config": {"via_sd": True} | {f"via_sd_{k}": v for k, v in options.items()},
         }
     return found

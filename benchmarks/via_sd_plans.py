@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """VIA-SD plan by plan in one engine: plain decoding, the best plain speculative decoding, the best
-use of the slim tier and what the controller chooses take turns, prompt by prompt, and are held
-against the optimum that the pass times and acceptances measured in the same run allow.
+use of the slim tier and what the controller chooses take turns, batch by batch, and are held
+against the optimum that the pass times and acceptances measured in the same runs allow.
 
     python benchmarks/via_sd_plans.py TARGET --mask even:0.2 --drafter ngram \\
         --prompts humaneval.jsonl gsm8k.jsonl --batches 1,8 --out results.jsonl
 
-Each case (prompts, batch size, rule) starts with a controller that knows nothing. Results are added
-to --out as they come, and cases that are there already are not measured again.
+Each case (prompts, batch size, rule) starts with a controller that knows nothing; what its first
+batches lose is printed too. Tokens per second are all tokens by all seconds of a plan's runs:
+prompts differ by a factor of two, so that a median would be one of them. Results are added to --out
+as they come, and cases that are there already are not measured again.
 """
 
 import argparse
@@ -27,8 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_worker import Worker
-from measured import machine, ratios, read_prompts
+from measured import drafter_config, machine, read_prompts
 
+from vllm_nvium.spec_decode.controller import KINDS as KINDS_OF_SHARES
 from vllm_nvium.spec_decode.controller import Plan, RoundController
 
 # Sides that differ by less are not told apart.
@@ -64,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=6, help="batches, each with every plan")
-    parser.add_argument("--warm-up", type=int, default=3, help="batches before them")
+    parser.add_argument(
+        "--warm-up", type=int, default=3, help="batches before them, that tell the best plans"
+    )
+    parser.add_argument("--learn", type=int, default=4, help="first of all, batches of `auto` only")
     parser.add_argument("--out", type=Path, help="JSON lines of results, to go on with")
 
 
@@ -72,9 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Recorder(RoundController):
-    """Learns as ever, and plans what it is told."""
+    """Learns as ever, plans what it is told, and answers by all that it saw since `forget`."""
 
     fixed = Plan(0, 0)
+
+    def __init__(self, max_drafts: int, max_window: int) -> None:
+        super().__init__(max_drafts, max_window)
+        self.forget()
+
+    def forget(self) -> None:
+        """Of acceptances; pass times stay."""
+        self.sums = {kind: [0.0, 0.0] for kind in KINDS_OF_SHARES}
 
     def plan(self, request_ids: Any) -> Plan:
         self._step += 1
@@ -82,6 +96,15 @@ class Recorder(RoundController):
 
     def another_round(self, window_lengths: Any, rounds_done: int, request_ids: Any) -> bool:
         return bool(request_ids) and rounds_done < self.fixed.rounds
+
+    def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
+        super()._saw(request_id, kind, good, bad)
+        self.sums[kind][0] += good
+        self.sums[kind][1] += good + bad
+
+    def _share(self, rule: str, kind: str) -> float:
+        good, count = self.sums[kind]
+        return good / count if count else super()._share(rule, kind)
 
 
 class Engine:
@@ -91,9 +114,6 @@ class Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        drafter: dict[str, Any] = {"method": "draft_model", "model": args.drafter}
-        if args.drafter == "ngram":
-            drafter = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
         options = {"mask": mask, "window": args.window, "allow_paper_mode": True}
         self.args = args
         self.worker = Worker(
@@ -107,7 +127,7 @@ class Engine:
                 "enable_prefix_caching": False,
                 "skip_tokenizer_init": True,
                 "async_scheduling": False,
-                "speculative_config": drafter | {"num_speculative_tokens": args.max_drafts},
+                "speculative_config": drafter_config(args.drafter, args.max_drafts),
                 "additional_config": {"via_sd": True}
                 | {f"via_sd_{name}": value for name, value in options.items()},
             },
@@ -147,24 +167,29 @@ class Engine:
             return self.run(batch, case.mode, recorder if name in plans else auto, number)
 
         plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
-        for number in range(args.warm_up):
-            for name in ("auto", *plans):
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("learning", *PLANS)}
+        for number in range(args.learn):
+            runs["learning"].append(run(number, "auto"))
+        for number in range(args.learn, args.learn + args.warm_up):
+            for name in PLANS:
                 run(number, name)
         best_plans(recorder, plans, case)
+        recorder.forget()
         before = dict(auto.snapshot()["steps"])
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in PLANS}
-        for number in range(args.warm_up, args.warm_up + args.repeats):
+        first = args.learn + args.warm_up
+        for number in range(first, first + args.repeats):
             turn = number % len(PLANS)
             for name in PLANS[turn:] + PLANS[:turn]:  # nobody always follows the same plan
                 runs[name].append(run(number, name))
-        # What is possible by what was seen until now.
-        optimum = max(best_plans(recorder, dict(plans), case).values())
+        # What is possible by what was seen in these runs, and what the plans of these runs promise.
+        promised = best_plans(recorder, dict(plans), case)
         seen = recorder.snapshot()
         return {
             "case": asdict(case),
             "runs": runs,
             "plans": {name: (plan.drafts, plan.rounds) for name, plan in plans.items()},
-            "optimum": optimum,
+            "promised": promises(recorder, plans, case),
+            "optimum": max(promised.values()),
             "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
             "acceptance": seen["acceptance"][case.mode],
             "milliseconds": {
@@ -175,9 +200,8 @@ class Engine:
         }
 
 
-def best_plans(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
-    """Sets the best plans with and without the tier; returns the tokens per second that all of them
-    promise."""
+def outlook(recorder: Recorder, case: Case) -> Any:
+    """Tokens per second by drafts and rounds, of requests like those that were seen."""
     names = [f"like the others, {i}" for i in range(case.batch)]
     for name in names:
         recorder.add(name, case.mode)
@@ -185,10 +209,22 @@ def best_plans(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[s
     for name in names:
         recorder.remove(name)
     assert promised is not None
-    rates = promised.rates
+    return promised.rates
+
+
+def best_plans(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
+    """Sets the best plans with and without the tier; returns the tokens per second that all of them
+    promise."""
+    rates = outlook(recorder, case)
     plain = 1 + int(rates[1:, 0].argmax())
     drafts, rounds = divmod(int(rates[1:, 1:].argmax()), rates.shape[1] - 1)
     plans["speculative"], plans["tier"] = Plan(plain, 0), Plan(1 + drafts, 1 + rounds)
+    return promises(recorder, plans, case)
+
+
+def promises(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
+    """Tokens per second of plans by what was seen."""
+    rates = outlook(recorder, case)
     return {name: float(rates[plan.drafts, plan.rounds]) for name, plan in plans.items()}
 
 
@@ -261,7 +297,8 @@ def results(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
 def about_run(args: Any) -> dict[str, Any]:
     """What of the options makes results comparable."""
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
-    names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "longest_prompt", "chat")
+    names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "learn")
+    names += ("longest_prompt", "chat")
     return {
         "machine": machine(),
         "drafter": Path(args.drafter).name,
@@ -278,16 +315,34 @@ def rates(found: dict[str, Any], name: str) -> list[float]:
     return [run["tokens"] / run["seconds"] for run in found["runs"][name]]
 
 
+def rate(found: dict[str, Any], name: str) -> float:
+    """Tokens per second of all runs of a plan."""
+    runs = found["runs"][name]
+    return float(sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs))
+
+
+def ratio(found: dict[str, Any], name: str, other: str) -> str:
+    """Of all runs of two plans, with the range of the ratios run by run."""
+    pairs = [a / b for a, b in zip(rates(found, name), rates(found, other), strict=True)]
+    whole = rate(found, name) / rate(found, other)
+    return f"{whole:.3f} ({min(pairs):.3f}-{max(pairs):.3f})"
+
+
 def best_without_tier(found: dict[str, Any]) -> str:
     """Plain decoding or plain speculative decoding, whichever is faster."""
-    return max(("plain", "speculative"), key=lambda name: statistics.median(rates(found, name)))
+    return max(("plain", "speculative"), key=lambda name: rate(found, name))
+
+
+def learning(found: dict[str, Any]) -> str:
+    """What `auto` did in its first batches, as a share of what it does later; prompts differ."""
+    if not found["runs"]["learning"]:
+        return ""
+    return f"{rate(found, 'learning') / rate(found, 'auto'):.3f}"
 
 
 def side(found: dict[str, Any]) -> str:
     """Whether `auto` spends its time where more tokens per second are."""
-    gain = statistics.median(rates(found, "tier")) / statistics.median(
-        rates(found, best_without_tier(found))
-    )
+    gain = rate(found, "tier") / rate(found, best_without_tier(found))
     if 1 / CLEAR < gain < CLEAR:
         return "either"
     tiered = found["steps"]["tiered"] / max(sum(found["steps"].values()), 1)
@@ -304,23 +359,22 @@ HEADER = (
 def block(found: dict[str, Any]) -> Iterator[str]:
     """The rows of one case."""
     case, best = found["case"], best_without_tier(found)
-    plain, reference = rates(found, "plain"), rates(found, best)
     chances, times = found["acceptance"], found["milliseconds"]
     for name in PLANS:
-        mine = rates(found, name)
         plan = found["plans"].get(name)
-        passes = statistics.median(run["passes"] for run in found["runs"][name])
+        passes = statistics.mean(run["passes"] for run in found["runs"][name])
         refused = {"speculative": chances["at_full"], "tier": chances["slim"]}.get(name)
         cells = [f"{case['prompts']}, {case['batch']}, {case['mode']}" if name == "plain" else ""]
         cells += [KINDS[name], f"{plan[0]} x {plan[1]}" if plan else f"steps {found['steps']}"]
-        cells += [f"{statistics.median(mine):.1f}", ratios(mine, plain), ratios(mine, reference)]
+        cells += [f"{rate(found, name):.1f}"]
+        cells += [ratio(found, name, other) for other in ("plain", best)]
         cells += [f"{passes:.3f}", f"{1 - refused:.2f}" if refused else ""]
         cells += [
             {
                 "plain": f"full {times['full']:.1f}",
                 "speculative": f"draft {times['draft']:.1f}",
                 "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['at_slim']:.2f}",
-                "auto": f"{statistics.median(mine) / found['optimum']:.3f} of the optimum "
+                "auto": f"{rate(found, name) / found['optimum']:.3f} of the optimum "
                 f"{found['optimum']:.1f}; side: {side(found)}",
             }[name]
         ]
@@ -343,7 +397,8 @@ def main() -> None:
     about = {"target": args.target.name, "mask": args.mask} | about_run(args)
     found = measure(str(args.target), args.mask, prompts, about, args)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("greedy, bfloat16, decode steps only, medians of runs in turn", "", *HEADER, sep="\n")
+    print("greedy, bfloat16, decode steps only, runs in turn, ratios of all of them (range)", "")
+    print(*HEADER, sep="\n")
     for each in found:
         print(*block(each), sep="\n")
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measured import machine
+from measured import drafter_config, machine
 
 SECONDS, MEMORY = 10, 2 << 30  # of one program
 GSM8K = "\n\nReason step by step. End with a line '#### ' and the answer as a number."
@@ -165,12 +165,9 @@ def generate(todo: list[Rule], problems: list[Problem], args: argparse.Namespace
 
     options: dict[str, Any] = {}
     if todo[0].name != PLAIN:
-        drafter: dict[str, Any] = {"method": "draft_model", "model": args.drafter}
-        if args.drafter == "ngram":
-            drafter = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-        drafter["num_speculative_tokens"] = args.drafts
         own = {"via_sd": True, "via_sd_mask": args.mask, "via_sd_rounds": args.rounds}
         own |= {"via_sd_window": args.window, "via_sd_allow_paper_mode": True}
+        drafter = drafter_config(args.drafter, args.drafts)
         options = {"speculative_config": drafter, "additional_config": own}
     llm = LLM(
         str(args.target),
