@@ -26,6 +26,7 @@ from vllm_nvium.spec_decode.mask import (
     write_mask_file,
 )
 from vllm_nvium.training import TrainingError, write_beside
+from vllm_nvium.training.checkpoints import first_line, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -303,9 +304,11 @@ def find_mask(request: Request) -> MaskFile:
         TrainingError: target or text cannot be used; nothing was written.
         MaskError: the target is of another kind, or the mask cannot be written.
     """
+    from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
     from vllm_nvium.spec_decode.mask_search import Journal, Plan, search
 
-    config = _open_config(request.target)
+    register_with_transformers()  # to refuse such a target by its name
+    config = load_config(request.target, "TARGET")
     _check_family(request, config)
     identity = ModelIdentity.from_config(config)
     space = _space(request, identity.num_hidden_layers)
@@ -374,22 +377,6 @@ def _told(request: Request, identity: ModelIdentity, calibration: Calibration) -
     }
 
 
-def _open_config(target: str) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
-
-    register_with_transformers()  # to refuse such a target by its name
-    try:
-        return AutoConfig.from_pretrained(target)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise TrainingError(
-            f"TARGET is {target!r}, whose configuration transformers cannot read "
-            f"({_first_line(error)})."
-        ) from error
-
-
 def _check_family(request: Request, config: Any) -> None:
     if config.model_type == "nvium":
         raise TrainingError(
@@ -426,7 +413,7 @@ def _load_text(request: Request, config: Any) -> "torch.Tensor":
         tokenizer = AutoTokenizer.from_pretrained(request.target)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"TARGET is {request.target!r}, whose tokenizer cannot be read ({_first_line(error)})."
+            f"TARGET is {request.target!r}, whose tokenizer cannot be read ({first_line(error)})."
         ) from error
     check_tokenizer(tokenizer, config.vocab_size)
     found = load_blocks(
@@ -470,7 +457,7 @@ def _load(request: Request) -> Any:
         )
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise TrainingError(
-            f"TARGET is {name!r}, whose weights cannot be loaded ({_first_line(error)})."
+            f"TARGET is {name!r}, whose weights cannot be loaded ({first_line(error)})."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise TrainingError(
@@ -478,10 +465,6 @@ def _load(request: Request) -> Any:
             "needed."
         )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 # ---- what comes out
