@@ -90,7 +90,7 @@ class Recorder(RoundController):
         """Of acceptances; pass times stay."""
         self.sums = {kind: [0.0, 0.0] for kind in KINDS_OF_SHARES}
 
-    def plan(self, request_ids: Any) -> Plan:
+    def plan(self, request_ids: Any, decoding: int = 0) -> Plan:
         self._step += 1
         return self.fixed
 

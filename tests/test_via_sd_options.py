@@ -218,7 +218,8 @@ NO_COUNT = {key: value for key, value in NGRAM.items() if key != "num_speculativ
         ({"mode": "fast"}, ["--via-sd-mode", "'fast'", "'lossless' or 'paper'"]),
         ({"window": 0}, ["--via-sd-window", "0", "1..128"]),
         ({"window": 129}, ["--via-sd-window", "129", "1..128"]),
-        ({"window": 3}, ["--via-sd-window is 3", "num_speculative_tokens is 4"]),
+        ({"window": 4}, ["--via-sd-window is 4", "num_speculative_tokens is 4", "at least 5"]),
+        ({"window": 3, "rounds": 0}, ["--via-sd-window is 3", "at least 4"]),
         ({"rounds": -1}, ["--via-sd-rounds", "-1", "'auto'"]),
         ({"rounds": True}, ["--via-sd-rounds", "True"]),
         ({"max_batch": 0}, ["--via-sd-max-batch", "0", ">= 1"]),
@@ -248,7 +249,15 @@ def test_a_bad_option_is_refused_at_start(
         ({"speculative_config": NO_COUNT}, [DRAFTER, "num_speculative_tokens None", ">= 1"]),
         (
             {"speculative_config": NGRAM | {"num_speculative_tokens": 17}},
-            ["--via-sd-window is 16", "num_speculative_tokens is 17"],
+            ["--via-sd-window is 16", "num_speculative_tokens is 17", "at least 18"],
+        ),
+        (
+            {"speculative_config": NGRAM | {"rejection_sample_method": "block"}},
+            [DRAFTER, "rejection_sample_method 'block'", "leave it out"],
+        ),
+        (
+            {"offload_group_size": 2},
+            ["--offload-group-size is 2", "skips layers", "--cpu-offload-gb"],
         ),
         (
             {"speculative_config": NGRAM | {"num_speculative_tokens_per_batch_size": []}},
@@ -275,6 +284,28 @@ def test_a_start_that_cannot_work_is_refused(
 ) -> None:
     message = refusal(dense_checkpoint, **options)
     assert all(word in message for word in words), message
+
+
+def test_rounds_that_a_drafter_has_no_answer_for_are_refused(dense_checkpoint: Path) -> None:
+    pytest.importorskip("arctic_inference", reason="suffix decoding is a package of its own")
+    suffix = {"method": "suffix", "num_speculative_tokens": 4}
+    message = refusal(dense_checkpoint, {"rounds": 3}, speculative_config=suffix)
+    assert "--via-sd-rounds is 3" in message and "'suffix' answers once" in message
+    for rounds in (0, 1, "auto"):
+        config = {"via_sd": True, "via_sd_rounds": rounds}
+        arguments(
+            dense_checkpoint, additional_config=config, speculative_config=suffix
+        ).create_engine_config()
+
+
+def test_log_probabilities_that_the_papers_rule_has_not(dense_checkpoint: Path) -> None:
+    processed = {"logprobs_mode": "processed_logprobs"}
+    for via_sd in ({"mode": "paper"}, {"allow_paper_mode": True}):
+        message = refusal(dense_checkpoint, via_sd, **processed)
+        assert "--logprobs-mode is 'processed_logprobs'" in message and "raw_logprobs" in message
+    arguments(
+        dense_checkpoint, additional_config={"via_sd": True}, **processed
+    ).create_engine_config()
 
 
 def test_a_kv_connector_is_refused(dense_checkpoint: Path) -> None:
@@ -547,6 +578,14 @@ def test_the_papers_rule_keeps_to_structure_and_forbidden_tokens(features: Featu
                 pattern = structure.get("regex") or "|".join(structure["choice"])
                 assert re.fullmatch(pattern, mine.outputs[0].text)
             assert theirs.finished
+        # Drafts that escalate are not kept by the slim verifier.
+        all_escalate = keep_all | {"via_sd_accept": 1.0, "via_sd_escalate": 1.0}
+        for extra_args, least, most in ((keep_all, 1.0, 1.0), (all_escalate, 0.0, 0.9)):
+            before = replace(engine.runner.counts)
+            outputs(engine, greedy(extra_args=extra_args))
+            counts = engine.runner.counts
+            kept = counts.slim_accepted - before.slim_accepted
+            assert least <= kept / (counts.slim_drafted - before.slim_drafted) <= most
         found = outputs(
             engine,
             greedy(bad_words=[word for word in words if word.strip()], extra_args=keep_all),
@@ -587,6 +626,18 @@ def test_what_vllm_cannot_speculate_with_is_refused(
 ) -> None:
     with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
         add(features.tiered, SamplingParams(temperature=1.0, **fields))
+
+
+@pytest.mark.parametrize("extra_args", [None, {"via_sd": "off"}], ids=str)
+def test_log_probabilities_of_named_tokens_are_refused(
+    features: Features, extra_args: dict[str, Any] | None
+) -> None:
+    """In one batch with other requests' log-probabilities they would stop the engine."""
+    with pytest.raises(VLLMValidationError) as error:
+        add(features.tiered, greedy(logprob_token_ids=[5, 6], extra_args=extra_args))
+    message = str(error.value)
+    assert "logprob_token_ids is [5, 6]" in message and "without --via-sd" in message
+    assert outputs(features.plain, greedy(logprob_token_ids=[5, 6]))[0].finished
 
 
 def test_n_answers_to_one_request(features: Features) -> None:

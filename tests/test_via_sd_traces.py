@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
@@ -21,8 +22,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival
 from via_sd_engine import NGRAM, ViaSDEngine, check_greedy_tokens, check_kv_cache, looked_up
 
-from tiny_models import make_dense, make_eagle
+from tiny_models import make_dense, make_eagle, make_mimo
 from vllm_nvium.spec_decode.controller import FixedRounds
+from vllm_nvium.spec_decode.tiers import ACCEPT, Checked
+from vllm_nvium.spec_decode.window import Drafts, Window, extend
 
 VOCABULARY = 64
 WINDOW = 12
@@ -256,19 +259,23 @@ def test_every_family(kind: str, tmp_path: Path) -> None:
 # --- drafters that answer once per window ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["suffix", "eagle", "eagle3"])
+@pytest.mark.parametrize("method", ["suffix", "eagle", "eagle3", "mtp"])
 def test_drafters_that_answer_once(
     method: str, target: tuple[Path, PreTrainedModel], tmp_path: Path
 ) -> None:
     path, reference = target
     drafter: dict[str, Any] = {"method": method, "num_speculative_tokens": 4}
+    remote = {}
     if method == "suffix":
         pytest.importorskip("arctic_inference", reason="suffix decoding is a package of its own")
+    elif method == "mtp":
+        path, remote = tmp_path / "mimo", {"trust_remote_code": True}
+        reference = make_mimo(path, **TARGET)
     else:
         make_eagle(tmp_path / "head", method, reference)
         drafter["model"] = str(tmp_path / "head")
     options = {"mask": "2", "window": WINDOW, "rounds": "auto"}
-    engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20)
+    engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20, **remote)
     served = Served(reference, engine)
     play(served, crowd(2, size=5))  # `auto` begins without drafts
     for drafts, rounds in ((3, 2), (4, 0), (1, 1)):
@@ -329,6 +336,56 @@ def test_no_tier_above_the_largest_batch(with_ngrams: Served) -> None:
     finally:
         engine.runner._grow_windows = grow
     assert sizes and max(sizes) == 2
+
+
+def test_seeded_requests_count_for_the_largest_batch(with_ngrams: Served) -> None:
+    """They have no drafts, and their rows are in the passes all the same."""
+    engine = with_ngrams.engine
+    seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True)
+    trace = [Arrival(0, _TEXTS[2][:20], greedy(20)), *[Arrival(0, _TEXTS[1][:20], seeded)] * 2]
+    for most, rounds in ((3, True), (2, False)):
+        engine.runner.controller = FixedRounds(3, 2, max_batch=most)
+        engine.window_rounds.clear()
+        engine.run(trace)
+        assert bool(engine.window_rounds) == rounds
+
+
+def test_a_prompts_last_token_is_no_decode_step(with_ngrams: Served) -> None:
+    """With all others in the cache it is one row, as of a request that decodes."""
+    engine = with_ngrams.engine
+    engine.set_rounds(0, 0, WINDOW)
+    prompt = [random.Random(98).randrange(3, VOCABULARY) for _ in range(33)]  # a block and a token
+    engine.run([Arrival(0, list(prompt), greedy(1))])
+    turns = engine.runner.counts.turns
+    engine.run([Arrival(0, list(prompt), greedy(1))])
+    assert engine.outputs["0"].num_cached_tokens == 32
+    assert engine.runner.counts.turns == turns
+
+
+def test_nothing_stays_behind_a_token_that_ends_the_text() -> None:
+    window = Window(0, 5, 9, limit=8, stop_tokens=frozenset({7}), keeps_laws=True)
+    window.laws = [torch.full((10,), float(i)) for i in range(4)]
+    found = Checked(torch.tensor([3]), torch.tensor([4]), torch.full((1, 4), ACCEPT))
+    extend([window], Drafts([[1, 7, 2]]), found)
+    assert window.tokens == [1, 7] and not window.is_open
+    assert len(window.tiers) == len(window.laws) == 2
+
+
+# --- start ----------------------------------------------------------------------------------------
+
+
+def test_the_slim_verifier_is_compiled_at_start(target: tuple[Path, PreTrainedModel]) -> None:
+    path, reference = target
+    options = {"mask": "2", "window": WINDOW, "rounds": 2}
+    engine = ViaSDEngine(
+        str(path), NGRAM, options, num_gpu_blocks_override=20, enforce_eager=False,
+        compilation_config={"backend": "eager"},
+    )  # fmt: skip
+    layers = engine.runner.slim.layers
+    assert engine.runner.get_model().model.compiled, "of vLLM"
+    assert layers.compiled
+    play(Served(reference, engine), crowd(3, size=5))
+    assert max(engine.window_rounds) >= 1
 
 
 # --- the KV cache ---------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ N-vium models whose heads disagree and whose routers really choose. Every folder
 that vLLM can serve it.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -181,6 +182,32 @@ def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int
     Path(path).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file({k: v.contiguous() for k, v in tensors.items()}, Path(path) / "model.safetensors")
+
+
+def make_mimo(path: str | Path, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Write a random MiMo checkpoint: Qwen2 with a head that reads the last states and predicts a
+    token more. transformers has no class of it, so the folder brings its configuration."""
+    path = Path(path)
+    model = make_dense(path, "qwen2", seed=seed, **overrides)
+    hidden = model.config.hidden_size
+    torch.manual_seed(seed + 1)
+    head = {f"{name}layernorm.weight": torch.ones(hidden) for name in ("token_", "hidden_")}
+    head |= {"final_layernorm.weight": torch.ones(hidden)}
+    head |= {"input_proj.weight": 0.1 * torch.randn(hidden, 2 * hidden)}
+    head |= type(model)(model.config).model.layers[0].state_dict()
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {f"model.mtp_layers.0.{name}": tensor.clone() for name, tensor in head.items()}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"]}
+    config |= {"num_nextn_predict_layers": 1}
+    config |= {"auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "configuration_mimo.py").write_text(
+        "from transformers import Qwen2Config\n\n\n"
+        'class MiMoConfig(Qwen2Config):\n    model_type = "mimo"\n'
+    )
+    return model
 
 
 def _share_bigrams(model: PreTrainedModel, weight: float, rank: int = 16) -> None:

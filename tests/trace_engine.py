@@ -3,6 +3,7 @@
 reference model. Both model runners are driven by the same code.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +159,8 @@ class TraceEngine:
         self.emitted, self.outputs, self.depths = {}, {}, []
         waiting = sorted(enumerate(trace), key=lambda item: item[1].step)
         abort_at: dict[int, list[str]] = {}
-        for step in range(max_steps):
+        step = 0
+        while step < max_steps:
             while waiting and waiting[0][1].step <= step:
                 number, arrival = waiting.pop(0)
                 request_id = str(number)
@@ -176,7 +178,13 @@ class TraceEngine:
             self.engine.abort_request(abort_at.pop(step, []))
             if not waiting and not abort_at and not self.engine.has_unfinished_requests():
                 return self.emitted
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            step += 1
+            if not outputs and self.engine.has_unfinished_requests() and not self.scheduler.running:
+                # A grammar is being compiled in another thread: such steps are no progress.
+                time.sleep(0.01)
+                step -= 1
+            for output in outputs:
                 seen = self.emitted.setdefault(output.request_id, Emitted())
                 seen.tokens = list(output.outputs[0].token_ids)
                 self.outputs[output.request_id] = output

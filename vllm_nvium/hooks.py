@@ -429,14 +429,14 @@ HOOKS: tuple[Hook, ...] = (
     *_each(
         "vllm.config.model",
         "ModelConfig",
-        "architecture hf_config hf_text_config served_model_name max_model_len seed",
+        "architecture hf_config hf_text_config served_model_name max_model_len seed logprobs_mode",
         "says whether the target can lose layers, and names it in the metrics",
         "no VIA-SD",
     ),
     *_each(
         "vllm.config.speculative",
         "SpeculativeConfig",
-        "method num_speculative_tokens uses_draft_model parallel_drafting",
+        "method num_speculative_tokens uses_draft_model parallel_drafting rejection_sample_method",
         "which drafter a window is grown with",
         "no VIA-SD",
     ),
@@ -446,6 +446,19 @@ HOOKS: tuple[Hook, ...] = (
         "max_tokens ignore_eos all_stop_token_ids",
         "where a window has to end",
         "windows would go past the end of a request",
+    ),
+    Hook(
+        "vllm.sampling_params",
+        "SamplingParams.logprob_token_ids",
+        "refused, because vLLM's rejection sampler has no place for them",
+        "one request could stop the engine",
+    ),
+    *_each(
+        "vllm.config.offload",
+        "OffloadConfig",
+        "offload_backend prefetch",
+        "refused, because layers that fetch each other's weights cannot be skipped",
+        "a slim pass would run layers with the weights of others",
     ),
     # VIA-SD: the runner.
     Hook(
@@ -457,8 +470,9 @@ HOOKS: tuple[Hook, ...] = (
     *_each(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
-        "_sample propose_draft_token_ids",
-        "overridden to let kept tokens through and to choose the number of drafts",
+        "_sample propose_draft_token_ids _dummy_run",
+        "overridden to let kept tokens through, to choose the number of drafts and to compile the "
+        "slim verifier at start",
         "no VIA-SD",
     ),
     *_each(
@@ -526,7 +540,8 @@ HOOKS: tuple[Hook, ...] = (
     *_each(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
-        "scheduled_spec_decode_tokens num_scheduled_tokens num_spec_tokens_to_schedule",
+        "scheduled_spec_decode_tokens num_scheduled_tokens num_spec_tokens_to_schedule "
+        "preempted_req_ids",
         "what a step verifies, and how many drafts are asked for",
         "no VIA-SD",
     ),

@@ -466,7 +466,7 @@ class RoundController:
         self._rate = self._seconds = 0.0
         self._times: Times | None = None
         self._found = 1.0
-        self._planned_for = 0
+        self._planned_for = self._others = 0
         self._next_choice = 0
         self._on_trial = False
         self._trial_steps = self._outcomes = 0
@@ -561,14 +561,16 @@ class RoundController:
 
     # Decisions.
 
-    def plan(self, request_ids: Sequence[str]) -> Plan:
+    def plan(self, request_ids: Sequence[str], decoding: int = 0) -> Plan:
         """The plan of the next step, called once per step.
 
         Args:
             request_ids: those that decode in it; with none of them the last plan stays.
+            decoding: how many decode, where some of them get no drafts and are not among those.
         """
         if not request_ids:
             return self._plan
+        self._others = max(decoding - len(request_ids), 0)
         self._step += 1
         resized = abs(len(request_ids) - self._planned_for) * 8 > self._planned_for
         over = self._trial_is_over() if self._on_trial else self._step >= self._next_choice
@@ -730,7 +732,8 @@ class RoundController:
         """Kinds of plan that are possible for some requests."""
         if self.max_drafts == 0:
             return [NONE]
-        too_many = self.max_batch is not None and len(request_ids) > self.max_batch
+        decoding = len(request_ids) + self._others
+        too_many = self.max_batch is not None and decoding > self.max_batch
         if self.max_rounds == 0 or too_many:
             return [NONE, PLAIN]
         if not any(map(self._has_tier, request_ids)):
@@ -845,8 +848,9 @@ class FixedRounds:
     def __init__(self, drafts: int, rounds: int, max_batch: int | None = None) -> None:
         self.fixed, self.max_batch = Plan(drafts, rounds), max_batch
 
-    def plan(self, request_ids: Sequence[str]) -> Plan:
-        if self.max_batch is not None and len(request_ids) > self.max_batch:
+    def plan(self, request_ids: Sequence[str], decoding: int = 0) -> Plan:
+        count = max(decoding, len(request_ids))
+        if self.max_batch is not None and count > self.max_batch:
             return Plan(self.fixed.drafts, 0)
         return self.fixed
 

@@ -82,10 +82,13 @@ class ViaSDOptions:
                     "thresholds; remove it, or add --via-sd-mode paper or "
                     "--via-sd-allow-paper-mode."
                 )
-        if options.drafts > options.window:
+        # A round of slim checks ends with a token of the slim verifier's own.
+        needed = options.drafts + int(options.rounds != 0)
+        if needed > options.window:
             raise ValueError(
                 f"--via-sd-window is {options.window}, and the drafter's num_speculative_tokens is "
-                f"{options.drafts}: a window must hold the drafts of one round."
+                f"{options.drafts}: a window must hold the drafts of one round and a token of the "
+                f"slim verifier, so give at least {needed}."
             )
         return options
 
@@ -253,6 +256,14 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
         request = ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
         if request.on and request.mode == "paper":
             _check_penalties(sampling_params)
+        # vLLM's rejection sampler has no place for them, and one such request would stop the
+        # engine for all others.
+        if sampling_params.logprob_token_ids:
+            raise ValueError(
+                f"logprob_token_ids is {sampling_params.logprob_token_ids}, which "
+                "speculative decoding of vLLM cannot answer; leave it out, or ask a server without "
+                "--via-sd."
+            )
         return
     for key, value in additional_keys(sampling_params.extra_args).items():
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.forward_context import set_forward_context
 
 from vllm_nvium.model_executor.catch_up import Rows, common_attention_metadata
 
@@ -87,10 +87,11 @@ class SlimVerifier:
             return self.layers(token_ids, positions, None, None)
 
     def warm_up(self, num_tokens: int, device: torch.device) -> None:
-        """Runs once inside the profile run's forward context, so that it is compiled at start."""
-        assert not get_forward_context().attn_metadata
+        """A pass without requests, so that it is compiled at start and counts in the memory
+        profile."""
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        self.layers(token_ids, token_ids.clone(), None, None)
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            self.layers(token_ids, token_ids.clone(), None, None)
 
 
 def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmConfig) -> nn.Module:

@@ -27,6 +27,7 @@ V2_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
+    "MiMoForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Gemma2ForCausalLM",
@@ -40,6 +41,8 @@ SHORT_FLAGS = {
 }
 # Drafters whose count of tokens is a number that vLLM takes per call.
 METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
+# Those that go on inside a window; the others answer once (`drafting.drafts_again`).
+SEVERAL_ROUNDS = ("ngram", "draft_model")
 
 
 class ViaSDRefusal(ValueError):
@@ -70,6 +73,12 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         lambda c: True if c.lora_config is not None else None,
         "adapters are not applied to the passes of the slim verifier",
         "merge the adapter into the checkpoint and leave it off",
+    ),
+    Unsupported(
+        "--offload-group-size",
+        lambda c: _prefetched_layers(c.offload_config),
+        "each offloaded layer fetches the next one's weights, and the slim verifier skips layers",
+        "use --cpu-offload-gb instead",
     ),
     Unsupported(
         "VLLM_USE_RUST_FRONTEND",
@@ -159,7 +168,13 @@ def check(vllm_config: "VllmConfig") -> None:
             )
     model = vllm_config.model_config
     _check_architecture(model)
-    _check_drafter(vllm_config.speculative_config)
+    _check_drafter(vllm_config.speculative_config, options)
+    may_keep = options.mode == "paper" or options.allow_paper_mode
+    if may_keep and model.logprobs_mode.startswith("processed"):
+        raise ViaSDRefusal(
+            f"--logprobs-mode is {model.logprobs_mode!r}, but tokens that the paper's rule keeps "
+            "have no processed law; set it to raw_logprobs or leave the paper's rule off."
+        )
     from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, skipped_layers
 
     try:
@@ -248,12 +263,29 @@ def _worker_class() -> str:
     )
 
 
-def _check_drafter(spec: Any) -> None:
+def _prefetched_layers(offload: Any) -> int | None:
+    """`--offload-group-size`, where that way of offloading is in use."""
+    if offload.offload_backend == "uva":
+        return None
+    return offload.prefetch.offload_group_size or None
+
+
+def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
     """vLLM may have found out that a drafter is of another kind than its method said."""
     if spec.method not in METHODS:
         raise ViaSDRefusal(
             f"--speculative-config names {spec.model!r}, which is a drafter of method "
             f"{spec.method!r}, and VIA-SD works with {', '.join(METHODS)}."
+        )
+    if spec.method not in SEVERAL_ROUNDS and options.rounds not in ("auto", 0, 1):
+        raise ViaSDRefusal(
+            f"--via-sd-rounds is {options.rounds}, but a drafter of method {spec.method!r} answers "
+            "once per window; set it to auto, 1 or 0."
+        )
+    if spec.rejection_sample_method != "standard":
+        raise ViaSDRefusal(
+            f"--speculative-config has rejection_sample_method {spec.rejection_sample_method!r}, "
+            "but VIA-SD's laws hold for 'standard'; leave it out."
         )
     if spec.parallel_drafting:
         raise ViaSDRefusal(

@@ -149,10 +149,16 @@ def extend(windows: Sequence[Window], drafts: Drafts, found: Checked) -> None:
         kinds = tiers[row][: accepted[row]]
         if token[row] >= 0:
             new, kinds = [*new, token[row]], [*kinds, tiers[row][accepted[row]]]
+        # Nothing stays behind a token that ends the text.
+        for place, each in enumerate(new):
+            if each in window.stop_tokens:
+                new, kinds = new[: place + 1], kinds[: place + 1]
+                break
         window.tokens += new
         window.tiers += kinds if window.is_paper else [ACCEPT] * len(new)
         window.rounds += 1
-        del window.tokens[window.limit :], window.tiers[window.limit :], window.laws[window.limit :]
+        del window.tokens[window.limit :], window.tiers[window.limit :]
+        del window.laws[len(window.tokens) :]
         window.is_open = (
             bool(new)
             and window.room > 1

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.forward_context import get_forward_context
 
 from vllm_nvium.model_executor.catch_up import Rows
 from vllm_nvium.spec_decode.controller import OFF, FixedRounds, Plan, RoundController
@@ -136,11 +135,12 @@ class ViaSDModelRunnerMixin(Runner):
         super().initialize_kv_cache(*args, **kwargs)
         self.slim.attention_groups = self.attn_groups
 
-    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._model_forward(*args, **kwargs)
-        if not get_forward_context().attn_metadata:  # profile and dummy runs
-            hidden = output[0] if isinstance(output, tuple) else output
-            self.slim.warm_up(len(hidden), self.device)
+    def _dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's run without requests, which compiles the model and tells its memory: the slim
+        verifier's pass belongs to it."""
+        output = super()._dummy_run(num_tokens, *args, **kwargs)
+        if kwargs.get("is_profile"):
+            self.slim.warm_up(num_tokens, self.device)
         return output
 
     # --- one step -------------------------------------------------------------------------------
@@ -151,7 +151,8 @@ class ViaSDModelRunnerMixin(Runner):
             self._windows.pop(request_id, None)
             self._proposals.pop(request_id, None)
             self.controller.remove(request_id)
-        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        for request_id in {*(scheduler_output.preempted_req_ids or ()), *resumed}:
             self._windows.pop(request_id, None)  # preempted, and its drafts with it
             self._proposals.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
@@ -161,6 +162,8 @@ class ViaSDModelRunnerMixin(Runner):
                 )
                 request = Request(options, new.sampling_params)
                 self.via_sd_requests[new.req_id] = request
+                # A session that goes on may have changed its rule.
+                self.controller.remove(new.req_id)
                 self.controller.add(new.req_id, request.rule)
         return super()._update_states(scheduler_output)
 
@@ -168,8 +171,16 @@ class ViaSDModelRunnerMixin(Runner):
         self._step_start = time.perf_counter()
         drafts = scheduler_output.scheduled_spec_decode_tokens
         scheduled = scheduler_output.num_scheduled_tokens
+        # The last token of a prompt is one row too.
+        known = scheduler_output.scheduled_cached_reqs
+        decoding = {
+            name
+            for name, tokens in zip(known.req_ids, known.num_output_tokens, strict=True)
+            if tokens > 0
+        }
         self._is_decode = bool(scheduled) and all(
-            rows == 1 + len(drafts.get(request_id, ())) for request_id, rows in scheduled.items()
+            name in decoding and rows == 1 + len(drafts.get(name, ()))
+            for name, rows in scheduled.items()
         )
         self._verified = drafts
         if self._is_decode and self._step_end is not None:
@@ -231,7 +242,8 @@ class ViaSDModelRunnerMixin(Runner):
     ) -> Any:
         start = time.perf_counter()
         request_ids = self._drafting()
-        self._plan = self.controller.plan(request_ids) if request_ids else self._plan
+        if request_ids:
+            self._plan = self.controller.plan(request_ids, self._count_of_decoding())
         drafts = self._plan.drafts
         limited = replace(scheduler_output, num_spec_tokens_to_schedule=drafts)
         self._has_drafted = True
@@ -313,6 +325,11 @@ class ViaSDModelRunnerMixin(Runner):
             for i, request in enumerate(requests)
             if not discarded[i] and request is not None and not request.is_seeded
         ]
+
+    def _count_of_decoding(self) -> int:
+        """Requests that decode in the next step, with or without drafts."""
+        count = self.input_batch.num_reqs
+        return count - int(self.discard_request_mask.np[:count].sum())
 
     def _leave_out_drafts(self) -> None:
         """Takes back drafts that must not be verified.
@@ -458,7 +475,7 @@ class ViaSDModelRunnerMixin(Runner):
         self.counts.slim_passes += 1
         for window, room, tokens, kept in zip(windows, rooms, drafts.tokens, accepted, strict=True):
             self.counts.slim_drafted += len(tokens)
-            self.counts.slim_accepted += kept
+            self.counts.slim_accepted += kept - self._escalated(window)
             self._saw_slim_check(window, room, len(tokens), kept, is_first)
         return hidden, groups
 
@@ -466,11 +483,16 @@ class ViaSDModelRunnerMixin(Runner):
         self, window: Window, room: int, drafted: int, accepted: int, is_first: bool
     ) -> None:
         """One round of a window that had room for so many tokens."""
-        # A window of the paper's rule ends with the first round that has such a token.
-        escalated = window.tiers.count(ESCALATE) if window.is_paper else 0
+        escalated = self._escalated(window)
         asked = max(min(self._plan.drafts, room - 1), 0)
         name = self.input_batch.req_ids[window.request]
         self.controller.saw_slim_check(name, asked, drafted, accepted, escalated, is_first)
+
+    @staticmethod
+    def _escalated(window: Window) -> int:
+        """Tokens that the paper's rule leaves to the full model; a window ends with the first
+        round that has such a token."""
+        return window.tiers.count(ESCALATE) if window.is_paper else 0
 
     def _laws(
         self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
@@ -518,6 +540,7 @@ class ViaSDModelRunnerMixin(Runner):
             self._proposals.pop(request_id, None)
             if window.keeps_laws and window.tokens:
                 self._proposals[request_id] = torch.stack(window.laws)
+                window.laws.clear()
         self._draft_token_ids = all_drafts
         self._draft_token_req_ids = list(ids)
         # Laws wait in `_proposals`, by request and no longer than its drafts.
