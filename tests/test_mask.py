@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, Gemma3Config, LlamaConfig
+from transformers import AutoConfig, Gemma3Config, LlamaConfig, MistralConfig
 
 from tiny_models import SIZES, make_dense
 from vllm_nvium.spec_decode.mask import (
@@ -233,6 +233,15 @@ def test_identity_survives_saving_and_loading(kind: str, tmp_path: Path) -> None
     if kind == "llama":
         del written["head_dim"]
         assert ModelIdentity.from_config(written) == expected
+
+
+def test_identity_in_mistrals_own_format() -> None:
+    """vLLM reads `params.json` into a configuration that names no type."""
+    config = MistralConfig(**SIZES).to_dict()
+    expected = ModelIdentity.from_config(config)
+    for name in ("", "transformer"):
+        theirs = config | {"model_type": name, "architectures": ["MistralForCausalLM"]}
+        assert ModelIdentity.from_config(theirs) == expected
 
 
 @pytest.mark.parametrize(

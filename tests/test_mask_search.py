@@ -186,14 +186,17 @@ def test_scores_are_means_over_every_prefix(objective: str, alpha: float, beta: 
     assert found == pytest.approx(expected, rel=2e-3)
 
 
-def test_what_is_not_finite_is_refused() -> None:
+@pytest.mark.parametrize("objective", ["divergence", "agreement"])
+def test_what_is_not_finite_is_refused(objective: str) -> None:
     model = make_model("llama", 4)
     blocks = torch.randint(3, 256, (1, 16))
-    score = TeacherForcing(model, blocks, "divergence")
+    score = TeacherForcing(model, blocks, objective)
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(math.inf)
     with pytest.raises(TrainingError, match="Without layers 1-2 .* not finite in torch.float32"):
         score((1, 2))
+    with pytest.raises(TrainingError, match="^TARGET's predictions are not finite"):
+        TeacherForcing(model, blocks, objective)
 
 
 def test_the_cache_is_bounded() -> None:
@@ -423,11 +426,15 @@ RUN = SpeedRun("target", None, [[3, 4, 5], [6, 7]], 8, "float32")
 @pytest.mark.parametrize("drafter", [None, "small"])
 def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: str | None) -> None:
     """The engine's part, with an engine that says what it was asked."""
-    made, asked, clock = [], [], iter([10.0, 12.0])
+    made, asked, clock = [], [], iter([10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
+    worker = ["vllm_nvium.worker.via_sd_worker.ViaSDCPUWorker"]
 
     class Engine:
         def __init__(self, model: str, **options: Any) -> None:
             made.append((model, options))
+            parallel = SimpleNamespace(worker_cls=worker[0])
+            config = SimpleNamespace(parallel_config=parallel)
+            self.llm_engine = SimpleNamespace(vllm_config=config)
 
         def generate(self, prompts: list[Any], sampling: Any, use_tqdm: bool) -> list[Any]:
             asked.append((len(prompts), sampling))
@@ -438,15 +445,20 @@ def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: st
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setattr(mask_search, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run = SpeedRun(**{**vars(RUN), "drafter": drafter})
-    assert mask_search._generate(run, [1, 2, 5]) == 8.0  # 16 tokens in 2 seconds
-    (model, options), (warm_up, _), (timed, sampling) = made[0], *asked
-    assert model == "target" and (warm_up, timed) == (1, 2)
-    assert options["additional_config"] == {"via_sd": True, "via_sd_mask": "1-2,5"}
-    assert options["max_model_len"] == 3 + 8 and options["dtype"] == "float32"
+    assert mask_search._generate(run, [1, 2, 5]) == 8.0  # 16 tokens in 1, 2 or 4 seconds
+    (model, options), sampling = made[0], asked[-1][1]
+    assert model == "target" and [count for count, _ in asked] == [2, 2, 2, 2]
+    assert options["additional_config"] == {
+        "via_sd": True, "via_sd_mask": "1-2,5", "via_sd_rounds": 2, "via_sd_window": 16
+    }  # fmt: skip
+    assert options["max_model_len"] == 3 + 8 + 16 and options["dtype"] == "float32"
     assert options["speculative_config"]["num_speculative_tokens"] == 5
     assert options["speculative_config"]["method"] == ("draft_model" if drafter else "ngram")
     assert options["speculative_config"].get("model") == drafter
     assert sampling.temperature == 0 and sampling.ignore_eos
+    worker[0] = "vllm.v1.worker.cpu_worker.CPUWorker"
+    with pytest.raises(TrainingError, match="VLLM_PLUGINS leaves vllm-nvium out"):
+        mask_search._generate(run, [1])
 
 
 def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
@@ -478,6 +490,26 @@ def test_an_engine_that_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
     child(monkeypatch, tmp_path, "raise SystemExit('one\\nno memory.')")
     with pytest.raises(TrainingError, match=r"status 1 .* without layers 1,3 .* \(no memory\)\.$"):
         measure_speed(RUN, (1, 3))
+
+
+def test_why_an_engine_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the words of what was raised, not of what else was printed."""
+    code = (
+        "import sys; from pydantic import BaseModel\n"
+        "from vllm_nvium.spec_decode import mask_search as m\n"
+        "class Drafter(BaseModel):\n    count: int\n"
+        "def stop(run, skipped):\n"
+        "    if skipped == [1]: raise ValueError('no memory.\\nmore')\n"
+        "    Drafter(count='x')\n"
+        "m._generate = stop\n"
+        "print('other lines', file=sys.stderr)\n"
+        "m.main(sys.argv[1:])\n"
+    )
+    child(monkeypatch, tmp_path, code)
+    with pytest.raises(TrainingError, match=r"status 1 .* without layers 1 .* \(no memory\)\.$"):
+        measure_speed(RUN, (1,))
+    with pytest.raises(TrainingError, match=r"\(Input should be a valid integer"):
+        measure_speed(RUN, (2,))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -552,12 +584,27 @@ def test_command_by_speed(
 
     monkeypatch.setattr(mask_search, "measure_speed", speed)
     out = tmp_path / "mask.json"
-    more = ["--objective", "speed", "--drafter", "small", "--trials", "20"]
+    more = ["--objective", "speed", "--drafter", str(target), "--trials", "20"]
     assert main(command(target, text, out, *more)) == 0
     mask = read_mask_file(out)
-    assert (mask.skipped, mask.score, mask.drafter) == ((2, 3, 5), 100.0, "small")
+    assert (mask.skipped, mask.score, mask.drafter) == ((2, 3, 5), 100.0, str(target))
     assert not mask.ranked and len(runs) == 20, "engines are started for whole masks only"
     assert runs[0].new_tokens == 16 and len(runs[0].prompts) == 4 and len(runs[0].prompts[0]) == 16
+
+
+def test_a_first_trial_that_fails_leaves_nothing(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The corrected command would be refused because of its record."""
+
+    def stop(run: SpeedRun, skipped: tuple[int, ...]) -> float:
+        raise TrainingError("vLLM stopped.")
+
+    monkeypatch.setattr(mask_search, "measure_speed", stop)
+    out = tmp_path / "mask.json"
+    assert "vLLM stopped" in refusal(capsys, command(target, text, out, "--objective", "speed"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_goes_on(
@@ -621,6 +668,9 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--objective", "speed", "--beta", "1"], "--beta is 1.0, and --objective speed has none"),
         (["--objective", "agreement", "--alpha", "0"], "--alpha is 0.0, and --objective agreement"),
         (["--drafter", "x"], "--drafter is 'x', and --objective divergence drafts nothing"),
+        (["--objective", "speed", "--no-ranking"], "--objective speed ranks no layers"),
+        (["--objective", "speed", "--drafter", "none"], "--drafter is 'none', whose configuration"),
+        (["--objective", "speed", "--block-size", "500", "--tokens", "500"], "a window of 16"),
         (["--resume"], "--resume needs the record of a search, and there is no"),
         (["--block-size", "1024", "--tokens", "1024"], "max_position_embeddings = 512, which"),
         (["--data", "none.txt"], "'none.txt' does not exist"),
@@ -648,6 +698,12 @@ def test_refused_outputs(
         (tmp_path / "none" / "mask.json", "none does not exist"),
     ):
         assert message in refusal(capsys, command(target, text, out))
+    for name in ("mask.json", "mask.png"):
+        (tmp_path / name).write_text("precious")
+        said = refusal(capsys, command(target, text, tmp_path / "mask.json"))
+        assert f"{name} exists already" in said
+        assert (tmp_path / name).read_text() == "precious"
+        (tmp_path / name).unlink()
     (tmp_path / "folder.json").mkdir()
     said = refusal(capsys, command(target, text, tmp_path / "folder.json"))
     assert "which is a folder" in said

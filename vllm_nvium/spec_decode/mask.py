@@ -19,6 +19,7 @@ FLAG = "--via-sd-mask"
 FORMS = "even:RATIO, layers such as 3,5,8-12, or the path of a mask file (.json)"
 FEWEST_LAYERS_FOR_EVEN = 3
 
+MISTRAL = "MistralForCausalLM"
 Objective = Literal["divergence", "agreement", "speed"]
 
 
@@ -66,6 +67,9 @@ class ModelIdentity(BaseModel):
         if isinstance(found.get("text_config"), Mapping):
             found |= found["text_config"]
         fields = {name: found.get(name) for name in cls.model_fields}
+        # vLLM's reader of Mistral's own format names no type.
+        if fields["model_type"] in ("", "transformer") and found.get("architectures") == [MISTRAL]:
+            fields["model_type"] = "mistral"
         # Files of older models leave out what configuration classes then fill in like this.
         if fields["num_attention_heads"]:
             fields["num_key_value_heads"] = (
@@ -285,6 +289,12 @@ class MaskFile(BaseModel):
         if layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ValueError(f"skipped has layers outside 0 to {self.num_layers - 1}")
         return self
+
+
+def searched_for(spec: str) -> str | None:
+    """The target that a mask file was searched for, as it was called then; None without a file."""
+    text = spec.strip()
+    return read_mask_file(Path(text)).model if text.endswith(".json") else None
 
 
 def read_mask_file(path: Path) -> MaskFile:

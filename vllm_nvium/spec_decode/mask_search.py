@@ -23,9 +23,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from vllm_nvium.console import Progress
@@ -44,6 +46,10 @@ CHUNK = 128
 FEWEST_FOR_BAYES = 10
 # Draws before a search that only proposes masks it knows is sent elsewhere.
 ATTEMPTS = 16
+# Rounds of slim checks in every window while speed is measured: with `auto` an engine would leave a
+# tier that does not pay alone, and all masks would be as fast as plain decoding. Its windows, which
+# are those of `--via-sd-window`; and timed runs, of which the median counts.
+ROUNDS, WINDOW, TIMED_RUNS = 2, 16, 3
 # Up to so many masks are listed rather than drawn.
 MOST_LISTED = 10_000
 
@@ -143,6 +149,7 @@ class TeacherForcing:
         self.model, self.blocks, self.objective = model, blocks, objective
         self.alpha, self.beta = alpha, beta
         self._full = [self._summary(logits) for logits in self._logits()]
+        self(())  # refuses a model whose own predictions are not finite
 
     def __call__(self, skipped: tuple[int, ...]) -> float:
         """The score of a mask.
@@ -155,9 +162,10 @@ class TeacherForcing:
             for full, logits in zip(self._full, self._logits(), strict=True):
                 total += float(self._compare(full, logits).double().sum())
         if not math.isfinite(total):
+            where = f"Without layers {layer_list(skipped)} " if skipped else ""
             raise TrainingError(
-                f"Without layers {layer_list(skipped)} the target's predictions are not finite in "
-                f"{self.model.dtype}: use --dtype float32, or another checkpoint."
+                f"{where}TARGET's predictions are not finite in {self.model.dtype}: use --dtype "
+                "float32, or another checkpoint."
             )
         return total / self.blocks.numel()
 
@@ -176,7 +184,9 @@ class TeacherForcing:
 
     def _compare(self, full: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if self.objective == "agreement":
-            return agreement(full, logits.argmax(dim=-1))
+            # The most likely of what is not finite would be token 0.
+            same = agreement(full, logits.argmax(dim=-1))
+            return torch.where(logits.isfinite().all(dim=-1), same, math.nan)
         parts = zip(full.split(CHUNK), logits.split(CHUNK), strict=True)
         return torch.cat(
             [
@@ -236,17 +246,20 @@ def measure_speed(run: SpeedRun, skipped: tuple[int, ...]) -> float:
             text=True,
             errors="replace",
         )
-        if child.returncode != 0:
+        found = json.loads(answer.read_text()) if answer.is_file() else {}
+        if "tokens_per_second" not in found:
             last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            why = found.get("error") or last
             raise TrainingError(
                 f"vLLM stopped with status {child.returncode} while the speed without layers "
-                f"{layer_list(skipped)} was measured ({last.rstrip('.')})."
+                f"{layer_list(skipped)} was measured ({why.rstrip('.')})."
             )
-        return float(json.loads(answer.read_text()))
+        return float(found["tokens_per_second"])
 
 
 def _generate(run: SpeedRun, skipped: Sequence[int]) -> float:
-    """In the engine's process: new tokens per second."""
+    """In the engine's process: new tokens per second, the median of some runs after one in which
+    everything is compiled."""
     from vllm import LLM, SamplingParams
 
     drafter: dict[str, Any] = {"num_speculative_tokens": run.drafts}
@@ -254,20 +267,29 @@ def _generate(run: SpeedRun, skipped: Sequence[int]) -> float:
         drafter |= {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
     else:
         drafter |= {"method": "draft_model", "model": run.drafter}
+    options = {"mask": layer_list(skipped), "rounds": ROUNDS, "window": WINDOW}
     llm = LLM(
         run.target,
         dtype=run.dtype,
-        max_model_len=max(map(len, run.prompts)) + run.new_tokens,
+        # vLLM drafts nothing where a whole window would not fit.
+        max_model_len=max(map(len, run.prompts)) + run.new_tokens + WINDOW,
+        enable_prefix_caching=False,
         speculative_config=drafter,
-        additional_config={"via_sd": True, "via_sd_mask": layer_list(skipped)},
+        additional_config={"via_sd": True}
+        | {f"via_sd_{name}": value for name, value in options.items()},
     )
+    if not llm.llm_engine.vllm_config.parallel_config.worker_cls.startswith("vllm_nvium."):
+        raise TrainingError("VLLM_PLUGINS leaves vllm-nvium out, and without it there is no VIA-SD")
     sampling = SamplingParams(temperature=0.0, max_tokens=run.new_tokens, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in run.prompts]
-    llm.generate(prompts[:1], sampling, use_tqdm=False)  # the first pass compiles
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+    llm.generate(prompts, sampling, use_tqdm=False)
+    speeds = []
+    for _ in range(TIMED_RUNS):
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        speeds.append(sum(len(output.outputs[0].token_ids) for output in outputs) / seconds)
+    return median(speeds)
 
 
 # ---- which mask is tried next
@@ -566,9 +588,23 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """The engine's process of `measure_speed`: a request's file, and where to write the answer."""
+    # What stops the engine is known here, and not in yet another process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     given = json.loads(Path(argv[0]).read_text())
-    speed = _generate(SpeedRun(**given["run"]), given["skipped"])
-    Path(argv[1]).write_text(json.dumps(speed))
+    answer: dict[str, Any]
+    try:
+        answer = {"tokens_per_second": _generate(SpeedRun(**given["run"]), given["skipped"])}
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        answer = {"error": _one_line(error)}
+    Path(argv[1]).write_text(json.dumps(answer))
+    raise SystemExit("error" in answer)
+
+
+def _one_line(error: Exception) -> str:
+    """What an exception says; pydantic's say it in a list."""
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ").splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

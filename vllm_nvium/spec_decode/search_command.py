@@ -40,6 +40,8 @@ DTYPES = ("float32", "bfloat16")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # The values of a lossless verifier; the paper prints none.
 ALPHA, BETA = 0.0, 1.0
+# Beside the mask file.
+RECORD = ".trials.jsonl"
 COLOURS = {"even": "black", "ranking": "#009E73", "random": "#0072B2", "bayes": "#E69F00"}
 
 
@@ -120,9 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        default=DTYPES[0],
         metavar="DTYPE",
-        help=f"{' or '.join(DTYPES)}, of the model (default: {DTYPES[0]})",
+        help=f"{' or '.join(DTYPES)}, of the model (default: {DTYPES[0]}, and {DTYPES[1]} for "
+        "speed, as it is served)",
     )
     parser.add_argument(
         "--resume",
@@ -141,7 +143,9 @@ def run(args: argparse.Namespace) -> int:
         complain(f"vllm-nvium search-mask: error: {error}")
         return 2
     except KeyboardInterrupt:
-        complain("vllm-nvium search-mask: interrupted; the same command with --resume goes on.")
+        goes_on = args.out.expanduser().with_suffix(RECORD).is_file()
+        resume = " with --resume goes on" if goes_on else " begins anew"
+        complain(f"vllm-nvium search-mask: interrupted; the same command{resume}.")
         return 130
     say(f"vllm-nvium search-mask: wrote {request.out} ({len(mask.skipped)} layers are skipped)")
     return 0
@@ -175,7 +179,7 @@ class Request:
     @property
     def record(self) -> Path:
         """The trials of the search."""
-        return self.out.with_suffix(".trials.jsonl")
+        return self.out.with_suffix(RECORD)
 
     @property
     def picture(self) -> Path:
@@ -193,9 +197,10 @@ def check(args: argparse.Namespace) -> Request:
     Raises:
         TrainingError: a flag has a value that cannot be used.
     """
+    dtype = args.dtype or DTYPES[args.objective == "speed"]
     for flag, value, choices in (
         ("--objective", args.objective, OBJECTIVES),
-        ("--dtype", args.dtype, DTYPES),
+        ("--dtype", dtype, DTYPES),
     ):
         if value not in choices:
             raise TrainingError(f"{flag} is {value!r}, and it must be one of {', '.join(choices)}.")
@@ -223,6 +228,10 @@ def check(args: argparse.Namespace) -> Request:
             f"--drafter is {args.drafter!r}, and --objective {args.objective} drafts nothing: "
             "leave it out, or use --objective speed."
         )
+    if args.no_ranking and args.objective == "speed":
+        raise TrainingError(
+            "--no-ranking is given, and --objective speed ranks no layers: leave it out."
+        )
     request = Request(
         target=args.target,
         data=tuple(args.data),
@@ -239,11 +248,13 @@ def check(args: argparse.Namespace) -> Request:
         alpha=alpha,
         beta=beta,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype=dtype,
         resume=args.resume,
     )
     _check_output(request)
     _require("optuna", "datasets", "matplotlib")
+    if request.objective == "speed" and find_spec("vllm") is None:
+        raise TrainingError("--objective speed needs vLLM, which is not installed.")
     return request
 
 
@@ -279,6 +290,12 @@ def _check_output(request: Request) -> None:
             f"-o is {str(out)!r}, beside which {request.record.name} holds a search already: give "
             "--resume to go on with it, or another name."
         )
+    for path in (out, request.picture):
+        if path.exists() and not request.resume:
+            raise TrainingError(
+                f"-o is {str(out)!r}, and {path} exists already: move it away, or give another "
+                "name."
+            )
     if request.resume and not request.record.is_file():
         raise TrainingError(
             f"--resume needs the record of a search, and there is no {request.record}: leave it "
@@ -328,8 +345,13 @@ def find_mask(request: Request) -> MaskFile:
     plan = Plan(
         request.trials, request.seed, request.random_share, request.ranking, request.maximise
     )
-    with progress("Searching", _passes_left(space, plan, journal), "mask") as bar:
-        best = search(space, plan, score, journal, bar)
+    try:
+        with progress("Searching", _passes_left(space, plan, journal), "mask") as bar:
+            best = search(space, plan, score, journal, bar)
+    except BaseException:
+        if not journal.trials and not journal.alone:
+            request.record.unlink(missing_ok=True)  # nothing to go on with
+        raise
     mask = _mask_file(request, identity, calibration, journal.trials, best)
     write_mask_file(request.out, mask)
     write_beside(request.picture, lambda path: draw(path, journal.trials, request.objective))
@@ -388,10 +410,32 @@ def _check_family(request: Request, config: Any) -> None:
             f"TARGET is {request.target!r}, whose model_type is {config.model_type!r}, and masks "
             f"can be searched for {', '.join(FAMILIES)}."
         )
+    if request.objective == "speed":
+        _check_speed(request, config)
     if request.block_size > config.max_position_embeddings:
         raise TrainingError(
             f"--block-size is {request.block_size}, and TARGET has max_position_embeddings = "
             f"{config.max_position_embeddings}, which it must not exceed."
+        )
+
+
+def _check_speed(request: Request, config: Any) -> None:
+    """What would stop the first engine, or keep it from drafting."""
+    from vllm_nvium.spec_decode.mask_search import WINDOW
+
+    if request.block_size + WINDOW > config.max_position_embeddings:
+        raise TrainingError(
+            f"--block-size is {request.block_size}, and with a window of {WINDOW} tokens it must "
+            f"not exceed TARGET's max_position_embeddings = {config.max_position_embeddings}."
+        )
+    if request.drafter is None:
+        return
+    drafter = load_config(request.drafter, "--drafter")
+    if getattr(drafter, "vocab_size", None) != config.vocab_size:
+        raise TrainingError(
+            f"--drafter is {request.drafter!r}, whose vocabulary has "
+            f"{getattr(drafter, 'vocab_size', None)} tokens and TARGET's {config.vocab_size}; give "
+            "a draft model of the same vocabulary."
         )
 
 
@@ -411,7 +455,7 @@ def _load_text(request: Request, config: Any) -> "torch.Tensor":
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(request.target)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise TrainingError(
             f"TARGET is {request.target!r}, whose tokenizer cannot be read ({first_line(error)})."
         ) from error
@@ -430,7 +474,7 @@ def _scorer(request: Request, config: Any, blocks: "torch.Tensor") -> "Score":
     from vllm_nvium.spec_decode.mask_search import SpeedRun, TeacherForcing, measure_speed
 
     if request.objective != "speed":
-        model = _load(request)
+        model = _load(request, config)
         with progress("Full model", 1, "pass") as bar:
             scorer = TeacherForcing(model, blocks, request.objective, request.alpha, request.beta)
             bar.update()
@@ -446,16 +490,29 @@ def _scorer(request: Request, config: Any, blocks: "torch.Tensor") -> "Score":
     return lambda skipped: measure_speed(speed_run, skipped)
 
 
-def _load(request: Request) -> Any:
+def _load(request: Request, config: Any) -> Any:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     name = request.target
+    # The other kinds of attention of transformers leave out the cap on Gemma 2's attention logits,
+    # which vLLM does not.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if capped else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, request.dtype), output_loading_info=True
+            name, dtype=getattr(torch, request.dtype), output_loading_info=True, **attention
         )
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"TARGET is {name!r}, which does not fit into memory in --dtype {request.dtype}: use "
+            "--dtype bfloat16, or leave CUDA_VISIBLE_DEVICES empty."
+        ) from error
+    except (
+        ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError
+    ) as error:  # fmt: skip
         raise TrainingError(
             f"TARGET is {name!r}, whose weights cannot be loaded ({first_line(error)})."
         ) from error
@@ -464,7 +521,7 @@ def _load(request: Request) -> Any:
             f"TARGET is {name!r}, which has no tensor {missing[0]}, and a whole checkpoint is "
             "needed."
         )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 # ---- what comes out

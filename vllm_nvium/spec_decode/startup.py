@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.spec_decode.options import PREFIX, ViaSDOptions, options_of
@@ -175,7 +176,12 @@ def check(vllm_config: "VllmConfig") -> None:
             f"--logprobs-mode is {model.logprobs_mode!r}, but tokens that the paper's rule keeps "
             "have no processed law; set it to raw_logprobs or leave the paper's rule off."
         )
-    from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, skipped_layers
+    from vllm_nvium.spec_decode.mask import (
+        MaskError,
+        ModelIdentity,
+        searched_for,
+        skipped_layers,
+    )
 
     try:
         skipped = skipped_layers(
@@ -183,8 +189,17 @@ def check(vllm_config: "VllmConfig") -> None:
             model.hf_text_config.num_hidden_layers,
             ModelIdentity.from_config(model.hf_config),
         )
+        other = searched_for(options.mask)
     except MaskError as error:
         raise ViaSDRefusal(str(error)) from None
+    if other is not None and Path(other).name != Path(model.model).name:
+        logger.warning(
+            "--via-sd-mask %s was searched for %s and is used for %s, which has the same sizes: "
+            "right for a fine-tune or another folder of the same model, and slow for another one",
+            options.mask,
+            other,
+            model.model,
+        )
     if vllm_config.use_v2_model_runner:
         raise ViaSDRefusal(
             f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "
