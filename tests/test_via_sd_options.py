@@ -23,11 +23,14 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+from test_mask import mask_file
 from trace_engine import Arrival, TraceEngine
 from via_sd_engine import NGRAM, ViaSDEngine
 
 from tiny_models import make_dense, save_character_tokenizer
 from vllm_nvium import plugin
+from vllm_nvium.spec_decode import startup
+from vllm_nvium.spec_decode.mask import ModelIdentity, write_mask_file
 from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
 from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, ViaSDRefusal, check
 
@@ -306,6 +309,26 @@ def test_log_probabilities_that_the_papers_rule_has_not(dense_checkpoint: Path) 
     arguments(
         dense_checkpoint, additional_config={"via_sd": True}, **processed
     ).create_engine_config()
+
+
+@pytest.mark.parametrize("searched_for", ["dense", "elsewhere/dense", "another"])
+def test_a_mask_of_another_name_is_mentioned(
+    dense_checkpoint: Path, tmp_path: Path, searched_for: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sizes may be those of a fine-tune, or of another model."""
+    target = tmp_path / "dense"
+    shutil.copytree(dense_checkpoint, target)
+    identity = ModelIdentity.from_config(json.loads((target / "config.json").read_text()))
+    mask = tmp_path / "mask.json"
+    write_mask_file(mask, mask_file(identity=identity.model_dump(), model=searched_for))
+    said: list[str] = []
+    monkeypatch.setattr(
+        startup.logger, "warning", lambda text, *args: said.append(str(text) % args)
+    )
+    config = {"via_sd": True, "via_sd_mask": str(mask)}
+    arguments(target, additional_config=config).create_engine_config()
+    assert bool(said) == (searched_for == "another")
+    assert not said or "was searched for another and is used for" in said[0]
 
 
 def test_a_kv_connector_is_refused(dense_checkpoint: Path) -> None:
