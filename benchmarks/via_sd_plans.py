@@ -137,7 +137,8 @@ class Engine:
     def run(
         self, prompts: list[list[int]], mode: str, controller: RoundController, seed: int
     ) -> dict[str, float]:
-        """Tokens, seconds and full passes per token of a batch's decode steps."""
+        """Tokens and seconds of a batch's decode steps until its first request is done, and full
+        passes per token of all of them."""
         self.runner.controller = controller
         counts = self.runner.counts
         turns, tokens = counts.turns, counts.tokens
@@ -145,13 +146,15 @@ class Engine:
         self.worker.begin(
             prompts, self.args.new_tokens, temperature=0.0, seed=seed, extra_args=options
         )
-        run, unfinished = {"tokens": 0.0, "seconds": 0.0}, True
+        run, unfinished, is_full = {"tokens": 0.0, "seconds": 0.0}, True, True
         while unfinished:
             step = self.worker.step()
             unfinished = step["unfinished"]
-            if not step["prefill"]:
+            if not step["prefill"] and is_full:
                 run["tokens"] += step["tokens"]
                 run["seconds"] += step["seconds"]
+            # The last requests of a batch would be timed in a smaller one.
+            is_full = max(self.worker.lengths.values()) < self.args.new_tokens
         run["passes"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)
         return run
 
