@@ -447,12 +447,6 @@ HOOKS: tuple[Hook, ...] = (
         "where a window has to end",
         "windows would go past the end of a request",
     ),
-    Hook(
-        "vllm.sampling_params",
-        "SamplingParams.logprob_token_ids",
-        "refused, because vLLM's rejection sampler has no place for them",
-        "one request could stop the engine",
-    ),
     *_each(
         "vllm.config.offload",
         "OffloadConfig",
