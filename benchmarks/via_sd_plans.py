@@ -353,7 +353,7 @@ def best_without_tier(found: dict[str, Any]) -> str:
 def learning(found: dict[str, Any]) -> str:
     """What `auto` did in its first batches, as a share of what it does later; prompts differ."""
     if not found["runs"]["learning"]:
-        return ""
+        return "not measured"
     return f"{rate(found, 'learning') / rate(found, 'auto'):.3f}"
 
 
@@ -392,7 +392,8 @@ def block(found: dict[str, Any]) -> Iterator[str]:
                 "speculative": f"draft {times['draft']:.1f}",
                 "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['at_slim']:.2f}",
                 "auto": f"{rate(found, name) / found['optimum']:.3f} of the optimum "
-                f"{found['optimum']:.1f}; side: {side(found)}",
+                f"{found['optimum']:.1f}; side: {side(found)}; first batches {learning(found)} of "
+                "the later ones",
             }[name]
         ]
         yield "| " + " | ".join(cells) + " |"

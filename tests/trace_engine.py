@@ -21,6 +21,8 @@ from vllm_nvium.model_executor.ops.ragged import slots_of
 from vllm_nvium.worker import requests as nvium_requests
 
 TOLERANCE = 1e-4
+# How long a trace waits for other threads, all its steps together: a minute.
+IDLE_SECONDS, MOST_IDLE = 0.01, 6000
 
 
 @dataclass
@@ -159,7 +161,7 @@ class TraceEngine:
         self.emitted, self.outputs, self.depths = {}, {}, []
         waiting = sorted(enumerate(trace), key=lambda item: item[1].step)
         abort_at: dict[int, list[str]] = {}
-        step = 0
+        step = idle = 0
         while step < max_steps:
             while waiting and waiting[0][1].step <= step:
                 number, arrival = waiting.pop(0)
@@ -180,10 +182,11 @@ class TraceEngine:
                 return self.emitted
             outputs = self.engine.step()
             step += 1
-            if not outputs and self.engine.has_unfinished_requests() and not self.scheduler.running:
+            waits = self.engine.has_unfinished_requests() and not self.scheduler.running
+            if not outputs and waits and idle < MOST_IDLE:
                 # A grammar is being compiled in another thread: such steps are no progress.
-                time.sleep(0.01)
-                step -= 1
+                time.sleep(IDLE_SECONDS)
+                step, idle = step - 1, idle + 1
             for output in outputs:
                 seen = self.emitted.setdefault(output.request_id, Emitted())
                 seen.tokens = list(output.outputs[0].token_ids)

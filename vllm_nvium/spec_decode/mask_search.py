@@ -32,6 +32,7 @@ from torch import nn
 
 from vllm_nvium.console import Progress
 from vllm_nvium.spec_decode.mask import even_layers, layer_list
+from vllm_nvium.spec_decode.options import ViaSDOptions
 from vllm_nvium.training import TrainingError, write_beside
 
 # Skipped layers in ascending order -> what such a slim verifier is worth.
@@ -49,7 +50,7 @@ ATTEMPTS = 16
 # Rounds of slim checks in every window while speed is measured: with `auto` an engine would leave a
 # tier that does not pay alone, and all masks would be as fast as plain decoding. Its windows, which
 # are those of `--via-sd-window`; and timed runs, of which the median counts.
-ROUNDS, WINDOW, TIMED_RUNS = 2, 16, 3
+ROUNDS, WINDOW, TIMED_RUNS = 2, ViaSDOptions.window, 3
 # Up to so many masks are listed rather than drawn.
 MOST_LISTED = 10_000
 
