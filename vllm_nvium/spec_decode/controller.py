@@ -8,6 +8,7 @@ and what the trials lose stays within a budget.
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import exp, log
 from statistics import median_low
 from typing import Any
 
@@ -378,6 +379,7 @@ class Shares:
     """The counts behind an `Acceptance`, of one request or of all with the same rule."""
 
     rule: str = LOSSLESS
+    is_greedy: bool = False
     at_full: Share = field(default_factory=Share)
     at_slim: Share = field(default_factory=Share)
     slim: Share = field(default_factory=Share)
@@ -386,7 +388,29 @@ class Shares:
     again: Share = field(default_factory=Share)
 
 
-KINDS = tuple(each.name for each in fields(Shares) if each.name != "rule")
+KINDS = tuple(each.name for each in fields(Shares) if each.type in (Share, "Share"))
+
+
+def judged_drafts(drafted: int, kept: int, proposed: int, accepted: int) -> tuple[int, int]:
+    """What a window, verified greedily, tells of the full model's opinion on the drafts that it
+    opened with, as if they had gone to the full model at once.
+
+    The window is the `kept` drafts, then a token of the slim verifier. Where the full model takes
+    that token, it would have refused the draft in its place; where it takes neither, nobody knows.
+    Without this the two kinds of plan would be compared by different stretches of text.
+
+    Args:
+        drafted: drafts of the first round; kept: those that the slim verifier kept.
+        proposed: tokens of the window that the full model saw; accepted: of those, in order.
+
+    Returns:
+        drafts that it accepts, and 1 if it refuses the next, else 0.
+    """
+    seen = min(kept, proposed)
+    if accepted < seen:
+        return accepted, 1
+    return seen, int(accepted > kept and kept < drafted)
+
 
 # --- What is done ---------------------------------------------------------------------------------
 
@@ -404,6 +428,9 @@ ALIKE = {
 }  # fmt: skip
 # How many trials the share of all requests is worth for one of them.
 COMMON_TRIALS = 16.0
+# A request whose drafts one of them takes to more often than others' pleases the other more, too:
+# so much of the difference in log-odds is believed before that one was asked.
+TOGETHER, BELIEVED = {"at_full": "at_slim", "at_slim": "at_full"}, 0.5
 # Kinds of plan, and what must be known before each is used, from so many trials.
 NONE, PLAIN, TIERED = range(3)
 NEEDS = {NONE: (), PLAIN: ("at_full",), TIERED: ("at_slim", "slim")}
@@ -459,6 +486,8 @@ class RoundController:
         self._draft: defaultdict[int, PassTimes] = defaultdict(PassTimes)  # by bits of requests
         self._common: defaultdict[str, Shares] = defaultdict(Shares)  # by rule
         self._requests: dict[str, Shares] = {}
+        # Drafts that a window opened with, and how many of them the slim verifier kept.
+        self._opened: dict[str, tuple[int, int]] = {}
         self._step = 0
         # The plan of this step, and the plan between trials.
         self._plan = self._used = Plan(0, 0)
@@ -478,15 +507,20 @@ class RoundController:
 
     # Observations.
 
-    def add(self, request_id: str, rule: str) -> None:
-        """A request that will decode: `OFF`, `LOSSLESS` or `PAPER`, which is what others are."""
+    def add(self, request_id: str, rule: str, is_greedy: bool = False) -> None:
+        """A request that will decode.
+
+        Args:
+            rule: `OFF`, `LOSSLESS` or `PAPER`.
+            is_greedy: at temperature 0, where one token at most passes each check.
+        """
         if request_id not in self._requests:
-            self._requests[request_id] = Shares(rule)
+            self._requests[request_id] = Shares(rule, is_greedy)
 
     def remove(self, request_id: str) -> None:
         """The request has ended; what it taught about all requests stays."""
-        self._requests.pop(request_id, None)
-        self._gains.pop(request_id, None)
+        for known in (self._requests, self._gains, self._opened):
+            known.pop(request_id, None)
 
     def saw_full(self, rows: int, seconds: float) -> None:
         """One pass of the full model over newest tokens, windows and drafts, no prompts."""
@@ -524,6 +558,8 @@ class RoundController:
             is_first: it is the first of its window.
         """
         self._saw_obtained(request_id, asked, drafted, "obtained" if is_first else "again")
+        if is_first:
+            self._opened[request_id] = (drafted, accepted)
         self._saw(request_id, "at_slim", accepted, int(accepted < drafted))
         length = accepted + int(accepted < drafted)
         self._saw(request_id, "stays", length - escalated, escalated)
@@ -544,6 +580,10 @@ class RoundController:
         bad = int(accepted < proposed)
         self._saw(request_id, "slim" if tiered else "at_full", accepted, bad)
         self._outcomes += accepted + bad
+        request = self._requests.get(request_id)
+        if tiered and request is not None and request.is_greedy and request.rule == LOSSLESS:
+            judged = judged_drafts(*self._opened.pop(request_id, (0, 0)), proposed, accepted)
+            self._saw(request_id, "at_full", *judged)
 
     def _saw_obtained(
         self, request_id: str, asked: int, drafted: int, kind: str = "obtained"
@@ -658,16 +698,10 @@ class RoundController:
     def _acceptance(self, request_ids: Sequence[str]) -> Acceptance:
         requests = [self._requests.get(request_id) or Shares() for request_id in request_ids]
         common = {
-            rule: [self._share(rule, kind) for kind in KINDS]
+            rule: {kind: self._share(rule, kind) for kind in KINDS}
             for rule in {request.rule for request in requests}
         }
-        shares = [
-            [
-                getattr(request, kind).estimate(prior, COMMON_TRIALS)
-                for kind, prior in zip(KINDS, common[request.rule], strict=True)
-            ]
-            for request in requests
-        ]
+        shares = [_shares_of(request, common[request.rule]) for request in requests]
         own = [float(request.rule != PAPER) for request in requests]
         return Acceptance(**dict(zip(KINDS, np.array(shares).T, strict=True)), own=np.array(own))
 
@@ -861,6 +895,24 @@ class FixedRounds:
         if name.startswith("saw_") or name in ("add", "remove"):
             return lambda *args, **kwargs: None
         raise AttributeError(name)
+
+
+def _shares_of(request: Shares, common: dict[str, float]) -> list[float]:
+    """In the order of `KINDS`; `common` is what all requests with its rule have."""
+    found = []
+    for kind, prior in common.items():
+        if kind in TOGETHER:
+            usual = common[TOGETHER[kind]]
+            other: Share = getattr(request, TOGETHER[kind])
+            differs = _log_odds(other.estimate(usual, COMMON_TRIALS)) - _log_odds(usual)
+            prior = 1 / (1 + exp(-_log_odds(prior) - BELIEVED * differs))
+        found.append(getattr(request, kind).estimate(prior, COMMON_TRIALS))
+    return found
+
+
+def _log_odds(chance: float) -> float:
+    chance = min(max(chance, 0.01), 0.99)
+    return log(chance / (1 - chance))
 
 
 def _kind(plan: Plan) -> int:

@@ -164,7 +164,7 @@ class ViaSDModelRunnerMixin(Runner):
                 self.via_sd_requests[new.req_id] = request
                 # A session that goes on may have changed its rule.
                 self.controller.remove(new.req_id)
-                self.controller.add(new.req_id, request.rule)
+                self.controller.add(new.req_id, request.rule, request.is_greedy)
         return super()._update_states(scheduler_output)
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
