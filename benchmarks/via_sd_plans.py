@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import Worker
 from measured import drafter_config, machine, read_prompts
 
-from vllm_nvium.spec_decode.controller import KINDS as KINDS_OF_SHARES
-from vllm_nvium.spec_decode.controller import Plan, RoundController
+from vllm_nvium.spec_decode.controller import COMMON_TRIALS, Plan, RoundController
 
 # Sides that differ by less are not told apart.
 CLEAR = 1.05
@@ -83,11 +83,16 @@ class Recorder(RoundController):
     n-grams come in runs, of which a window takes a whole one: the first drafts of a window are
     found less often than plain ones. Here all plans see the same prompts, and the two are told
     apart; the controller, which sees what comes, would take a difference of prompts for one.
+    Acceptances are kept by batch, too: prompts differ, and one chance for all of them promises more
+    than they can bring.
     """
 
     fixed = Plan(0, 0)
     # Whose share of drafts found counts: of windows, or of plain drafts.
     of_windows = False
+    # The batch that runs, and the one whose acceptances are asked for; None: all of them together.
+    running = 0
+    asked_for: int | None = None
 
     def __init__(self, max_drafts: int, max_window: int) -> None:
         super().__init__(max_drafts, max_window)
@@ -95,7 +100,17 @@ class Recorder(RoundController):
 
     def forget(self) -> None:
         """Of acceptances; pass times stay."""
-        self.sums = {kind: [0.0, 0.0] for kind in (*KINDS_OF_SHARES, "opens")}
+        self.sums: dict[int | None, dict[str, list[float]]] = {}
+
+    def counted(self, batch: int | None, kind: str) -> list[float]:
+        """Good ones and all, of one batch or of all."""
+        kinds = self.sums.setdefault(batch, {})
+        return kinds.setdefault(kind, [0.0, 0.0])
+
+    @property
+    def batches(self) -> list[int]:
+        """Those that were seen since `forget`."""
+        return [batch for batch in self.sums if batch is not None]
 
     def plan(self, request_ids: Any, decoding: int = 0) -> Plan:
         self._step += 1
@@ -106,13 +121,21 @@ class Recorder(RoundController):
 
     def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
         super()._saw(request_id, kind, good, bad)
+        if self.fixed.rounds and kind == "at_full":
+            return  # windows tell of it, too, but here are plain drafts
         kind = "opens" if kind == "obtained" and self.fixed.rounds else kind
-        self.sums[kind][0] += good
-        self.sums[kind][1] += good + bad
+        for batch in (self.running, None):
+            sums = self.counted(batch, kind)
+            sums[0] += good
+            sums[1] += good + bad
 
     def _share(self, rule: str, kind: str) -> float:
-        good, count = self.sums["opens" if kind == "obtained" and self.of_windows else kind]
-        return good / count if count else super()._share(rule, kind)
+        name = "opens" if kind == "obtained" and self.of_windows else kind
+        good, count = self.counted(None, name)
+        mean = good / count if count else super()._share(rule, kind)
+        good, count = self.counted(self.asked_for, name)
+        # A batch with few trials is taken for one like the others.
+        return (good + mean * COMMON_TRIALS) / (count + COMMON_TRIALS)
 
 
 class Engine:
@@ -175,6 +198,7 @@ class Engine:
         def run(number: int, name: str) -> dict[str, float]:
             batch = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
             recorder.fixed = plans.get(name, recorder.fixed)
+            recorder.running = number
             return self.run(batch, case.mode, recorder if name in plans else auto, number)
 
         plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
@@ -195,6 +219,7 @@ class Engine:
         # What is possible by what was seen in these runs, and what the plans of these runs promise.
         promised = best_plans(recorder, dict(plans), case)
         seen = recorder.snapshot()
+        opens, asked = recorder.counted(None, "opens")
         return {
             "case": asdict(case),
             "runs": runs,
@@ -203,7 +228,10 @@ class Engine:
             "optimum": max(promised.values()),
             "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
             "acceptance": seen["acceptance"][case.mode]
-            | {"opens": recorder.sums["opens"][0] / max(recorder.sums["opens"][1], 1)},
+            | {
+                "opens": recorder.counted(None, "opens")[0]
+                / max(recorder.counted(None, "opens")[1], 1)
+            },
             "milliseconds": {
                 kind: 1000 * statistics.median(seen["seconds"][kind].values())
                 for kind in ("full", "slim")
@@ -213,20 +241,25 @@ class Engine:
 
 
 def outlook(recorder: Recorder, case: Case) -> Any:
-    """Tokens per second by drafts and rounds, of requests like those that were seen."""
+    """Tokens per second by drafts and rounds, of as many tokens of each batch that was seen."""
     names = [f"like the others, {i}" for i in range(case.batch)]
     for name in names:
         recorder.add(name, case.mode)
-    recorder.of_windows = True
-    windows = recorder.outlook(names)
-    recorder.of_windows = False
-    promised = recorder.outlook(names)
+    seconds_per_token: list[Any] = []
+    for batch in recorder.batches:
+        recorder.asked_for = batch
+        recorder.of_windows = True
+        windows = recorder.outlook(names)
+        recorder.of_windows = False
+        plain = recorder.outlook(names)
+        assert plain is not None and windows is not None
+        rates = windows.rates
+        rates[:, 0] = plain.rates[:, 0]
+        seconds_per_token.append(1 / np.maximum(rates, 1e-9))
+    recorder.asked_for = None
     for name in names:
         recorder.remove(name)
-    assert promised is not None and windows is not None
-    rates = windows.rates
-    rates[:, 0] = promised.rates[:, 0]
-    return rates
+    return 1 / np.mean(seconds_per_token, axis=0)
 
 
 def best_plans(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
