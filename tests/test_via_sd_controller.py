@@ -10,6 +10,8 @@ from math import prod
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_nvium.spec_decode.controller import (
     LOSSLESS,
@@ -22,6 +24,7 @@ from vllm_nvium.spec_decode.controller import (
     RoundController,
     Share,
     Times,
+    judged_drafts,
     plain_outlook,
     round_length,
     round_survival,
@@ -276,6 +279,70 @@ def test_draft_times() -> None:
         controller.saw_draft(32, 4, 1.6)
     assert controller._draft_seconds(1) == pytest.approx([0, 0.2, 0.4, 0.5, 0.6, 0.75])
     assert controller._draft_seconds(40)[4] == pytest.approx(1.6)
+
+
+TOKEN = st.integers(0, 2)
+
+
+@given(
+    text=st.lists(TOKEN, min_size=9, max_size=9),
+    slim=st.lists(TOKEN, min_size=9, max_size=9),
+    drafts=st.lists(TOKEN, max_size=4),
+    more=st.lists(TOKEN, max_size=3),
+    cut=st.integers(0, 9),
+)
+def test_windows_tell_of_drafts_what_the_text_says(
+    text: list[int], slim: list[int], drafts: list[int], more: list[int], cut: int
+) -> None:
+    """Of greedy checks: never anything else than plain drafts would have shown, and all of it
+    unless both models refuse the same draft or the window was cut."""
+
+    def matches(tokens: list[int], of: list[int]) -> int:
+        pairs = enumerate(zip(tokens, of, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), len(tokens))
+
+    kept = matches(drafts, slim)
+    window = [*drafts[:kept], slim[kept], *more][:cut]
+    accepted, direct = matches(window, text), matches(drafts, text)
+    good, bad = judged_drafts(len(drafts), kept, len(window), accepted)
+    assert good <= direct
+    if bad:
+        assert good == direct < len(drafts)
+    elif kept < len(window):
+        assert good == kept and (kept == len(drafts) or slim[kept] != text[kept])
+
+
+def test_windows_teach_what_plain_drafts_would() -> None:
+    """Greedily only: at other temperatures a token that the full model takes does not mean that it
+    would have refused another, and the paper's rule does not ask it."""
+    for rule, greedy in ((LOSSLESS, True), (LOSSLESS, False), (PAPER, True)):
+        controller = RoundController(4, 8)
+        controller.add("a", rule, is_greedy=greedy)
+        for _ in range(60):
+            controller.saw_slim_check("a", 4, 4, 2)
+            controller.saw_slim_check("a", 4, 4, 4, is_first=False)
+            controller.saw_full_check("a", 8, 5, tiered=True)
+        known = controller._common[rule].at_full
+        if greedy and rule == LOSSLESS:
+            assert known.good / known.all == pytest.approx(2 / 3), "two kept, the third refused"
+        else:
+            assert known.all == 0
+
+
+def test_one_acceptance_of_a_request_tells_of_the_other() -> None:
+    controller = RoundController(4, 8)
+    for name, good in (("usual", 3), ("easy", 4), ("hard", 1)):
+        controller.add(name, LOSSLESS)
+        for _ in range(40):
+            controller.saw_full_check(name, 4, good, tiered=False)
+    for _ in range(40):
+        controller.saw_slim_check("usual", 4, 4, 3)
+    controller.add("new", LOSSLESS)
+    found = controller._acceptance(["new", "usual", "easy", "hard"])
+    new, usual, easy, hard = found.at_slim
+    assert new == pytest.approx(controller._share(LOSSLESS, "at_slim"))
+    assert hard < new - 0.05 and easy > new + 0.05, "nobody asked the slim verifier about them"
+    assert usual == pytest.approx(0.75, abs=0.03), "what it said itself counts for more"
 
 
 # --- The controller on a simulated engine ---------------------------------------------------------

@@ -23,7 +23,7 @@ from trace_engine import Arrival
 from via_sd_engine import NGRAM, ViaSDEngine, check_greedy_tokens, check_kv_cache, looked_up
 
 from tiny_models import make_dense, make_eagle, make_mimo
-from vllm_nvium.spec_decode.controller import FixedRounds
+from vllm_nvium.spec_decode.controller import FixedRounds, Plan, RoundController
 from vllm_nvium.spec_decode.tiers import ACCEPT, Checked
 from vllm_nvium.spec_decode.window import Drafts, Window, extend
 
@@ -348,6 +348,46 @@ def test_seeded_requests_count_for_the_largest_batch(with_ngrams: Served) -> Non
         engine.window_rounds.clear()
         engine.run(trace)
         assert bool(engine.window_rounds) == rounds
+
+
+def test_windows_tell_what_the_full_model_makes_of_drafts(with_ngrams: Served) -> None:
+    """Held against the text: greedily, plain drafts would have been accepted as far as they are
+    it. With a temperature nothing is concluded."""
+    engine = with_ngrams.engine
+    judged: list[tuple[float, float]] = []
+
+    class TwoRounds(RoundController):
+        def plan(self, *args: Any) -> Plan:
+            return Plan(3, 2)
+
+        def another_round(self, lengths: Any, done: int, names: Any) -> bool:
+            return bool(done < 2)
+
+        def _saw(self, name: str, kind: str, good: float, bad: float) -> None:
+            if kind == "at_full":
+                judged.append((good, bad))
+
+    prompt = list(_TEXTS[2][:20])
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, max_tokens=120, ignore_eos=True)
+        engine.set_rounds(3, 2, WINDOW)
+        engine.runner.controller = TwoRounds(3, WINDOW)
+        engine.asked.clear()
+        text = prompt + engine.run([Arrival(0, prompt, params)])["0"].tokens
+        if temperature:
+            assert not judged
+            continue
+        opened = [a for a in engine.asked if a.round == 1 and a.drafts and len(a.prefix) > 20]
+        assert sum(bad for _, bad in judged) > 3 and sum(good for good, _ in judged) > 10
+        assert len(judged) == len(opened) or len(judged) == len(opened) - 1
+        for (good, bad), asked in zip(judged, opened, strict=False):
+            drafts = asked.drafts[: min(3, asked.room - 1)]
+            behind = text[len(asked.prefix) :]
+            pairs = enumerate(zip(drafts, behind, strict=False))
+            direct = next((i for i, (a, b) in pairs if a != b), len(drafts))
+            assert good <= direct
+            assert not bad or good == direct < len(drafts)
+        judged.clear()
 
 
 def test_a_prompts_last_token_is_no_decode_step(with_ngrams: Served) -> None:

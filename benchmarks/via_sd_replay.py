@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`auto` of VIA-SD on the texts of real models, without their passes: what a target answers, and
+what its slim verifier and a draft model say at each position, is recorded once, and plans are
+replayed against it with given pass times. Judges a change of the controller in a minute, over more
+prompts than can be timed; says nothing about the times themselves.
+
+    python benchmarks/via_sd_replay.py record TARGET --mask even:0.2 --prompts humaneval.jsonl \\
+        --out texts.json
+    python benchmarks/via_sd_replay.py judge texts.json --full 23.1 --slim 17.8
+
+`record --dial .55:.9` takes a constructed target of `via_sd_dial.py` instead, whose texts serve
+all costs. Greedy and lossless. Positions that follow the text are as they were recorded; behind a
+token that the full model will refuse, of which nothing counts but the time, the slim verifier keeps
+drafts as often as elsewhere.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measured import read_prompts
+
+from vllm_nvium.spec_decode.controller import LOSSLESS, FixedRounds, Plan, RoundController
+
+# Plans that `auto` is held against.
+PLAIN = [Plan(drafts, 0) for drafts in (0, 2, 3, 4, 5, 6)]
+TIERED = [
+    Plan(drafts, rounds)
+    for drafts, rounds in ((1, 1), (2, 1), (4, 1), (6, 1), (2, 2), (4, 2), (6, 2), (4, 4), (6, 8))
+]
+# Of pass times: relative noise, and the chance of one that is five times too long.
+NOISE, OUTLIERS = 0.04, 0.005
+# What a row adds to a pass, in passes; seconds of a step beside its passes, and of a search for
+# n-grams.
+ROW, OVERHEAD, LOOKUP = 0.004, 0.003, 1e-4
+# Batches to learn on before the count starts, batches that count, repeats with other orders.
+STARTS = {"at the start": (0, 5, 8), "later": (4, 16, 4)}
+# Sides that differ by less are not told apart.
+CLEAR = 1.05
+
+
+@dataclass(frozen=True)
+class Text:
+    """One answer.
+
+    Attributes:
+        prompt: token ids.
+        tokens: the answer's.
+        slim: at each position of both, the token that the slim verifier says stands there, after
+            the tokens before, whose K/V are the target's.
+        draft: the same of a draft model; None: n-grams draft.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    slim: list[int]
+    draft: list[int] | None
+
+
+# --- Recording ------------------------------------------------------------------------------------
+
+
+def record(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_nvium.spec_decode.mask import skipped_layers
+
+    def load(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    target, drafter = load(args.target), load(args.drafter) if args.drafter else None
+    prompts = read_prompts(args.prompts, str(args.target), args.longest_prompt, args.chat)
+    if args.dial:
+        from via_sd_dial import HELD_OUT, expanded, extra_layers, set_agreement
+
+        cost, agreement = map(float, args.dial.split(":"))
+        base = target
+        target, new, noise = expanded(base, extra_layers(base, cost))
+        set_agreement(target, noise, base, prompts[-HELD_OUT:], agreement)
+        skipped = set(new)
+    else:
+        skipped = set(skipped_layers(args.mask, target.config.num_hidden_layers))
+    texts = []
+    with torch.inference_mode():
+        for prompt in tqdm(prompts[: args.texts], desc="texts", disable=None):
+            ids = target.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens,
+                do_sample=False,
+            )[0]
+            draft = None
+            if drafter is not None:
+                draft = [-1, *drafter(ids[None]).logits[0, :-1].argmax(-1).tolist()]
+            slim = [-1, *slim_tokens(target, skipped, ids)[:-1]]
+            texts.append(Text(prompt, ids[len(prompt) :].tolist(), slim, draft))
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps([asdict(text) for text in texts]))
+    part.replace(args.out)
+
+
+def slim_tokens(model: Any, skipped: set[int], ids: Any) -> list[int]:
+    """What the slim verifier says after each of T tokens: its layers read the K/V that the whole
+    model wrote for those before, and their own for the newest.
+
+    Args:
+        ids: `[T]` int64.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache, count = DynamicCache(), len(ids)
+    model(ids[None], past_key_values=cache, use_cache=True)
+    places = torch.arange(count)
+    never = torch.finfo(model.dtype).min
+    mask = torch.full((count, 2 * count), never, dtype=model.dtype)
+    mask[:, :count].masked_fill_(places < places[:, None], 0)
+    mask[places, count + places] = 0
+    inner, layers = model.model, model.model.layers
+    inner.layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i not in skipped)
+    inner.config.num_hidden_layers = len(inner.layers)
+    try:
+        logits = model(
+            ids[None],
+            past_key_values=cache,
+            attention_mask=mask[None, None],
+            position_ids=places[None],
+            use_cache=True,
+        ).logits
+    finally:
+        inner.layers, inner.config.num_hidden_layers = layers, len(layers)
+    found: list[int] = logits[0].argmax(-1).tolist()
+    return found
+
+
+# --- Replaying ------------------------------------------------------------------------------------
+
+
+class Replay:
+    """One request after the other; the controller is told what the model runner would tell it.
+
+    Args:
+        full, slim, draft: seconds of a pass of each; the last for one draft.
+    """
+
+    def __init__(
+        self, texts: list[Text], full: float, slim: float, draft: float, window: int, seed: int
+    ) -> None:
+        self.texts, self.window = texts, window
+        self.full, self.slim, self.draft = full, slim, draft
+        self.random = random.Random(seed)
+        self.seconds = 0.0
+        self.kept = np.mean([rate_of_drafts(text) for text in texts])
+
+    def run(self, controller: Any, text: Text, name: str) -> int:
+        """Decodes one answer but its first token; returns how many tokens that were."""
+        ids, at = text.prompt + text.tokens, len(text.prompt) + 1
+        start = at
+        controller.add(name, LOSSLESS, True)
+        while at < len(ids):
+            plan = controller.plan([name])
+            step = self._tiered if plan.rounds else self._plain
+            at += 1 + step(controller, plan, text, ids, at, name)
+        controller.remove(name)
+        return at - start
+
+    def _plain(
+        self, controller: Any, plan: Plan, text: Text, ids: list[int], at: int, name: str
+    ) -> int:
+        drafts = self._drafts(controller, text, ids[:at], ids, plan.drafts)
+        drafts = drafts[: len(ids) - at - 1]
+        accepted = matching(drafts, ids[at:])
+        self._full_pass(controller, len(drafts))
+        controller.saw_full_check(name, len(drafts), accepted, tiered=False, asked=plan.drafts)
+        return accepted
+
+    def _tiered(
+        self, controller: Any, plan: Plan, text: Text, ids: list[int], at: int, name: str
+    ) -> int:
+        window: list[int] = []
+        room, rounds = min(self.window, len(ids) - at - 1), 0
+        while room - len(window) > 0:
+            asked = min(plan.drafts, room - len(window) - 1)
+            drafts = self._drafts(controller, text, ids[:at] + window, ids, asked)
+            if not drafts:
+                controller.saw_slim_check(name, asked, 0, 0, is_first=rounds == 0)
+                break
+            controller.saw_slim(1 + len(drafts), self._timed(self.slim, 1 + len(drafts)))
+            kept = 0
+            while kept < len(drafts) and drafts[kept] == self._slim(
+                text, ids, at, window, drafts[kept]
+            ):
+                window.append(drafts[kept])
+                kept += 1
+            window.append(self._slim(text, ids, at, window, None))
+            controller.saw_slim_check(name, asked, len(drafts), kept, 0, rounds == 0)
+            rounds += 1
+            if not controller.another_round([len(window)], rounds, [name]):
+                break
+        accepted = matching(window, ids[at:])
+        self._full_pass(controller, len(window))
+        controller.saw_full_check(name, len(window), accepted, tiered=rounds > 0)
+        return accepted
+
+    def _slim(
+        self, text: Text, ids: list[int], at: int, window: list[int], draft: int | None
+    ) -> int:
+        """What the slim verifier says behind a window. Where that has left the text: the draft, as
+        often as it agrees with drafts elsewhere."""
+        place = at + len(window)
+        if ids[at:place] == window:
+            return text.slim[place]
+        return -1 if draft is None or self.random.random() > self.kept else draft
+
+    def _drafts(
+        self, controller: Any, text: Text, behind: list[int], ids: list[int], count: int
+    ) -> list[int]:
+        if count < 1:
+            return []
+        seconds = self._timed(LOOKUP if text.draft is None else self.draft * count)
+        controller.saw_draft(1, count, seconds)
+        if text.draft is None:
+            return looked_up(behind, count)
+        # It goes on from its own drafts, which are known as long as they are the text.
+        found: list[int] = []
+        while len(found) < count and behind == ids[: len(behind)] and len(behind) < len(ids):
+            found.append(text.draft[len(behind)])
+            behind = [*behind, found[-1]]
+        return found + [-2] * (count - len(found))
+
+    def _full_pass(self, controller: Any, drafts: int) -> None:
+        controller.saw_full(1 + drafts, self._timed(self.full, 1 + drafts))
+        controller.saw_overhead(1, self._timed(OVERHEAD))
+
+    def _timed(self, seconds: float, rows: int = 0) -> float:
+        self.seconds += seconds * (1 + ROW * rows)
+        noise = max(1 + NOISE * self.random.gauss(0, 1), 0.5)
+        return seconds * (1 + ROW * rows) * noise * (5 if self.random.random() < OUTLIERS else 1)
+
+
+def matching(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Leading tokens that are the same."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(others)))
+
+
+def looked_up(tokens: list[int], count: int) -> list[int]:
+    """vLLM's n-grams of 2 to 4 tokens."""
+    from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens
+
+    found = _find_longest_matched_ngram_and_propose_tokens(
+        origin_tokens=np.array(tokens, dtype=np.int32),
+        min_ngram=2,
+        max_ngram=4,
+        max_model_len=1 << 20,
+        k=count,
+    )
+    return [int(token) for token in found]
+
+
+def rate_of_drafts(text: Text) -> float:
+    """How often the slim verifier agrees with the draft model; of n-grams, with the text."""
+    drafts = text.draft or text.prompt + text.tokens
+    pairs = list(zip(drafts, text.slim, strict=True))[len(text.prompt) :]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+HEADER = (
+    "| prompts | best drafts | best with the tier, / best drafts | `auto` / best drafts | `auto` / "
+    "best of all (range) | steps in the tier | right side |",
+    "|" + "---|" * 7,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Texts in an order, and times: what plans are compared by.
+
+    Attributes:
+        seconds: of a pass of the full model, of the slim verifier, and of one draft.
+        warm: so many texts are not counted.
+    """
+
+    texts: list[Text]
+    seconds: tuple[float, float, float]
+    window: int
+    warm: int
+    seed: int
+
+    def rate(self, controller: Any) -> float:
+        """Tokens per second."""
+        replay, tokens = Replay(self.texts, *self.seconds, self.window, self.seed), 0
+        for number, text in enumerate(self.texts):
+            if number == self.warm:
+                tokens, replay.seconds = 0, 0.0
+            tokens += replay.run(controller, text, f"{number}")
+        return tokens / replay.seconds
+
+    def best(self, plans: Sequence[Plan]) -> float:
+        return max(self.rate(FixedRounds(plan.drafts, plan.rounds)) for plan in plans)
+
+
+def judged(setting: Setting, max_drafts: int) -> tuple[float, float, float, float, float, bool]:
+    """Tokens per second of the best drafts, the best with the tier and `auto` as shares of those,
+    `auto` as a share of the best of all, its steps in the tier, and whether those are right."""
+    plain, tiered = setting.best(PLAIN), setting.best(TIERED)
+    controller = RoundController(max_drafts, setting.window)
+    auto = setting.rate(controller)
+    steps = controller.snapshot()["steps"]
+    share = steps["tiered"] / sum(steps.values())
+    clear = max(plain, tiered) > CLEAR * min(plain, tiered)
+    right = not clear or (share > 0.5) == (tiered > plain)
+    return plain, tiered / plain, auto / plain, auto / max(plain, tiered), share, right
+
+
+def judge(args: argparse.Namespace) -> None:
+    texts = [Text(**row) for row in json.loads(args.texts.read_text())]
+    seconds = (args.full / 1000, args.slim / 1000, args.draft / 1000)
+    times = f"full {args.full}, slim {args.slim}, draft {args.draft}"
+    print(f"{args.texts.name}: {len(texts)} texts; milliseconds: {times}; window {args.window}", "")
+    print(*HEADER, sep="\n")
+    for name, (warm, count, repeats) in STARTS.items():
+        found = []
+        for seed in tqdm(range(repeats), desc=name, disable=None, leave=False):
+            order = random.Random(seed).sample(texts, min(warm + count, len(texts)))
+            found.append(judged(Setting(order, seconds, args.window, warm, seed), args.max_drafts))
+        means, of_best = np.mean(found, axis=0), [row[3] for row in found]
+        cells = [f"{name}: {count} after {warm}, {repeats} orders", f"{means[0]:.1f}"]
+        cells += [f"{value:.3f}" for value in means[1:3]]
+        cells += [f"{means[3]:.3f} ({min(of_best):.3f}-{max(of_best):.3f})"]
+        print("| " + " | ".join([*cells, f"{means[4]:.0%}", f"{means[5]:.0%}"]) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("record", help="texts of real models")
+    first.add_argument("target", type=Path, help="checkpoint (Hugging Face folder)")
+    first.add_argument("--mask", default="even:0.2", help="--via-sd-mask")
+    first.add_argument("--dial", help="COST:AGREEMENT, construct the target from this one")
+    first.add_argument("--drafter", type=Path, help="checkpoint; without it n-grams draft")
+    first.add_argument("--prompts", type=Path, required=True, help="JSON lines")
+    first.add_argument("--longest-prompt", type=int, default=256, help="leave longer ones out")
+    first.add_argument("--chat", action="store_true", help="use the chat template")
+    first.add_argument("--texts", type=int, default=24)
+    first.add_argument("--new-tokens", type=int, default=128)
+    first.add_argument("--out", type=Path, required=True)
+    first.set_defaults(do=record)
+    second = commands.add_parser("judge", help="the controller on them")
+    second.add_argument("texts", type=Path, help="what `record` wrote")
+    second.add_argument("--full", type=float, required=True, help="milliseconds of a pass")
+    second.add_argument("--slim", type=float, required=True)
+    second.add_argument("--draft", type=float, default=0.0, help="of one draft of a draft model")
+    second.add_argument("--window", type=int, default=16)
+    second.add_argument("--max-drafts", type=int, default=6)
+    second.set_defaults(do=judge)
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()
