@@ -17,9 +17,11 @@ import json
 import os
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import Worker
 from measured import drafter_config, machine, read_prompts
 
-from vllm_nvium.spec_decode.controller import COMMON_TRIALS, Plan, RoundController
+from vllm_nvium.spec_decode.controller import COMMON_TRIALS, PassTimes, Plan, RoundController
 
 # Sides that differ by less are not told apart.
 CLEAR = 1.05
@@ -99,7 +101,10 @@ class Recorder(RoundController):
         self.forget()
 
     def forget(self) -> None:
-        """Of acceptances; pass times stay."""
+        # Slow passes count for as much as they took, as they do in the runs.
+        times = partial(PassTimes, keep=1 << 20, memory=1 << 40, middle=statistics.fmean)
+        self._full, self._slim, self._overhead = times(), times(), times()
+        self._draft = defaultdict(times)
         self.sums: dict[int | None, dict[str, list[float]]] = {}
 
     def counted(self, batch: int | None, kind: str) -> list[float]:

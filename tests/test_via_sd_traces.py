@@ -363,31 +363,37 @@ def test_windows_tell_what_the_full_model_makes_of_drafts(with_ngrams: Served) -
         def another_round(self, lengths: Any, done: int, names: Any) -> bool:
             return bool(done < 2)
 
+        def saw_full_check(self, *args: Any, **options: Any) -> None:
+            self.is_window = args[3]
+            super().saw_full_check(*args, **options)
+
         def _saw(self, name: str, kind: str, good: float, bad: float) -> None:
-            if kind == "at_full":
+            if kind == "at_full" and self.is_window:
                 judged.append((good, bad))
 
-    prompt = list(_TEXTS[2][:20])
-    for temperature in (0.0, 1.0):
-        params = SamplingParams(temperature=temperature, max_tokens=120, ignore_eos=True)
+    found = [0.0, 0.0]
+    for number, temperature in ((0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (2, 1.0)):
+        prompt = list(_TEXTS[number % len(_TEXTS)][number : number + 24])
+        params = SamplingParams(temperature=temperature, max_tokens=60, ignore_eos=True)
         engine.set_rounds(3, 2, WINDOW)
         engine.runner.controller = TwoRounds(3, WINDOW)
         engine.asked.clear()
+        judged.clear()
         text = prompt + engine.run([Arrival(0, prompt, params)])["0"].tokens
         if temperature:
             assert not judged
             continue
-        opened = [a for a in engine.asked if a.round == 1 and a.drafts and len(a.prefix) > 20]
-        assert sum(bad for _, bad in judged) > 3 and sum(good for good, _ in judged) > 10
-        assert len(judged) == len(opened) or len(judged) == len(opened) - 1
+        opened = [asked for asked in engine.asked if asked.round == 1 and asked.drafts]
+        # The last window may not be verified any more.
+        assert len(opened) - 1 <= len(judged) <= len(opened)
         for (good, bad), asked in zip(judged, opened, strict=False):
             drafts = asked.drafts[: min(3, asked.room - 1)]
-            behind = text[len(asked.prefix) :]
-            pairs = enumerate(zip(drafts, behind, strict=False))
+            pairs = enumerate(zip(drafts, text[len(asked.prefix) :], strict=False))
             direct = next((i for i, (a, b) in pairs if a != b), len(drafts))
             assert good <= direct
             assert not bad or good == direct < len(drafts)
-        judged.clear()
+            found = [found[0] + good, found[1] + bad]
+    assert found[0] > 20 and found[1] > 3
 
 
 def test_a_prompts_last_token_is_no_decode_step(with_ngrams: Served) -> None:

@@ -6,7 +6,7 @@ and what the trials lose stays within a budget.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import exp, log
 from statistics import median_low
@@ -289,10 +289,17 @@ class PassTimes:
         keep: samples of sizes that share a median.
         enough: a median counts from so many samples.
         memory: sizes not seen for so many steps are forgotten while others are seen.
+        middle: what stands for the samples of a size.
     """
 
-    def __init__(self, keep: int = 15, enough: int = 5, memory: int = 2000) -> None:
-        self.keep, self.enough, self.memory = keep, enough, memory
+    def __init__(
+        self,
+        keep: int = 15,
+        enough: int = 5,
+        memory: int = 2000,
+        middle: Callable[[Sequence[float]], float] = median_low,
+    ) -> None:
+        self.keep, self.enough, self.memory, self.middle = keep, enough, memory, middle
         self._samples: dict[int, deque[tuple[int, float]]] = {}
         self._seen: dict[int, int] = {}
 
@@ -319,7 +326,7 @@ class PassTimes:
         for group in groups:
             sizes, seconds = zip(*group, strict=True)
             # The median time is that of the median size, and not of the mean one.
-            count, size, second = len(group), float(median_low(sizes)), median_low(seconds)
+            count, size, second = len(group), float(self.middle(sizes)), self.middle(seconds)
             # A larger pass that seems faster than a smaller one: both at their mean.
             while found and second < found[-1][2]:
                 other = found.pop()
