@@ -350,10 +350,10 @@ def test_seeded_requests_count_for_the_largest_batch(with_ngrams: Served) -> Non
         assert bool(engine.window_rounds) == rounds
 
 
-def test_windows_tell_what_the_full_model_makes_of_drafts(with_ngrams: Served) -> None:
+def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Served) -> None:
     """Held against the text: greedily, plain drafts would have been accepted as far as they are
     it. With a temperature nothing is concluded."""
-    engine = with_ngrams.engine
+    engine = with_draft_model.engine
     judged: list[tuple[float, float]] = []
 
     class TwoRounds(RoundController):
@@ -384,8 +384,8 @@ def test_windows_tell_what_the_full_model_makes_of_drafts(with_ngrams: Served) -
             assert not judged
             continue
         opened = [asked for asked in engine.asked if asked.round == 1 and asked.drafts]
-        # The last window may not be verified any more.
-        assert len(opened) - 1 <= len(judged) <= len(opened)
+        # At the end drafts have no room for a window, and a window is not verified any more.
+        assert 0 <= len(opened) - len(judged) <= 2
         for (good, bad), asked in zip(judged, opened, strict=False):
             drafts = asked.drafts[: min(3, asked.room - 1)]
             pairs = enumerate(zip(drafts, text[len(asked.prefix) :], strict=False))
