@@ -101,6 +101,7 @@ class Recorder(RoundController):
         self.forget()
 
     def forget(self) -> None:
+        """Begins anew."""
         # Slow passes count for as much as they took, as they do in the runs.
         times = partial(PassTimes, keep=1 << 20, memory=1 << 40, middle=statistics.fmean)
         self._full, self._slim, self._overhead = times(), times(), times()
@@ -233,10 +234,7 @@ class Engine:
             "optimum": max(promised.values()),
             "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
             "acceptance": seen["acceptance"][case.mode]
-            | {
-                "opens": recorder.counted(None, "opens")[0]
-                / max(recorder.counted(None, "opens")[1], 1)
-            },
+            | {"opens": opens / max(asked, 1)},
             "milliseconds": {
                 kind: 1000 * statistics.median(seen["seconds"][kind].values())
                 for kind in ("full", "slim")

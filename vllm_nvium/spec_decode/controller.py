@@ -912,12 +912,14 @@ def _shares_of(request: Shares, common: dict[str, float]) -> list[float]:
             usual = common[TOGETHER[kind]]
             other: Share = getattr(request, TOGETHER[kind])
             differs = _log_odds(other.estimate(usual, COMMON_TRIALS)) - _log_odds(usual)
-            prior = 1 / (1 + exp(-_log_odds(prior) - BELIEVED * differs))
+            # odds' = odds exp(BELIEVED differs)
+            prior = prior / (prior + (1 - prior) * exp(-BELIEVED * differs))
         found.append(getattr(request, kind).estimate(prior, COMMON_TRIALS))
     return found
 
 
 def _log_odds(chance: float) -> float:
+    """Of a chance that is not too near to 0 or 1, where small differences would seem large."""
     chance = min(max(chance, 0.01), 0.99)
     return log(chance / (1 - chance))
 
