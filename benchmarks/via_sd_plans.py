@@ -233,8 +233,7 @@ class Engine:
             "promised": promises(recorder, plans, case),
             "optimum": max(promised.values()),
             "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
-            "acceptance": seen["acceptance"][case.mode]
-            | {"opens": opens / max(asked, 1)},
+            "acceptance": seen["acceptance"][case.mode] | {"opens": opens / max(asked, 1)},
             "milliseconds": {
                 kind: 1000 * statistics.median(seen["seconds"][kind].values())
                 for kind in ("full", "slim")
