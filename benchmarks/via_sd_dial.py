@@ -36,6 +36,7 @@ from via_sd_plans import (
     ratio,
     results,
     side,
+    tier_share,
 )
 
 # Prompts on which agreement is set and nothing is timed.
@@ -138,7 +139,7 @@ HEADER = (
     "| slim cost: bytes / measured | agreement: asked / teacher-forced | acceptance: drafts at "
     "full, at slim, slim at full | plain tok/s | best drafts (of what is promised) | best tier (of "
     "what is promised) | auto | tier / best without | auto / best without | optimum | auto / "
-    "optimum | steps in the tier | side | learning / auto | plans (drafts x rounds) |",
+    "optimum | time in the tier | side | learning / auto | plans (drafts x rounds) |",
     "|" + "---|" * 15,
 )
 
@@ -146,7 +147,7 @@ HEADER = (
 def row(found: dict[str, Any]) -> str:
     """One cell of the dial."""
     best = best_without_tier(found)
-    times, shares, steps = found["milliseconds"], found["acceptance"], found["steps"]
+    times, shares = found["milliseconds"], found["acceptance"]
     # Under the paper's rule a slim token is not refused but escalates, or is kept.
     kept = shares["slim"] if found["case"]["mode"] == "lossless" else shares["stays"]
     cells = [
@@ -159,7 +160,7 @@ def row(found: dict[str, Any]) -> str:
         cells.append(f"{rate(found, name):.1f} ({rate(found, name) / found['promised'][name]:.2f})")
     cells += [f"{rate(found, 'auto'):.1f}", ratio(found, "tier", best), ratio(found, "auto", best)]
     cells += [f"{found['optimum']:.1f}", f"{rate(found, 'auto') / found['optimum']:.3f}"]
-    cells += [f"{steps['tiered'] / max(sum(steps.values()), 1):.0%}", side(found), learning(found)]
+    cells += [f"{tier_share(found):.0%}", side(found), learning(found)]
     cells += [", ".join(f"{drafts}x{rounds}" for drafts, rounds in found["plans"].values())]
     return "| " + " | ".join(cells) + " |"
 

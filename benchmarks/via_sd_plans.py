@@ -174,8 +174,8 @@ class Engine:
     def run(
         self, prompts: list[list[int]], mode: str, controller: RoundController, seed: int
     ) -> dict[str, float]:
-        """Tokens and seconds of a batch's decode steps until its first request is done, and full
-        passes per token of all of them."""
+        """Tokens and seconds of a batch's decode steps until its first request is done, those
+        seconds of them in which windows were made, and full passes per token of all steps."""
         self.runner.controller = controller
         counts = self.runner.counts
         turns, tokens = counts.turns, counts.tokens
@@ -183,13 +183,14 @@ class Engine:
         self.worker.begin(
             prompts, self.args.new_tokens, temperature=0.0, seed=seed, extra_args=options
         )
-        run, unfinished, is_full = {"tokens": 0.0, "seconds": 0.0}, True, True
+        run, unfinished, is_full = dict.fromkeys(("tokens", "seconds", "tiered"), 0.0), True, True
         while unfinished:
             step = self.worker.step()
             unfinished = step["unfinished"]
             if not step["prefill"] and is_full:
                 run["tokens"] += step["tokens"]
                 run["seconds"] += step["seconds"]
+                run["tiered"] += step["seconds"] * (self.runner._plan.rounds > 0)
             # The last requests of a batch would be timed in a smaller one.
             is_full = max(self.worker.lengths.values()) < self.args.new_tokens
         run["passes"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)
@@ -397,8 +398,13 @@ def side(found: dict[str, Any]) -> str:
     gain = rate(found, "tier") / rate(found, best_without_tier(found))
     if 1 / CLEAR < gain < CLEAR:
         return "either"
-    tiered = found["steps"]["tiered"] / max(sum(found["steps"].values()), 1)
-    return "right" if (tiered > 0.5) == (gain > 1) else "WRONG"
+    return "right" if (tier_share(found) > 0.5) == (gain > 1) else "WRONG"
+
+
+def tier_share(found: dict[str, Any]) -> float:
+    """Of the seconds of `auto`, those of steps with windows."""
+    runs = found["runs"]["auto"]
+    return float(sum(run["tiered"] for run in runs) / sum(run["seconds"] for run in runs))
 
 
 HEADER = (

@@ -450,7 +450,7 @@ SHORT_TRIAL, FIRST_TRIAL, TRIAL = 5, (15, 30), (8, 24)
 TRIAL_FADE = 0.75
 # Steps whose time the budget for trials can save up, and owe for trials of what may be the best:
 # of what would be, if the acceptances that it needs were better by so many standard errors.
-LARGEST_BANK, HOPE = 5, 2.0
+LARGEST_BANK, HOPE = 3, 2.0
 # Plain decoding has no acceptance to learn: its trials may be so many times rarer.
 SELDOM = 45
 # Requests that a plan is made for; in larger batches some stand for all.
