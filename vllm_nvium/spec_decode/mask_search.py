@@ -38,6 +38,8 @@ from vllm_nvium.training import TrainingError, write_beside
 # Skipped layers in ascending order -> what such a slim verifier is worth.
 Score = Callable[[tuple[int, ...]], float]
 
+# GiB of the engines that measure speed, unless the environment says something else.
+CPU_KV_CACHE = "2"
 # Of the full model's log-probabilities, which are kept in memory.
 LARGEST_CACHE = 4 * 2**30
 CACHE_DTYPE = torch.float16
@@ -243,6 +245,9 @@ def measure_speed(run: SpeedRun, skipped: tuple[int, ...]) -> float:
         request.write_text(json.dumps({"run": asdict(run), "skipped": skipped}))
         child = subprocess.run(
             [sys.executable, "-m", __name__, str(request), str(answer)],
+            # On a CPU vLLM would take most of the memory for a KV cache that a few texts leave
+            # empty, and stop where other processes have some of it.
+            env={"VLLM_CPU_KVCACHE_SPACE": CPU_KV_CACHE} | os.environ,
             capture_output=True,
             text=True,
             errors="replace",
