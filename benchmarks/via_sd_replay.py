@@ -329,6 +329,9 @@ def judged(setting: Setting, max_drafts: int) -> tuple[float, float, float, floa
 
 def judge(args: argparse.Namespace) -> None:
     texts = [Text(**row) for row in json.loads(args.texts.read_text())]
+    needed = max(warm + count for warm, count, _ in STARTS.values())
+    if len(texts) < needed:
+        sys.exit(f"{args.texts} has {len(texts)} texts, and at least {needed} are needed.")
     seconds = (args.full / 1000, args.slim / 1000, args.draft / 1000)
     times = f"full {args.full}, slim {args.slim}, draft {args.draft}"
     print(f"{args.texts.name}: {len(texts)} texts; milliseconds: {times}; window {args.window}", "")
@@ -336,7 +339,7 @@ def judge(args: argparse.Namespace) -> None:
     for name, (warm, count, repeats) in STARTS.items():
         found = []
         for seed in tqdm(range(repeats), desc=name, disable=None, leave=False):
-            order = random.Random(seed).sample(texts, min(warm + count, len(texts)))
+            order = random.Random(seed).sample(texts, warm + count)
             found.append(judged(Setting(order, seconds, args.window, warm, seed), args.max_drafts))
         means, of_best = np.mean(found, axis=0), [row[3] for row in found]
         cells = [f"{name}: {count} after {warm}, {repeats} orders", f"{means[0]:.1f}"]
