@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measured import read_prompts
+from measured import drafter_config, read_prompts
+from via_sd_plans import CLEAR
 
 from vllm_nvium.spec_decode.controller import LOSSLESS, FixedRounds, Plan, RoundController
 
@@ -46,8 +47,6 @@ NOISE, OUTLIERS = 0.04, 0.005
 ROW, OVERHEAD, LOOKUP = 0.004, 0.003, 1e-4
 # Batches to learn on before the count starts, batches that count, repeats with other orders.
 STARTS = {"at the start": (0, 5, 8), "later": (4, 16, 4)}
-# Sides that differ by less are not told apart.
-CLEAR = 1.05
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Replay:
     def __init__(
         self, texts: list[Text], full: float, slim: float, draft: float, window: int, seed: int
     ) -> None:
-        self.texts, self.window = texts, window
+        self.window = window
         self.full, self.slim, self.draft = full, slim, draft
         self.random = random.Random(seed)
         self.seconds = 0.0
@@ -257,13 +256,14 @@ def matching(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 def looked_up(tokens: list[int], count: int) -> list[int]:
-    """vLLM's n-grams of 2 to 4 tokens."""
+    """What vLLM's n-grams draft, as the other benchmarks set them."""
     from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens
 
+    config = drafter_config("ngram", count)
     found = _find_longest_matched_ngram_and_propose_tokens(
         origin_tokens=np.array(tokens, dtype=np.int32),
-        min_ngram=2,
-        max_ngram=4,
+        min_ngram=config["prompt_lookup_min"],
+        max_ngram=config["prompt_lookup_max"],
         max_model_len=1 << 20,
         k=count,
     )

@@ -486,6 +486,20 @@ def test_speed_is_measured_in_another_process(
     assert measure_speed(RUN, (1, 2)) == 8.75
 
 
+def test_an_engine_on_a_cpu_leaves_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise vLLM asks for most of it; what the environment says counts."""
+    code = (
+        "import os, sys; from vllm_nvium.spec_decode import mask_search as m\n"
+        "m._generate = lambda run, skipped: float(os.environ['VLLM_CPU_KVCACHE_SPACE'])\n"
+        "m.main(sys.argv[1:])\n"
+    )
+    child(monkeypatch, tmp_path, code)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    assert measure_speed(RUN, (1,)) == 7
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    assert measure_speed(RUN, (1,)) == 2
+
+
 def test_an_engine_that_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child(monkeypatch, tmp_path, "raise SystemExit('one\\nno memory.')")
     with pytest.raises(TrainingError, match=r"status 1 .* without layers 1,3 .* \(no memory\)\.$"):

@@ -325,7 +325,8 @@ class PassTimes:
         found: list[tuple[int, float, float]] = []  # samples, size, seconds
         for group in groups:
             sizes, seconds = zip(*group, strict=True)
-            # The median time is that of the median size, and not of the mean one.
+            # The median time is that of the median size, and not of the mean one (and the mean time
+            # that of the mean size).
             count, size, second = len(group), float(self.middle(sizes)), self.middle(seconds)
             # A larger pass that seems faster than a smaller one: both at their mean.
             while found and second < found[-1][2]:
@@ -395,7 +396,7 @@ class Shares:
     again: Share = field(default_factory=Share)
 
 
-KINDS = tuple(each.name for each in fields(Shares) if each.type in (Share, "Share"))
+KINDS = tuple(each.name for each in fields(Shares) if each.type is Share)
 
 
 def judged_drafts(drafted: int, kept: int, proposed: int, accepted: int) -> tuple[int, int]:
