@@ -8,8 +8,13 @@ against the optimum that the pass times and acceptances measured in the same run
 
 Each case (prompts, batch size, rule) starts with a controller that knows nothing; what its first
 batches lose is printed too. Tokens per second are all tokens by all seconds of a plan's runs:
-prompts differ by a factor of two, so that a median would be one of them. Results are added to --out
-as they come, and cases that are there already are not measured again.
+prompts differ by a factor of two, so that a median would be one of them. Ratios have a standard
+error over the runs, and are given a second time at the mean pass times of all runs, which takes the
+machine's moods out. Results are added to --out as they come, and cases that are there already are
+not measured again.
+
+With --pass-times nothing is timed: the engine runs as ever, its passes count for what is given, and
+`auto` is judged without noise, also while other work runs.
 """
 
 import argparse
@@ -33,11 +38,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_worker import Worker
 from measured import drafter_config, machine, read_prompts
+from pass_clock import PassClock, at_mean_times, summed
 
-from vllm_nvium.spec_decode.controller import COMMON_TRIALS, PassTimes, Plan, RoundController
+from vllm_nvium.spec_decode.controller import COMMON_TRIALS, PassTimes, Plan
 
 # Sides that differ by less are not told apart.
 CLEAR = 1.05
+SPREAD = "± standard error (range run by run)"
 PLANS = ("plain", "speculative", "tier", "auto")
 KINDS = {
     "plain": "plain decoding",
@@ -76,10 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON lines of results, to go on with")
 
 
+def given_times(args: Any) -> dict[str, float] | None:
+    """Seconds of passes that are given instead of measured."""
+    if args.pass_times is None:
+        return None
+    values = [float(value) / 1000 for value in args.pass_times.split(":")]
+    return dict(zip(("full", "slim", "draft"), values, strict=False))
+
+
 # --- Measuring, in a process that has the engine --------------------------------------------------
 
 
-class Recorder(RoundController):
+class Recorder(PassClock):
     """Learns as ever, plans what it is told, and answers by all that it saw since `forget`.
 
     n-grams come in runs, of which a window takes a whole one: the first drafts of a window are
@@ -172,44 +187,52 @@ class Engine:
         self.runner = self.worker.engine.collective_rpc(lambda each: [each.model_runner])[0][0]
 
     def run(
-        self, prompts: list[list[int]], mode: str, controller: RoundController, seed: int
-    ) -> dict[str, float]:
-        """Tokens and seconds of a batch's decode steps until its first request is done, those
-        seconds of them in which windows were made, and full passes per token of all steps."""
+        self, prompts: list[list[int]], mode: str, controller: PassClock, seed: int
+    ) -> dict[str, Any]:
+        """Tokens, seconds and passes of a batch's decode steps until its first request is done,
+        those seconds of them in which windows were made, and full passes per token of all steps."""
         self.runner.controller = controller
+        controller.taken()
         counts = self.runner.counts
         turns, tokens = counts.turns, counts.tokens
         options = {"via_sd_mode": mode}
         self.worker.begin(
             prompts, self.args.new_tokens, temperature=0.0, seed=seed, extra_args=options
         )
-        run, unfinished, is_full = dict.fromkeys(("tokens", "seconds", "tiered"), 0.0), True, True
+        run: dict[str, Any] = dict.fromkeys(("tokens", "seconds", "tiered"), 0.0)
+        passes: list[tuple[str, int, float]] = []
+        unfinished = is_full = True
         while unfinished:
-            step = self.worker.step()
+            step, taken = self.worker.step(), controller.taken()
             unfinished = step["unfinished"]
             if not step["prefill"] and is_full:
+                known = sum(seconds for _, _, seconds in taken)
+                seconds = step["seconds"] if controller.given is None else known
+                passes += [*taken, ("other", 0, seconds - known)]
                 run["tokens"] += step["tokens"]
-                run["seconds"] += step["seconds"]
-                run["tiered"] += step["seconds"] * (self.runner._plan.rounds > 0)
+                run["seconds"] += seconds
+                run["tiered"] += seconds * (self.runner._plan.rounds > 0)
             # The last requests of a batch would be timed in a smaller one.
             is_full = max(self.worker.lengths.values()) < self.args.new_tokens
-        run["passes"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)
+        run["passes_per_token"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)
+        run["passes"] = summed(passes)
         return run
 
     def measure(self, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
         """Runs of every plan in turn, and what the measured times and acceptances allow."""
         args, size = self.args, case.batch
-        auto = RoundController(args.max_drafts, args.window)
+        auto = PassClock(args.max_drafts, args.window)
         recorder = Recorder(args.max_drafts, args.window)
+        auto.given = recorder.given = given_times(args)
 
-        def run(number: int, name: str) -> dict[str, float]:
+        def run(number: int, name: str) -> dict[str, Any]:
             batch = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
             recorder.fixed = plans.get(name, recorder.fixed)
             recorder.running = number
             return self.run(batch, case.mode, recorder if name in plans else auto, number)
 
         plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("learning", *PLANS)}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("learning", *PLANS)}
         for number in range(args.learn):
             runs["learning"].append(run(number, "auto"))
         for number in range(args.learn, args.learn + args.warm_up):
@@ -351,7 +374,7 @@ def about_run(args: Any) -> dict[str, Any]:
     """What of the options makes results comparable."""
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
     names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "learn")
-    names += ("longest_prompt", "chat")
+    names += ("longest_prompt", "chat", "pass_times")
     return {
         "machine": machine(),
         "drafter": Path(args.drafter).name,
@@ -374,11 +397,35 @@ def rate(found: dict[str, Any], name: str) -> float:
     return float(sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs))
 
 
-def ratio(found: dict[str, Any], name: str, other: str) -> str:
-    """Of all runs of two plans, with the range of the ratios run by run."""
-    pairs = [a / b for a, b in zip(rates(found, name), rates(found, other), strict=True)]
-    whole = rate(found, name) / rate(found, other)
-    return f"{whole:.3f} ({min(pairs):.3f}-{max(pairs):.3f})"
+def seconds(found: dict[str, Any], name: str, at_means: bool) -> list[float]:
+    """Of every run of a plan; at the mean pass times of the case, if asked for."""
+    if at_means:
+        return at_mean_times({plan: found["runs"][plan] for plan in PLANS})[name]
+    return [run["seconds"] for run in found["runs"][name]]
+
+
+def rate_at_means(found: dict[str, Any], name: str) -> float:
+    """Tokens per second of all runs of a plan at the mean pass times of the case."""
+    return float(sum(r["tokens"] for r in found["runs"][name]) / sum(seconds(found, name, True)))
+
+
+def ratio(found: dict[str, Any], name: str, other: str, at_means: bool = False) -> str:
+    """Of all runs of two plans, its standard error over the runs by the jackknife, and the range of
+    the ratios run by run.
+
+    With r_i the ratio without run i of each: sqrt((n - 1) / n sum_i (r_i - mean)^2)
+    """
+    a, b = (
+        np.array([[run["tokens"] for run in found["runs"][plan]], seconds(found, plan, at_means)])
+        for plan in (name, other)
+    )
+    pairs = (a[0] / a[1]) / (b[0] / b[1])
+    (a_all, a_time), (b_all, b_time) = a.sum(1), b.sum(1)
+    without = a.sum(1, keepdims=True) - a, b.sum(1, keepdims=True) - b
+    each = (without[0][0] / without[0][1]) / (without[1][0] / without[1][1])
+    error = np.sqrt((len(each) - 1) * each.var())
+    whole = (a_all / a_time) / (b_all / b_time)
+    return f"{whole:.3f} ± {error:.3f} ({pairs.min():.3f}-{pairs.max():.3f})"
 
 
 def best_without_tier(found: dict[str, Any]) -> str:
@@ -409,8 +456,8 @@ def tier_share(found: dict[str, Any]) -> float:
 
 HEADER = (
     "| prompts, batch, rule | plan | drafts x rounds | tok/s | / plain decoding | / best without "
-    "tier | full passes per token | refused at full | ms per pass |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "tier | at mean pass times | full passes per token | refused at full | ms per pass |",
+    "|" + "---|" * 10,
 )
 
 
@@ -420,12 +467,13 @@ def block(found: dict[str, Any]) -> Iterator[str]:
     chances, times = found["acceptance"], found["milliseconds"]
     for name in PLANS:
         plan = found["plans"].get(name)
-        passes = statistics.mean(run["passes"] for run in found["runs"][name])
+        passes = statistics.mean(run["passes_per_token"] for run in found["runs"][name])
         refused = {"speculative": chances["at_full"], "tier": chances["slim"]}.get(name)
         cells = [f"{case['prompts']}, {case['batch']}, {case['mode']}" if name == "plain" else ""]
         cells += [KINDS[name], f"{plan[0]} x {plan[1]}" if plan else f"steps {found['steps']}"]
         cells += [f"{rate(found, name):.1f}"]
         cells += [ratio(found, name, other) for other in ("plain", best)]
+        cells += [ratio(found, name, best, at_means=True)]
         cells += [f"{passes:.3f}", f"{1 - refused:.2f}" if refused else ""]
         cells += [
             {
@@ -433,8 +481,9 @@ def block(found: dict[str, Any]) -> Iterator[str]:
                 "speculative": f"draft {times['draft']:.1f}",
                 "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['at_slim']:.2f}",
                 "auto": f"{rate(found, name) / found['optimum']:.3f} of the optimum "
-                f"{found['optimum']:.1f}; side: {side(found)}; first batches {learning(found)} of "
-                "the later ones",
+                f"{found['optimum']:.1f}, at mean pass times "
+                f"{rate_at_means(found, name) / found['optimum']:.3f}; side: {side(found)}; first "
+                f"batches {learning(found)} of the later ones",
             }[name]
         ]
         yield "| " + " | ".join(cells) + " |"
@@ -447,6 +496,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="checkpoint (Hugging Face folder)")
     parser.add_argument("--mask", default="even:0.2", help="--via-sd-mask")
     add_arguments(parser)
+    parser.add_argument("--pass-times", metavar="FULL:SLIM[:DRAFT]", help="milliseconds, given")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     prompts = {
@@ -456,7 +506,7 @@ def main() -> None:
     about = {"target": args.target.name, "mask": args.mask} | about_run(args)
     found = measure(str(args.target), args.mask, prompts, about, args)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("greedy, bfloat16, decode steps only, runs in turn, ratios of all of them (range)", "")
+    print(f"greedy, bfloat16, decode steps only, runs in turn, ratios of all of them {SPREAD}", "")
     print(*HEADER, sep="\n")
     for each in found:
         print(*block(each), sep="\n")

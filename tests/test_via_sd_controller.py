@@ -329,6 +329,20 @@ def test_windows_teach_what_plain_drafts_would() -> None:
             assert known.all == 0
 
 
+def test_what_the_papers_rule_keeps_says_nothing_of_plain_drafts() -> None:
+    """It keeps nearly all; taken for the full model's opinion, plain drafts looked as good."""
+    believed = {}
+    for rule in (LOSSLESS, PAPER):
+        controller = RoundController(4, 8)
+        controller.add("a", rule)
+        for _ in range(60):
+            controller.saw_slim_check("a", 4, 4, 4)
+        believed[rule] = controller._share(rule, "at_full")
+        assert controller._share(rule, "again") > 0.95, "drafts found once are found again"
+    assert believed[LOSSLESS] > 0.9
+    assert believed[PAPER] == pytest.approx(RoundController(4, 8)._share(PAPER, "at_full"))
+
+
 def test_one_acceptance_of_a_request_tells_of_the_other() -> None:
     controller = RoundController(4, 8)
     for name, good in (("usual", 3), ("easy", 4), ("hard", 1)):

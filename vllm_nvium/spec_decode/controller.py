@@ -429,11 +429,15 @@ PRIOR = {
     "at_full": 0.6, "at_slim": 0.6, "slim": 0.8, "stays": 0.9, "obtained": 0.9, "again": 0.9,
 }  # fmt: skip
 PRIOR_TRIALS = 2.0
-# What says something about another chance, and how many trials it is worth at most. The slim
-# verifier is most of the full model: what one makes of drafts says how the other may judge.
+# What says something about another chance, by rule, and how many trials it is worth at most. The
+# slim verifier is most of the full model: what one makes of drafts says how the other may judge;
+# but under the paper's rule it keeps nearly all drafts, and leaves the others to the full model.
+AGAIN = {"again": ("obtained", 25.0)}
 ALIKE = {
-    "at_full": ("at_slim", 100.0), "at_slim": ("at_full", 100.0), "again": ("obtained", 25.0),
-}  # fmt: skip
+    LOSSLESS: {"at_full": ("at_slim", 100.0), "at_slim": ("at_full", 100.0)} | AGAIN,
+    PAPER: AGAIN,
+    OFF: AGAIN,
+}
 # How many trials the share of all requests is worth for one of them.
 COMMON_TRIALS = 16.0
 # A request whose drafts one of them takes to more often than others' pleases the other more, too:
@@ -696,8 +700,8 @@ class RoundController:
 
     def _share(self, rule: str, kind: str) -> float:
         shares, prior, trials = self._common[rule], PRIOR[kind], PRIOR_TRIALS
-        if kind in ALIKE:
-            name, most = ALIKE[kind]
+        if kind in ALIKE[rule]:
+            name, most = ALIKE[rule][kind]
             other: Share = getattr(shares, name)
             prior = other.estimate(prior, trials)
             trials += min(other.all, most)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which passes a plan made, and what they took: so that plans can be held against each other at the
+same mean pass times, whatever the machine did meanwhile, or at pass times that are given.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from vllm_nvium.spec_decode.controller import RoundController
+
+# Of passes of one kind: number and seconds, by size.
+Passes = dict[str, dict[int, list[float]]]
+
+
+class PassClock(RoundController):
+    """Notes every pass that a controller is told of.
+
+    Attributes:
+        given: seconds of a `full` and of a `slim` pass and of one `draft`, told instead of what was
+            measured; nothing else takes time then. None: what was measured.
+    """
+
+    given: dict[str, float] | None = None
+
+    def __init__(self, max_drafts: int, max_window: int) -> None:
+        super().__init__(max_drafts, max_window)
+        self._passes: list[tuple[str, int, float]] = []
+
+    def taken(self) -> list[tuple[str, int, float]]:
+        """Kind, size and seconds of the passes since the last call."""
+        passes, self._passes = self._passes, []
+        return passes
+
+    def saw_full(self, rows: int, seconds: float) -> None:
+        super().saw_full(rows, self._noted("full", rows, seconds))
+
+    def saw_slim(self, rows: int, seconds: float) -> None:
+        super().saw_slim(rows, self._noted("slim", rows, seconds))
+
+    def saw_draft(self, requests: int, drafts: int, seconds: float) -> None:
+        super().saw_draft(requests, drafts, self._noted("draft", drafts, seconds))
+
+    def saw_overhead(self, requests: int, seconds: float) -> None:
+        super().saw_overhead(requests, self._noted("overhead", requests, seconds))
+
+    def _noted(self, kind: str, size: int, seconds: float) -> float:
+        if self.given is not None:
+            # A draft model that is asked for no drafts still makes one pass.
+            seconds = self.given.get(kind, 0.0) * (max(size, 1) if kind == "draft" else 1)
+        self._passes.append((kind, size, seconds))
+        return seconds
+
+
+def summed(passes: Iterable[tuple[str, int, float]]) -> Passes:
+    """Number and seconds of passes by kind and size."""
+    found: Passes = defaultdict(lambda: defaultdict(lambda: [0, 0.0]))
+    for kind, size, seconds in passes:
+        found[kind][size][0] += 1
+        found[kind][size][1] += seconds
+    return {kind: dict(sizes) for kind, sizes in found.items()}
+
+
+def at_mean_times(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Seconds that every run of every plan would have taken if each of its passes had taken the
+    mean of its kind and size over all runs.
+
+        seconds = sum_(kind, size) count mean(kind, size)
+
+    Args:
+        runs: by plan, each with its `passes` as `summed` gives them.
+    """
+    total: Passes = defaultdict(lambda: defaultdict(lambda: [0, 0.0]))
+    for run in (run for of_plan in runs.values() for run in of_plan):
+        for kind, sizes in run["passes"].items():
+            for size, (count, seconds) in sizes.items():
+                total[kind][size][0] += count
+                total[kind][size][1] += seconds
+
+    def seconds_of(run: dict[str, Any]) -> float:
+        return sum(
+            count * total[kind][size][1] / total[kind][size][0]
+            for kind, sizes in run["passes"].items()
+            for size, (count, _) in sizes.items()
+        )
+
+    return {name: [seconds_of(run) for run in of_plan] for name, of_plan in runs.items()}
