@@ -111,6 +111,7 @@ class Worker:
             self.engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)
         self.waiting = len(prompts)
         self.lengths: dict[str, int] = {}
+        self.texts: dict[str, list[int]] = {}
         return {}
 
     def step(self) -> dict[str, Any]:
@@ -127,7 +128,8 @@ class Worker:
         outputs = self.engine.step()
         seconds = time.perf_counter() - start
         for output in outputs:
-            self.lengths[output.request_id] = len(output.outputs[0].token_ids)
+            self.texts[output.request_id] = list(output.outputs[0].token_ids)
+            self.lengths[output.request_id] = len(self.texts[output.request_id])
         return {
             "seconds": seconds,
             "tokens": sum(self.lengths.values()) - before,

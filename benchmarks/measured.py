@@ -63,6 +63,16 @@ def drafter_config(drafter: str, drafts: int) -> dict[str, Any]:
     return found | {"num_speculative_tokens": drafts}
 
 
+def copied(prompt: list[int], text: list[int], length: int = 4) -> float:
+    """The share of a text's n-grams of `length` tokens that stood in prompt or text before."""
+    whole, seen, found = prompt + text, set(), 0
+    for i in range(len(whole) - length + 1):
+        gram = tuple(whole[i : i + length])
+        found += gram in seen and i + length > len(prompt)
+        seen.add(gram)
+    return found / max(len(text), 1)
+
+
 def rates(runs: list[dict[str, float]]) -> list[float]:
     """Tokens per second of every run, prefill included."""
     return [run["tokens"] / (run["prefill"] + run["decode"]) for run in runs]

@@ -34,6 +34,7 @@ from via_sd_plans import (
     add_arguments,
     best_without_tier,
     cases_of,
+    copied_share,
     learning,
     measure,
     rate,
@@ -164,6 +165,7 @@ COLUMNS = (
     "side",
     "learning / auto",
     "plans (drafts x rounds)",
+    "4-grams that stood before, in texts of plain decoding, with tier, of auto",
 )
 HEADER = (f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS))
 
@@ -192,6 +194,7 @@ def row(found: dict[str, Any]) -> str:
     cells += [f"{of(found, 'auto') / found['optimum']:.3f}" for of in (rate, rate_at_means)]
     cells += [f"{tier_share(found):.0%}", side(found), learning(found)]
     cells += [", ".join(f"{drafts}x{rounds}" for drafts, rounds in found["plans"].values())]
+    cells += [", ".join(f"{copied_share(found, name):.2f}" for name in ("plain", "tier", "auto"))]
     return "| " + " | ".join(cells) + " |"
 
 

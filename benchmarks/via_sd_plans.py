@@ -37,11 +37,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_worker import Worker
-from measured import drafter_config, machine, read_prompts
+from measured import copied, drafter_config, machine, read_prompts
 from pass_clock import PassClock, at_mean_times, summed
 
 from vllm_nvium.spec_decode.controller import COMMON_TRIALS, PassTimes, Plan
 
+# Results in a file that were written otherwise are measured anew.
+FORMAT = 2
 # Sides that differ by less are not told apart.
 CLEAR = 1.05
 SPREAD = "± standard error (range run by run)"
@@ -190,7 +192,8 @@ class Engine:
         self, prompts: list[list[int]], mode: str, controller: PassClock, seed: int
     ) -> dict[str, Any]:
         """Tokens, seconds and passes of a batch's decode steps until its first request is done,
-        those seconds of them in which windows were made, and full passes per token of all steps."""
+        those seconds of them in which windows were made; full passes per token of all steps, and
+        how much of the texts stood before."""
         self.runner.controller = controller
         controller.taken()
         counts = self.runner.counts
@@ -216,6 +219,8 @@ class Engine:
             is_full = max(self.worker.lengths.values()) < self.args.new_tokens
         run["passes_per_token"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)
         run["passes"] = summed(passes)
+        texts = [self.worker.texts[name] for name in sorted(self.worker.texts, key=int)]
+        run["copied"] = statistics.fmean(map(copied, prompts, texts))
         return run
 
     def measure(self, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
@@ -376,6 +381,7 @@ def about_run(args: Any) -> dict[str, Any]:
     names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "learn")
     names += ("longest_prompt", "chat", "pass_times")
     return {
+        "format": FORMAT,
         "machine": machine(),
         "drafter": Path(args.drafter).name,
         "compilation": mode,
@@ -446,6 +452,11 @@ def side(found: dict[str, Any]) -> str:
     if 1 / CLEAR < gain < CLEAR:
         return "either"
     return "right" if (tier_share(found) > 0.5) == (gain > 1) else "WRONG"
+
+
+def copied_share(found: dict[str, Any], name: str) -> float:
+    """Of the 4-grams of a plan's texts, those that stood before: n-gram drafts live on them."""
+    return statistics.fmean(run["copied"] for run in found["runs"][name])
 
 
 def tier_share(found: dict[str, Any]) -> float:
