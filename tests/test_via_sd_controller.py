@@ -329,6 +329,29 @@ def test_windows_teach_what_plain_drafts_would() -> None:
             assert known.all == 0
 
 
+def test_slow_moments_of_the_machine_do_not_count_against_what_was_seen_in_them() -> None:
+    """Drafts 4 at a time were seen while it was fast, 2 at a time while it was twice as slow."""
+    controller = RoundController(4, 8)
+    controller.saw_full(5, 3.0)  # the first of all is mostly slow
+    for slow, drafts in ((1.0, 4), (2.0, 2)):
+        for _ in range(20):
+            controller.saw_full(5, 0.1 * slow)
+            controller.saw_slim(3, 0.05 * slow)
+            controller.saw_draft(1, drafts, 0.02 * drafts * slow)
+    by_drafts = controller._draft_seconds(1)
+    assert by_drafts[2] == pytest.approx(by_drafts[4] / 2, rel=0.15)
+    assert controller._slim.points()[0][1] == pytest.approx(0.05, rel=0.05)
+
+
+def test_slim_passes_that_alone_get_slower_do_count() -> None:
+    controller = RoundController(4, 8)
+    for slow in (1.0, 2.0):
+        for _ in range(20):
+            controller.saw_full(5, 0.1)
+            controller.saw_slim(3, 0.05 * slow)
+    assert controller._slim.points()[0][1] == pytest.approx(0.1)
+
+
 def test_what_the_papers_rule_keeps_says_nothing_of_plain_drafts() -> None:
     """It keeps nearly all; taken for the full model's opinion, plain drafts looked as good."""
     believed = {}

@@ -305,10 +305,7 @@ class PassTimes:
 
     def saw(self, size: int, seconds: float, step: int) -> None:
         """A pass of that size took so long, in step number `step`."""
-        # Sizes with the same three leading bits share a median: sizes that differ much must not,
-        # because half of one and half of another have the median of neither.
-        shift = max(size.bit_length() - 3, 0)
-        bucket = size >> shift << shift
+        bucket = _bucket(size)
         if bucket not in self._samples:
             self._samples[bucket] = deque(maxlen=self.keep)
         self._samples[bucket].append((size, seconds))
@@ -342,6 +339,47 @@ class PassTimes:
         """What is known by now; None before the first pass."""
         points = self.points()
         return Curve(*zip(*points, strict=True)) if points else None
+
+
+def _bucket(size: int) -> int:
+    """Sizes with the same three leading bits share a median: sizes that differ much must not,
+    because half of one and half of another have the median of neither."""
+    shift = max(size.bit_length() - 3, 0)
+    return size >> shift << shift
+
+
+class Pace:
+    """How slow the machine is at present, as a multiple of its usual time: from the passes of the
+    full model, of which there are some at all times.
+
+    A machine that gets slower gets slower for all passes, but not all kinds of them are seen at any
+    time: what was seen in a slow moment must not be held against what is seen in a fast one.
+
+    Args:
+        keep: passes whose median is the present.
+        enough: passes of a size that make it known.
+        memory: passes of a size whose median is usual. They count for what they would have taken at
+            the usual pace, or what is usual would follow every moment.
+        steady: a pace that differs by less is taken for noise. Without it the noise of small sizes
+            would stay in what is usual of them.
+    """
+
+    def __init__(
+        self, keep: int = 7, enough: int = 5, memory: int = 101, steady: float = 0.1
+    ) -> None:
+        self.enough, self.memory, self.steady = enough, memory, steady
+        self._last: deque[float] = deque(maxlen=keep)
+        self._usual: dict[int, deque[float]] = {}
+        self.now = 1.0
+
+    def saw(self, size: int, seconds: float) -> None:
+        """A pass of the full model."""
+        usual = self._usual.setdefault(_bucket(size), deque(maxlen=self.memory))
+        if len(usual) >= self.enough:
+            self._last.append(seconds / max(median_low(usual), 1e-9))
+            pace = median_low(self._last)
+            self.now = 1.0 if abs(pace - 1) < self.steady else pace
+        usual.append(seconds / self.now)
 
 
 @dataclass(slots=True)
@@ -496,6 +534,7 @@ class RoundController:
         self.interval = interval
         self._full, self._slim, self._overhead = PassTimes(), PassTimes(), PassTimes()
         self._draft: defaultdict[int, PassTimes] = defaultdict(PassTimes)  # by bits of requests
+        self._pace = Pace()
         self._common: defaultdict[str, Shares] = defaultdict(Shares)  # by rule
         self._requests: dict[str, Shares] = {}
         # Drafts that a window opened with, and how many of them the slim verifier kept.
@@ -536,20 +575,24 @@ class RoundController:
 
     def saw_full(self, rows: int, seconds: float) -> None:
         """One pass of the full model over newest tokens, windows and drafts, no prompts."""
-        self._full.saw(rows, seconds, self._step)
+        self._pace.saw(rows, seconds)
+        self._full.saw(rows, self._at_usual_pace(seconds), self._step)
 
     def saw_slim(self, rows: int, seconds: float) -> None:
         """One pass of the slim verifier and its check."""
-        self._slim.saw(rows, seconds, self._step)
+        self._slim.saw(rows, self._at_usual_pace(seconds), self._step)
 
     def saw_draft(self, requests: int, drafts: int, seconds: float) -> None:
         """One call of the drafter, asked for so many drafts of each of so many requests."""
         if drafts > 0:
-            self._draft[requests.bit_length()].saw(drafts, seconds, self._step)
+            self._draft[requests.bit_length()].saw(drafts, self._at_usual_pace(seconds), self._step)
 
     def saw_overhead(self, requests: int, seconds: float) -> None:
         """What a step took beside its passes: scheduling, output."""
-        self._overhead.saw(requests, seconds, self._step)
+        self._overhead.saw(requests, self._at_usual_pace(seconds), self._step)
+
+    def _at_usual_pace(self, seconds: float) -> float:
+        return seconds / self._pace.now
 
     def saw_slim_check(
         self,

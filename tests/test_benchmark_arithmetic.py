@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sums behind the tables of `benchmarks/`, on numbers that can be added up by hand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from measured import copied
+from pass_clock import PassClock, at_mean_times, summed
+
+
+def test_slow_moments_are_shared_by_all_plans() -> None:
+    """Two plans that make the same passes take as long, whichever met the slow ones."""
+    fast = {"passes": summed([("full", 1, 1.0), ("full", 1, 1.0), ("slim", 3, 0.5)])}
+    slow = {"passes": summed([("full", 1, 3.0), ("full", 1, 3.0), ("slim", 3, 1.5)])}
+    more = {"passes": summed([("full", 1, 2.0)])}
+    seconds = at_mean_times({"a": [fast], "b": [slow, more]})
+    assert seconds["a"] == [pytest.approx(2 * 2.0 + 1.0)]
+    assert seconds["b"] == [pytest.approx(2 * 2.0 + 1.0), pytest.approx(2.0)]
+    whole = sum(sum(of_plan) for of_plan in seconds.values())
+    assert whole == pytest.approx(2.5 + 7.5 + 2.0), "no time is lost"
+
+
+def test_given_times_are_told_instead_of_measured_ones() -> None:
+    clock = PassClock(4, 8)
+    clock.given = {"full": 0.1, "slim": 0.04, "draft": 0.01}
+    clock.saw_full(3, 7.0)
+    clock.saw_slim(3, 7.0)
+    clock.saw_draft(1, 4, 7.0)
+    clock.saw_draft(1, 0, 7.0)
+    clock.saw_overhead(1, 7.0)
+    assert clock.taken() == [
+        ("full", 3, 0.1),
+        ("slim", 3, 0.04),
+        ("draft", 4, 0.04),
+        ("draft", 0, 0.01),
+        ("overhead", 1, 0.0),
+    ]
+    assert not clock.taken()
+    assert list(clock.snapshot()["seconds"]["full"].values()) == [0.1]
+
+
+def test_copied_counts_what_stood_before() -> None:
+    assert copied([1, 2, 3, 4], [5, 6, 7, 8]) == 0
+    assert copied([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(1 / 4), "only the last is whole"
+    assert copied([], [7] * 10) == pytest.approx(6 / 10)
+    assert copied([7] * 10, []) == 0
