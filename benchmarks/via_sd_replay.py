@@ -21,6 +21,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ NOISE, OUTLIERS = 0.04, 0.005
 # What a row adds to a pass, in passes; seconds of a step beside its passes, and of a search for
 # n-grams.
 ROW, OVERHEAD, LOOKUP = 0.004, 0.003, 1e-4
+# Passes after which the machine's mood is mostly another.
+MOOD = 100
 # Batches to learn on before the count starts, batches that count, repeats with other orders.
 STARTS = {"at the start": (0, 5, 8), "later": (4, 16, 4)}
 
@@ -151,14 +154,21 @@ class Replay:
     """One request after the other; the controller is told what the model runner would tell it.
 
     Args:
-        full, slim, draft: seconds of a pass of each; the last for one draft.
+        seconds: of a pass of the full model, of the slim verifier, and of one draft.
+        wander: standard deviation of the logarithm of the machine's slowness, that all passes share
+            for some time. The controller sees it; what counts are the times without.
     """
 
     def __init__(
-        self, texts: list[Text], full: float, slim: float, draft: float, window: int, seed: int
+        self,
+        texts: list[Text],
+        seconds: tuple[float, float, float],
+        wander: float,
+        window: int,
+        seed: int,
     ) -> None:
-        self.window = window
-        self.full, self.slim, self.draft = full, slim, draft
+        self.window, self.wander, self.mood = window, wander, 0.0
+        self.full, self.slim, self.draft = seconds
         self.random = random.Random(seed)
         self.seconds = 0.0
         self.kept = np.mean([rate_of_drafts(text) for text in texts])
@@ -246,6 +256,10 @@ class Replay:
     def _timed(self, seconds: float, rows: int = 0) -> float:
         self.seconds += seconds * (1 + ROW * rows)
         noise = max(1 + NOISE * self.random.gauss(0, 1), 0.5)
+        if self.wander:
+            step = self.wander * (2 / MOOD) ** 0.5
+            self.mood += step * self.random.gauss(0, 1) - self.mood / MOOD
+            noise *= exp(self.mood)
         return seconds * (1 + ROW * rows) * noise * (5 if self.random.random() < OUTLIERS else 1)
 
 
@@ -291,19 +305,21 @@ class Setting:
     """Texts in an order, and times: what plans are compared by.
 
     Attributes:
-        seconds: of a pass of the full model, of the slim verifier, and of one draft.
+        seconds, wander: as `Replay` takes them.
         warm: so many texts are not counted.
     """
 
     texts: list[Text]
     seconds: tuple[float, float, float]
+    wander: float
     window: int
     warm: int
     seed: int
 
     def rate(self, controller: Any) -> float:
         """Tokens per second."""
-        replay, tokens = Replay(self.texts, *self.seconds, self.window, self.seed), 0
+        replay = Replay(self.texts, self.seconds, self.wander, self.window, self.seed)
+        tokens = 0
         for number, text in enumerate(self.texts):
             if number == self.warm:
                 tokens, replay.seconds = 0, 0.0
@@ -333,14 +349,15 @@ def judge(args: argparse.Namespace) -> None:
     if len(texts) < needed:
         sys.exit(f"{args.texts} has {len(texts)} texts, and at least {needed} are needed.")
     seconds = (args.full / 1000, args.slim / 1000, args.draft / 1000)
-    times = f"full {args.full}, slim {args.slim}, draft {args.draft}"
+    times = f"full {args.full}, slim {args.slim}, draft {args.draft}, wandering by {args.wander}"
     print(f"{args.texts.name}: {len(texts)} texts; milliseconds: {times}; window {args.window}", "")
     print(*HEADER, sep="\n")
     for name, (warm, count, repeats) in STARTS.items():
         found = []
         for seed in tqdm(range(repeats), desc=name, disable=None, leave=False):
             order = random.Random(seed).sample(texts, warm + count)
-            found.append(judged(Setting(order, seconds, args.window, warm, seed), args.max_drafts))
+            setting = Setting(order, seconds, args.wander, args.window, warm, seed)
+            found.append(judged(setting, args.max_drafts))
         means, of_best = np.mean(found, axis=0), [row[3] for row in found]
         cells = [f"{name}: {count} after {warm}, {repeats} orders", f"{means[0]:.1f}"]
         cells += [f"{value:.3f}" for value in means[1:3]]
@@ -370,6 +387,12 @@ def main() -> None:
     second.add_argument("--full", type=float, required=True, help="milliseconds of a pass")
     second.add_argument("--slim", type=float, required=True)
     second.add_argument("--draft", type=float, default=0.0, help="of one draft of a draft model")
+    second.add_argument(
+        "--wander",
+        type=float,
+        default=0.0,
+        help="how much the machine's speed does, .2: by a fifth",
+    )
     second.add_argument("--window", type=int, default=16)
     second.add_argument("--max-drafts", type=int, default=6)
     second.set_defaults(do=judge)
