@@ -343,6 +343,20 @@ def test_slow_moments_of_the_machine_do_not_count_against_what_was_seen_in_them(
     assert controller._slim.points()[0][1] == pytest.approx(0.05, rel=0.05)
 
 
+def test_drafters_that_are_called_for_no_drafts() -> None:
+    """A draft model keeps its KV cache up to date: plain decoding is not for nothing there."""
+    controller = RoundController(4, 8)
+    for _ in range(20):
+        controller.saw_full(1, 0.1)
+        controller.saw_draft(8, 2, 0.08)
+    assert controller._draft_seconds(8).tolist() == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16])
+    for _ in range(20):
+        controller.saw_draft(8, 0, 0.05)
+        controller.saw_draft(1, 2, 0.06)
+    assert controller._draft_seconds(8)[:3].tolist() == pytest.approx([0.05, 0.065, 0.08])
+    assert controller._draft_seconds(1)[0] == pytest.approx(0.03), "never seen for one request"
+
+
 def test_slim_passes_that_alone_get_slower_do_count() -> None:
     controller = RoundController(4, 8)
     for slow in (1.0, 2.0):

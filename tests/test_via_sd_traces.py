@@ -408,6 +408,32 @@ def test_a_prompts_last_token_is_no_decode_step(with_ngrams: Served) -> None:
     assert engine.runner.counts.turns == turns
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_draft_model_is_timed_where_requests_decode(
+    with_draft_model: Served, drafts: int
+) -> None:
+    """Also when it is asked for no drafts, and not while it reads a prompt."""
+    engine = with_draft_model.engine
+    engine.set_rounds(drafts, 0, WINDOW)
+    seen: list[str] = []
+
+    class Told(RoundController):
+        def plan(self, *args: Any) -> Plan:
+            return Plan(drafts, 0)
+
+        def saw_full(self, *args: Any) -> None:
+            seen.append("full")
+
+        def saw_draft(self, requests: int, asked: int, seconds: float) -> None:
+            assert (requests, asked) == (1, drafts) and seconds > 0
+            seen.append("draft")
+
+    engine.runner.controller = Told(3, WINDOW)
+    engine.run([Arrival(0, _TEXTS[1][:30], greedy(24))])
+    assert seen.count("full") > 5
+    assert seen.count("full") - 1 <= seen.count("draft") <= seen.count("full")
+
+
 def test_nothing_stays_behind_a_token_that_ends_the_text() -> None:
     window = Window(0, 5, 9, limit=8, stop_tokens=frozenset({7}), keeps_laws=True)
     window.laws = [torch.full((10,), float(i)) for i in range(4)]

@@ -534,6 +534,7 @@ class RoundController:
         self.interval = interval
         self._full, self._slim, self._overhead = PassTimes(), PassTimes(), PassTimes()
         self._draft: defaultdict[int, PassTimes] = defaultdict(PassTimes)  # by bits of requests
+        self._drafts_for_nothing = False
         self._pace = Pace()
         self._common: defaultdict[str, Shares] = defaultdict(Shares)  # by rule
         self._requests: dict[str, Shares] = {}
@@ -583,9 +584,10 @@ class RoundController:
         self._slim.saw(rows, self._at_usual_pace(seconds), self._step)
 
     def saw_draft(self, requests: int, drafts: int, seconds: float) -> None:
-        """One call of the drafter, asked for so many drafts of each of so many requests."""
-        if drafts > 0:
-            self._draft[requests.bit_length()].saw(drafts, self._at_usual_pace(seconds), self._step)
+        """One call of the drafter, asked for so many drafts of each of so many requests; none where
+        it has to see the tokens all the same, as a draft model has for its own KV cache."""
+        self._draft[requests.bit_length()].saw(drafts, self._at_usual_pace(seconds), self._step)
+        self._drafts_for_nothing |= drafts == 0
 
     def saw_overhead(self, requests: int, seconds: float) -> None:
         """What a step took beside its passes: scheduling, output."""
@@ -721,8 +723,10 @@ class RoundController:
         return self._table(request_ids, self._allowed(request_ids))
 
     def snapshot(self) -> dict[str, Any]:
-        """For logs: seconds by size of a pass, chances per token by rule, the plan."""
+        """For logs: seconds by size of a pass at the usual pace, the pace at present, chances per
+        token by rule, the plan."""
         return {
+            "pace": self._pace.now,
             "seconds": {
                 "full": dict(self._full.points()),
                 "slim": dict(self._slim.points()),
@@ -770,7 +774,11 @@ class RoundController:
             return np.zeros(self.max_drafts + 1)
         size = requests.bit_length()
         nearest = min(self._draft, key=lambda seen: (abs(seen - size), seen))
-        points = [(0.0, 0.0), *self._draft[nearest].points()]
+        points = self._draft[nearest].points()
+        if points[0][0] > 0:
+            # A drafter that is called for no drafts takes about as long as for one.
+            one = points[0][1] / points[0][0]
+            points = [(0.0, one if self._drafts_for_nothing else 0.0), *points]
         return np.asarray(Curve(*zip(*points, strict=True))(np.arange(self.max_drafts + 1)))
 
     def _table(

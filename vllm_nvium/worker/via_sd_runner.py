@@ -258,7 +258,9 @@ class ViaSDModelRunnerMixin(Runner):
         if method == "suffix":
             answer = [tokens[:drafts] for tokens in answer]
         self._draft_seconds = time.perf_counter() - start
-        self.controller.saw_draft(len(request_ids), drafts, self._draft_seconds)
+        # A draft model reads prompts, too, which has nothing to do with drafts.
+        if self._is_decode:
+            self.controller.saw_draft(len(request_ids), drafts, self._draft_seconds)
         return answer
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
