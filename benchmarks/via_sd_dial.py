@@ -238,8 +238,8 @@ def main() -> None:
         tqdm.write("\n".join(map(row, cell)), file=sys.stderr)
     print(", ".join(f"{name} {value}" for name, value in about_run(args).items()))
     print(
-        f"targets constructed from {args.base.name}, greedy, bfloat16, decode steps only, ratios "
-        f"of all runs {SPREAD}"
+        f"targets constructed from {args.base.name}, greedy, {args.dtype}, decode steps only, "
+        f"ratios of all runs {SPREAD}"
     )
     for case in dict.fromkeys(tuple(each["case"].values()) for each in found):
         print("", "prompts {}, batch {}, {}".format(*case), "", *HEADER, sep="\n")

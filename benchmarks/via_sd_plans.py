@@ -74,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="use the chat template")
     parser.add_argument("--longest-prompt", type=int, default=256, help="leave longer ones out")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help="float32: hardly any ties, so all plans' texts are equal",
+    )
     parser.add_argument("--max-drafts", type=int, default=6)
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -176,7 +181,7 @@ class Engine:
         self.worker = Worker(
             model,
             {
-                "dtype": "bfloat16",
+                "dtype": args.dtype,
                 "max_model_len": longest + args.new_tokens + 64,
                 "max_num_seqs": batch,
                 "gpu_memory_utilization": 0.5,  # on CPU what must be free at the start
@@ -382,7 +387,7 @@ def about_run(args: Any) -> dict[str, Any]:
     """What of the options makes results comparable."""
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
     names = ("max_drafts", "window", "new_tokens", "repeats", "warm_up", "learn")
-    names += ("longest_prompt", "chat", "pass_times")
+    names += ("longest_prompt", "chat", "pass_times", "dtype")
     return {
         "format": FORMAT,
         "machine": machine(),
@@ -520,7 +525,9 @@ def main() -> None:
     about = {"target": args.target.name, "mask": args.mask} | about_run(args)
     found = measure(str(args.target), args.mask, prompts, about, args)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"greedy, bfloat16, decode steps only, runs in turn, ratios of all of them {SPREAD}", "")
+    print(
+        f"greedy, {args.dtype}, decode steps only, runs in turn, ratios of all of them {SPREAD}", ""
+    )
     print(*HEADER, sep="\n")
     for each in found:
         print(*block(each), sep="\n")
