@@ -90,6 +90,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON lines of results, to go on with")
 
 
+def pass_times(text: str) -> str:
+    """What --pass-times takes, unchanged."""
+    values = text.split(":")
+    try:
+        right = len(values) in (2, 3) and all(float(value) > 0 for value in values)
+    except ValueError:
+        right = False
+    if not right:
+        raise argparse.ArgumentTypeError(f"{text!r}: two or three times above 0, as 116:95:41")
+    return text
+
+
 def given_times(args: Any) -> dict[str, float] | None:
     """Seconds of passes that are given instead of measured."""
     if args.pass_times is None:
@@ -515,7 +527,9 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="checkpoint (Hugging Face folder)")
     parser.add_argument("--mask", default="even:0.2", help="--via-sd-mask")
     add_arguments(parser)
-    parser.add_argument("--pass-times", metavar="FULL:SLIM[:DRAFT]", help="milliseconds, given")
+    parser.add_argument(
+        "--pass-times", type=pass_times, metavar="FULL:SLIM[:DRAFT]", help="milliseconds, given"
+    )
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     prompts = {
