@@ -4,7 +4,7 @@ same mean pass times, whatever the machine did meanwhile, or at pass times that 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vllm_nvium.spec_decode.controller import RoundController
@@ -54,11 +54,23 @@ class PassClock(RoundController):
 
 def summed(passes: Iterable[tuple[str, int, float]]) -> Passes:
     """Number and seconds of passes by kind and size."""
+    return _added((kind, size, 1, seconds) for kind, size, seconds in passes)
+
+
+def _added(passes: Iterable[tuple[str, int, float, float]]) -> Passes:
+    """Of kind, size, number and seconds."""
     found: Passes = defaultdict(lambda: defaultdict(lambda: [0, 0.0]))
-    for kind, size, seconds in passes:
-        found[kind][size][0] += 1
+    for kind, size, count, seconds in passes:
+        found[kind][size][0] += count
         found[kind][size][1] += seconds
     return {kind: dict(sizes) for kind, sizes in found.items()}
+
+
+def _each(passes: Passes) -> Iterator[tuple[str, int, float, float]]:
+    """Kind, size, number and seconds."""
+    for kind, sizes in passes.items():
+        for size, (count, seconds) in sizes.items():
+            yield kind, size, count, seconds
 
 
 def at_mean_times(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
@@ -70,18 +82,13 @@ def at_mean_times(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float
     Args:
         runs: by plan, each with its `passes` as `summed` gives them.
     """
-    total: Passes = defaultdict(lambda: defaultdict(lambda: [0, 0.0]))
-    for run in (run for of_plan in runs.values() for run in of_plan):
-        for kind, sizes in run["passes"].items():
-            for size, (count, seconds) in sizes.items():
-                total[kind][size][0] += count
-                total[kind][size][1] += seconds
+    every = [run for of_plan in runs.values() for run in of_plan]
+    total = _added(entry for run in every for entry in _each(run["passes"]))
 
     def seconds_of(run: dict[str, Any]) -> float:
         return sum(
             count * total[kind][size][1] / total[kind][size][0]
-            for kind, sizes in run["passes"].items()
-            for size, (count, _) in sizes.items()
+            for kind, size, count, _ in _each(run["passes"])
         )
 
     return {name: [seconds_of(run) for run in of_plan] for name, of_plan in runs.items()}

@@ -412,11 +412,6 @@ def about_run(args: Any) -> dict[str, Any]:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def rates(found: dict[str, Any], name: str) -> list[float]:
-    """Tokens per second of every run of a plan."""
-    return [run["tokens"] / run["seconds"] for run in found["runs"][name]]
-
-
 def rate(found: dict[str, Any], name: str) -> float:
     """Tokens per second of all runs of a plan."""
     runs = found["runs"][name]
