@@ -7,7 +7,7 @@ near the controller comes to the best that the measured pass times and acceptanc
         --modes lossless,paper --enforce-eager --out dial.jsonl
 
 --by-cost judges the controller without noise and without a quiet machine: the engine runs as ever
-and its passes count for what they are said to cost.
+and its passes count for what they are said to cost. A draft model costs its weight bytes, too.
 
 Inserted layers are copies of the one before them with random output projections; their scale is
 what sets how often the model without them says the same. The slim verifier skips them all.
@@ -59,7 +59,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--by-cost",
         action="store_true",
-        help="time nothing: a full pass counts for 100 ms, a slim pass for its cost, drafts for 0",
+        help="time nothing: a full pass counts for 100 ms, a slim pass for its cost, n-grams for "
+        "nothing, a draft model's drafts for its weight bytes",
     )
     add_arguments(parser)
     return parser.parse_args()
@@ -113,6 +114,20 @@ def expanded(base: Any, extra: int) -> tuple[Any, list[int], list[tuple[Any, tor
                 scale = matrix.detach().float().std()
                 noise.append((matrix, torch.randn(matrix.shape, generator=draw) * scale))
     return model, new, noise
+
+
+def by_cost(cost: float, base: Any, drafter: str) -> str:
+    """Pass times of a target of which the base reads `cost` of the weight bytes, as `--pass-times`
+    takes them: milliseconds of a full and of a slim pass, and of a draft."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    times = f"100:{100 * cost:g}"
+    if drafter == "ngram":
+        return times
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(drafter))
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (model, base)]
+    return f"{times}:{100 * cost * sizes[0] / sizes[1]:.3g}"
 
 
 def set_agreement(
@@ -209,33 +224,34 @@ def main() -> None:
     }
     timed = {name: prompts[:-HELD_OUT] for name, prompts in texts.items()}
     held_out = next(iter(texts.values()))[-HELD_OUT:]
-    cells = [
-        (float(cost), float(asked))
-        for cost in args.costs.split(",")
-        for asked in args.agreements.split(",")
-    ]
+    costs = [float(cost) for cost in args.costs.split(",")]
     cases = cases_of(args, texts)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
     found = []
-    for cost, asked in tqdm(cells, desc="cells", disable=None):
-        # Where the clock says what passes cost, the smallest target does for all costs.
-        args.pass_times = f"100:{100 * cost:g}" if args.by_cost else None
-        size = max(map(float, args.costs.split(","))) if args.by_cost else cost
-        about = {"target": f"constructed from {args.base.name}", "cost": cost, "asked": asked}
-        about |= about_run(args)
-        known = results(args.out, about)
-        if all(asdict(case) in [each["case"] for each in known] for case in cases):
-            found += [each for each in known if Case(**each["case"]) in cases]
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            model, new, noise = expanded(base, extra_layers(base, size))
-            agreement = set_agreement(model, noise, base, held_out, asked)
-            model.save_pretrained(folder)
-            del model, noise
-            mask = ",".join(map(str, new))
+    # By agreement first: where passes count for their cost, costs share a target.
+    cells = [(cost, float(asked)) for asked in args.agreements.split(",") for cost in costs]
+    with tempfile.TemporaryDirectory() as folder:
+        built, agreement, mask = None, 0.0, ""
+        for cost, asked in tqdm(cells, desc="cells", disable=None):
+            args.pass_times = by_cost(cost, base, args.drafter) if args.by_cost else None
+            # Where the clock says what passes cost, the smallest target does for all costs.
+            size = max(costs) if args.by_cost else cost
+            about = {"target": f"constructed from {args.base.name}", "cost": cost, "asked": asked}
+            about |= about_run(args)
+            known = results(args.out, about)
+            if all(asdict(case) in [each["case"] for each in known] for case in cases):
+                found += [each for each in known if Case(**each["case"]) in cases]
+                continue
+            if built != (size, asked):
+                model, new, noise = expanded(base, extra_layers(base, size))
+                agreement = set_agreement(model, noise, base, held_out, asked)
+                model.save_pretrained(folder)
+                mask, built = ",".join(map(str, new)), (size, asked)
+                del model, noise
             cell = measure(folder, mask, timed, about, args, {"agreement": agreement})
-        found += cell
-        tqdm.write("\n".join(map(row, cell)), file=sys.stderr)
+            found += cell
+            tqdm.write("\n".join(map(row, cell)), file=sys.stderr)
+    found.sort(key=lambda each: (each["cost"], each["asked"]))
     print(", ".join(f"{name} {value}" for name, value in about_run(args).items()))
     print(
         f"targets constructed from {args.base.name}, greedy, {args.dtype}, decode steps only, "

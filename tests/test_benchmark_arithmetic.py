@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from measured import copied
 from pass_clock import PassClock, at_mean_times, summed
+from via_sd_dial import by_cost
 
 
 def test_slow_moments_are_shared_by_all_plans() -> None:
@@ -48,3 +50,18 @@ def test_copied_counts_what_stood_before() -> None:
     assert copied([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(1 / 4), "only the last is whole"
     assert copied([], [7] * 10) == pytest.approx(6 / 10)
     assert copied([7] * 10, []) == 0
+
+
+def test_passes_cost_their_weight_bytes(tmp_path: Path) -> None:
+    """A base that is .4 of the target, and a draft model with one of its four layers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    base = LlamaConfig(num_hidden_layers=4, vocab_size=64, tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(base)
+    whole = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    small = LlamaConfig(num_hidden_layers=1, vocab_size=64, tie_word_embeddings=True, **sizes)
+    small.save_pretrained(tmp_path)
+    assert by_cost(0.4, model, "ngram") == "100:40"
+    full, slim, draft = map(float, by_cost(0.4, model, str(tmp_path)).split(":"))
+    assert (full, slim) == (100, 40)
+    assert draft == pytest.approx(40 * (whole - 3 * layer) / whole, rel=0.01)
