@@ -18,6 +18,7 @@ from vllm_nvium.spec_decode.controller import (
     OFF,
     PAPER,
     Acceptance,
+    Beside,
     Curve,
     PassTimes,
     Plan,
@@ -50,7 +51,7 @@ class FixedPlan(RoundController):
         super().__init__(max(plan.drafts, 1), max_window)
         self.fixed = plan
 
-    def plan(self, request_ids: Sequence[str]) -> Plan:
+    def plan(self, request_ids: Sequence[str], decoding: int = 0) -> Plan:
         return self.fixed
 
     def another_round(
@@ -159,6 +160,26 @@ def test_outlooks_against_a_simulation(plan: Plan, paper: bool, chances: Sequenc
         cell: tuple[int, ...] = (plan.drafts - 1, plan.rounds - 1)
     else:
         outlook, cell = plain_outlook(acceptance(chances, paper), times), (plan.drafts,)
+    assert engine.tokens / steps == pytest.approx(outlook.tokens[cell], rel=0.03)
+    assert rate == pytest.approx(outlook.rates[cell], rel=0.04)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_requests_without_the_tier_wait_for_it(plan: Plan) -> None:
+    """Two that have drafts and no tier and three without drafts, beside two that have all."""
+    tiered, plain = MIXED[:2], [replace(chances, off=True) for chances in (*IN_RUNS, MIXED[2])]
+    slim, full = Curve([1.0, 17.0], [0.3, 0.5]), Curve([1.0, 65.0], [1.0, 2.2])
+    both = [plain[0], *tiered, plain[1]]
+    engine = SimulatedEngine(both, lambda n, d: 0.1 * d, slim, full, 12, seeded=3)
+    steps = 12000
+    rate = engine.run(FixedPlan(plan, 12), steps)
+    times = Times(np.arange(plan.drafts + 1) * 0.1, slim, full)
+    beside = Beside.of(acceptance(plain), plan.drafts, 3)
+    if plan.rounds:
+        outlook = tiered_outlook(acceptance(tiered), times, 12, 12, beside)
+        cell: tuple[int, ...] = (plan.drafts - 1, plan.rounds - 1)
+    else:
+        outlook, cell = plain_outlook(acceptance(tiered), times, beside), (plan.drafts,)
     assert engine.tokens / steps == pytest.approx(outlook.tokens[cell], rel=0.03)
     assert rate == pytest.approx(outlook.rates[cell], rel=0.04)
 
@@ -647,17 +668,41 @@ def test_requests_are_forgotten_when_they_end() -> None:
 
 @pytest.mark.parametrize("rule", [LOSSLESS, PAPER])
 def test_no_tier_for_requests_that_refuse_it(rule: str) -> None:
-    """Batches of them are decoded plainly; one that allows it is enough for a tiered plan."""
+    """Batches of them are decoded plainly; where few of them are left, they wait for it."""
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
-    engine = make_engine([Chances(0.9, 0.9, 0.99)] * 2, 0.05, 0.2, paper=rule == PAPER)
+    engine = make_engine([Chances(0.8, 0.8, 0.99)] * 4, 0.05, 0.2, paper=rule == PAPER)
     for name in engine.names:
         controller.add(name, OFF)
     engine.run(controller, 100)
     assert controller.snapshot()["steps"]["tiered"] == 0
-    controller.remove(engine.names[0])
-    controller.add(engine.names[0], rule)
+    for name in engine.names[1:]:
+        controller.remove(name)
+        controller.add(name, rule)
+    engine.requests = [replace(engine.requests[0], off=True), *engine.requests[1:]]
     engine.run(controller, 200)
     assert controller.snapshot()["steps"]["tiered"] > 100
+
+
+@pytest.mark.parametrize("rule", [LOSSLESS, PAPER])
+@pytest.mark.parametrize("off,seeded", [(7, 0), (31, 0), (3, 3), (0, 7), (0, 31)])
+def test_one_request_with_the_tier_does_not_slow_others_down(
+    off: int, seeded: int, rule: str
+) -> None:
+    """Alone it would have windows all the time; beside others, who would wait for them, it pays at
+    most in few steps. Trials included, they get what the best plain plan for all of them brings."""
+    chances = [Chances(0.9, 0.9, 0.98)]
+    chances += [replace(chances[0], off=True)] * off
+    draft = 0.05
+    engine = make_engine(chances, draft, 0.3, paper=rule == PAPER, seeded=seeded)
+    controller = RoundController(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(controller, 400)
+    rate = engine.run(controller, 1000) * FULL
+    plain = plain_outlook(
+        acceptance(chances),
+        relative_times(MAX_DRAFTS, draft, 0.3),
+        Beside.of(None, MAX_DRAFTS, seeded),
+    )
+    assert rate > 0.97 * plain.rates.max()
 
 
 def test_a_drafter_that_answers_once_has_one_round() -> None:

@@ -112,6 +112,27 @@ class Times:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Requests that decode in the same steps without the tier: they wait for it all the same.
+
+    Attributes:
+        tokens, rows: `[D + 1]` float64, of a step with 0..D drafts; rows are the full model's.
+    """
+
+    tokens: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, accept: Acceptance | None, most: int, others: int = 0) -> "Beside":
+        """Those with plain drafts, if any, and others that get none and bring a token each."""
+        nobody = np.full(most + 1, float(others))
+        if accept is None:
+            return cls(nobody, nobody)
+        tokens, rows = plain_drafts(accept, most)
+        return cls(nobody + tokens, nobody + rows)
+
+
+@dataclass(frozen=True)
 class Outlook:
     """What plans would bring, on the mean; arrays of one shape.
 
@@ -157,16 +178,28 @@ def round_survival(accept: Any, keep: Any, drafts: Any, own: Any = 1.0) -> Any:
     return s * (1 - a) * (1 - both) / (1 - a * s) + both * s**own
 
 
-def plain_outlook(accept: Acceptance, times: Times) -> Outlook:
+def plain_drafts(accept: Acceptance, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """`[D + 1]` each, tokens of a step and rows of its full pass where 0..D drafts go straight to
+    the full model.
+
+        tokens  sum_i (1 + h_i (a_i + ... + a_i^d))
+        rows    sum_i (1 + d h_i)
+    """
+    drafts, h = np.arange(most + 1), accept.obtained[:, None]
+    tokens = 1 + h * (round_length(accept.at_full[:, None], drafts) - 1)
+    return accept.weight * tokens.sum(0), accept.weight * (len(h) + drafts * h.sum())
+
+
+def plain_outlook(accept: Acceptance, times: Times, beside: Beside | None = None) -> Outlook:
     """`[D + 1]`: plain speculative decoding with 0..D drafts.
 
-    sum_i (1 + h_i (a_i + ... + a_i^d)) in draft(d) + full(sum_i (1 + d h_i)) + overhead
+    tokens in draft(d) + full(rows) + overhead, those of `beside` included
     """
-    drafts, h = np.arange(len(times.draft)), accept.obtained[:, None]
-    tokens = 1 + h * (round_length(accept.at_full[:, None], drafts) - 1)
-    rows = len(h) + drafts * h.sum()
-    seconds = times.draft + times.full(accept.weight * rows) + times.overhead
-    return Outlook(accept.weight * tokens.sum(0), seconds)
+    most = len(times.draft) - 1
+    tokens, rows = plain_drafts(accept, most)
+    beside = beside or Beside.of(None, most)
+    seconds = times.draft + times.full(rows + beside.rows) + times.overhead
+    return Outlook(tokens + beside.tokens, seconds)
 
 
 @dataclass(frozen=True)
@@ -199,7 +232,13 @@ def one_round(accept: Acceptance, drafts: np.ndarray) -> Round:
     )
 
 
-def tiered_outlook(accept: Acceptance, times: Times, max_window: int, max_rounds: int) -> Outlook:
+def tiered_outlook(
+    accept: Acceptance,
+    times: Times,
+    max_window: int,
+    max_rounds: int,
+    beside: Beside | None = None,
+) -> Outlook:
     """`[D, R]`: windows of 1..R rounds with 1..D drafts each.
 
     With Q_r the product of the first r P of `one_round` (of the first round and of later ones), the
@@ -214,10 +253,15 @@ def tiered_outlook(accept: Acceptance, times: Times, max_window: int, max_rounds
     Args:
         max_window: most tokens between two full passes. The slim verifier's own token ends a
             round, so that a window with room for one token is full.
+        beside: requests that get the same number of drafts, or none, and no rounds.
     """
     most = len(times.draft) - 1
-    lengths = np.arange(max(max_window - 1, 0))
-    first, later = (_moves_of_a_round(each, most, max_window) for each in (accept, accept.later()))
+    beside = beside or Beside.of(None, most)
+    # A window of one round is empty before it, and nobody asks what follows.
+    lengths = np.arange(max(max_window - 1, 0) if max_rounds > 1 else min(max_window - 1, 1))
+    first, later = (
+        _moves_of_a_round(each, most, max_window, lengths) for each in (accept, accept.later())
+    )
     state = np.zeros((len(accept.slim), most, 1, len(lengths)))
     state[..., :1] = 1.0
     of_rounds = []
@@ -233,22 +277,22 @@ def tiered_outlook(accept: Acceptance, times: Times, max_window: int, max_rounds
     somebody = 1 - np.prod(np.clip(1 - is_open, 0, 1), axis=0) ** accept.weight  # [D, R]
     slim = times.slim(accept.weight * rows.sum(0) / np.maximum(somebody, 1e-9))
     rounds = somebody * (asked * times.draft[1:, None] + places * slim)
-    full = times.full(accept.weight * (len(tokens) + windows))
+    full = times.full(accept.weight * (len(tokens) + windows) + beside.rows[1:, None])
     seconds = np.cumsum(rounds, axis=1) + full + times.overhead
-    return Outlook(accept.weight * tokens.sum(0), seconds)
+    return Outlook(accept.weight * tokens.sum(0) + beside.tokens[1:, None], seconds)
 
 
 def _moves_of_a_round(
-    accept: Acceptance, most: int, max_window: int
+    accept: Acceptance, most: int, max_window: int, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A round that takes place in a window of L = 0..max_window - 2 tokens, with D = 1..`most`
-    drafts.
+    """A round that takes place in a window of L = `lengths` tokens, at most max_window - 2, with
+    D = 1..`most` drafts.
 
     Returns:
         `[B, D, L, L]`, chances of the lengths that leave the window open; and `[B, D, L, 4]`:
         tokens that the full model keeps, tokens, 1 (the window is there), and rows of the pass.
     """
-    drafts, lengths = np.arange(1, most + 1), np.arange(max(max_window - 1, 0))
+    drafts = np.arange(1, most + 1)
     per_round = one_round(accept, drafts)
     # Which number of drafts fits into a window of each length, less 1.
     fits = np.minimum(drafts[:, None], max_window - 1 - lengths) - 1  # [D, L]
@@ -547,7 +591,10 @@ class RoundController:
         self._rate = self._seconds = 0.0
         self._times: Times | None = None
         self._found = 1.0
-        self._planned_for = self._others = 0
+        self._others = 0
+        # Requests with drafts and others in the batch that the plan was made for.
+        self._planned_for = (0, 0)
+        self._beside = Beside.of(None, max_drafts)
         self._next_choice = 0
         self._on_trial = False
         self._trial_steps = self._outcomes = 0
@@ -669,7 +716,10 @@ class RoundController:
             return self._plan
         self._others = max(decoding - len(request_ids), 0)
         self._step += 1
-        resized = abs(len(request_ids) - self._planned_for) * 8 > self._planned_for
+        count = len(request_ids), self._others
+        resized = sum(abs(a - b) for a, b in zip(count, self._planned_for, strict=True)) * 8 > sum(
+            self._planned_for
+        )
         over = self._trial_is_over() if self._on_trial else self._step >= self._next_choice
         if over or (resized and not self._on_trial) or not self._is_allowed(request_ids):
             self._choose(request_ids)
@@ -703,7 +753,8 @@ class RoundController:
             safe = np.where(accept.own > 0, accept.slim, 1.0)
             each = zip(safe, per_round.kept[:, 0], per_round.length[:, 0], strict=True)
             self._gains.update(zip(missing, each, strict=True))
-        gained = added = rows = 0.0
+        gained = added = 0.0
+        rows = self._beside.rows[self._plan.drafts]
         for request_id, length in zip(request_ids, window_lengths, strict=True):
             chance, kept, mean = self._gains[request_id]
             room = min(self.max_window - length, mean)
@@ -730,8 +781,8 @@ class RoundController:
             "seconds": {
                 "full": dict(self._full.points()),
                 "slim": dict(self._slim.points()),
-                "draft": self._draft_seconds(self._planned_for).tolist(),
-                "overhead": self._overhead_seconds(self._planned_for),
+                "draft": self._draft_seconds(self._planned_for[0]).tolist(),
+                "overhead": self._overhead_seconds(sum(self._planned_for)),
             },
             "acceptance": {
                 rule: {kind: self._share(rule, kind) for kind in KINDS} for rule in self._common
@@ -794,24 +845,35 @@ class RoundController:
         if full is None:
             return None
         count = len(request_ids)
-        times = Times(self._draft_seconds(count), slim or full, full, self._overhead_seconds(count))
-        # Requests without the tier get what the others get.
-        sample = [name for name in request_ids if self._has_tier(name)] or request_ids
-        sample = sample[:: -(-len(sample) // LARGEST_SAMPLE)]
-        accept = replace(self._acceptance(sample), weight=count / len(sample))
-        self._times, self._found = times, accept.later().found
-        for kind in sum(NEEDS.values(), ()) if hope else ():
-            hoped = getattr(accept, kind) + hope * self._error(kind)
-            accept = replace(accept, **{kind: np.minimum(hoped, 1.0)})
-        plain = plain_outlook(accept, times)
+        overhead = self._overhead_seconds(count + self._others)
+        times = Times(self._draft_seconds(count), slim or full, full, overhead)
+        tiered_ids = [name for name in request_ids if self._has_tier(name)]
+        plain_ids = [name for name in request_ids if not self._has_tier(name)]
+        if not tiered_ids:
+            tiered_ids, plain_ids = plain_ids, []
+        accept = self._sampled(tiered_ids, hope)
+        beside = Beside.of(
+            self._sampled(plain_ids, hope) if plain_ids else None, self.max_drafts, self._others
+        )
+        self._times, self._found, self._beside = times, accept.later().found, beside
+        plain = plain_outlook(accept, times, beside)
         shape = self.max_drafts + 1, self.max_rounds + 1
         # What is not possible brings nothing, in the time of what is.
         tokens, seconds = np.zeros(shape), np.full(shape, plain.seconds.max())
         tokens[:, 0], seconds[:, 0] = plain.tokens, plain.seconds
         if TIERED in allowed:
-            tiered = tiered_outlook(accept, times, self.max_window, self.max_rounds)
+            tiered = tiered_outlook(accept, times, self.max_window, self.max_rounds, beside)
             tokens[1:, 1:], seconds[1:, 1:] = tiered.tokens, tiered.seconds
         return Outlook(tokens, seconds)
+
+    def _sampled(self, request_ids: Sequence[str], hope: float) -> Acceptance:
+        """Chances of some of these requests, who stand for all of them."""
+        sample = request_ids[:: -(-len(request_ids) // LARGEST_SAMPLE)]
+        accept = replace(self._acceptance(sample), weight=len(request_ids) / len(sample))
+        for kind in sum(NEEDS.values(), ()) if hope else ():
+            hoped = getattr(accept, kind) + hope * self._error(kind)
+            accept = replace(accept, **{kind: np.minimum(hoped, 1.0)})
+        return accept
 
     def _error(self, kind: str) -> float:
         """The standard error of a chance, under the rule that it is best known of."""
@@ -843,7 +905,7 @@ class RoundController:
 
     def _choose(self, request_ids: Sequence[str]) -> None:
         """Sets the plan, for `refresh` steps or for a trial."""
-        self._planned_for = len(request_ids)
+        self._planned_for = len(request_ids), self._others
         self._next_choice = self._step + self.refresh
         self._gains.clear()
         allowed = self._allowed(request_ids)

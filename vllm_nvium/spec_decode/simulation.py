@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vllm_nvium.spec_decode.controller import LOSSLESS, PAPER, Plan, RoundController
+from vllm_nvium.spec_decode.controller import LOSSLESS, OFF, PAPER, Plan, RoundController
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Chances:
     """Of one request, per token; the fields mean the same as in `controller.Acceptance`.
 
     Under the paper's rule `1 - slim` of the tokens escalate, and the full model replaces those.
+    With `off` it has drafts and no slim tier.
     """
 
     at_full: float
@@ -23,6 +24,7 @@ class Chances:
     slim: float
     obtained: float = 1.0
     again: float | None = None
+    off: bool = False
 
     def __post_init__(self) -> None:
         if self.again is None:
@@ -40,6 +42,7 @@ class SimulatedEngine:
         slim, full: seconds of a pass, by rows.
         max_window: most tokens between two full passes.
         paper: the rule of the paper instead of the lossless one.
+        seeded: more requests, that are decoded without drafts.
         noise: relative, of every time that the controller is told.
         outliers: chance that such a time is `OUTLIER` times too long.
         seed: of tokens and noise.
@@ -51,6 +54,7 @@ class SimulatedEngine:
     full: Callable[[int], float]
     max_window: int = 16
     paper: bool = False
+    seeded: int = 0
     noise: float = 0.0
     outliers: float = 0.0
     seed: int = 0
@@ -69,10 +73,10 @@ class SimulatedEngine:
     def run(self, controller: RoundController, steps: int) -> float:
         """Tokens per second over so many steps; outliers are told but do not count."""
         tokens, seconds = self.tokens, self.seconds
-        for name in self.names:
-            controller.add(name, PAPER if self.paper else LOSSLESS)
+        for name, request in zip(self.names, self.requests, strict=True):
+            controller.add(name, OFF if request.off else PAPER if self.paper else LOSSLESS)
         for _ in range(steps):
-            self.step(controller, controller.plan(self.names))
+            self.step(controller, controller.plan(self.names, len(self.requests) + self.seeded))
         return (self.tokens - tokens) / (self.seconds - seconds)
 
     def step(self, controller: RoundController, plan: Plan) -> None:
@@ -85,20 +89,37 @@ class SimulatedEngine:
     def _plain(self, controller: RoundController, plan: Plan) -> None:
         self._draft(controller, len(self.requests), plan.drafts)
         drafted = [plan.drafts * self._hits(request.obtained) for request in self.requests]
-        rows = len(self.requests) + sum(drafted)
+        self._full_pass(controller, len(self.requests) + sum(drafted))
+        for i, proposed in enumerate(drafted):
+            self._check_plain(controller, i, proposed, plan.drafts)
+
+    def _full_pass(self, controller: RoundController, rows: int) -> None:
+        """Seeded requests have a row and get a token in each."""
+        rows += self.seeded
         controller.saw_full(rows, self._timed(self.full(rows)))
-        for name, request, proposed in zip(self.names, self.requests, drafted, strict=True):
-            accepted = self._accepted(request.at_full, proposed)
-            controller.saw_full_check(name, proposed, accepted, tiered=False, asked=plan.drafts)
-            self.tokens += 1 + _accepted_of(proposed, request.at_full)
+        self.tokens += self.seeded
+
+    def _check_plain(self, controller: RoundController, i: int, proposed: int, asked: int) -> None:
+        """The full model's check of drafts that nobody else has checked."""
+        chance = self.requests[i].at_full
+        accepted = self._accepted(chance, proposed)
+        controller.saw_full_check(self.names[i], proposed, accepted, tiered=False, asked=asked)
+        self.tokens += 1 + _accepted_of(proposed, chance)
 
     def _tiered(self, controller: RoundController, plan: Plan) -> None:
         count = len(self.requests)
         windows, kept = [0] * count, [0] * count
-        still_open = list(range(count))
+        plain = {
+            i: plan.drafts * self._hits(request.obtained)
+            for i, request in enumerate(self.requests)
+            if request.off
+        }
+        tiered = [i for i in range(count) if i not in plain]
+        still_open = tiered
+        asking = count  # requests that the drafter answers
         rounds = 0
         while still_open:
-            self._draft(controller, len(still_open), plan.drafts)
+            self._draft(controller, asking, plan.drafts)
             asked = [min(plan.drafts, self.max_window - windows[i] - 1) for i in still_open]
             is_first = rounds == 0
             drafted = [
@@ -112,14 +133,16 @@ class SimulatedEngine:
             still_open = self._round(
                 controller, still_open, asked, drafted, windows, kept, is_first
             )
+            asking = len(still_open)
             rounds += 1
             lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
             if not controller.another_round(lengths, rounds, names):
                 break
-        rows = count + sum(windows)
-        controller.saw_full(rows, self._timed(self.full(rows)))
-        for i, name in enumerate(self.names):
-            controller.saw_full_check(name, windows[i], kept[i], tiered=rounds > 0)
+        self._full_pass(controller, count + sum(windows) + sum(plain.values()))
+        for i, proposed in plain.items():
+            self._check_plain(controller, i, proposed, plan.drafts)
+        for i in tiered:
+            controller.saw_full_check(self.names[i], windows[i], kept[i], tiered=rounds > 0)
             self.tokens += 1
             if not self.paper:
                 self.tokens += _accepted_of(windows[i], self.requests[i].slim)
