@@ -640,6 +640,27 @@ def test_bounds(max_drafts: int, max_window: int) -> None:
         engine.step(controller, plan)
 
 
+@pytest.mark.parametrize("max_drafts,max_window", [(4, 16), (8, 16), (8, 32), (16, 64), (32, 128)])
+def test_plans_take_little_time(
+    max_drafts: int, max_window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest arrays of a table, which grow with drafts and squared windows: per step they are
+    not larger than those of the usual window."""
+    made = 0
+
+    def counted(accept: Acceptance, times: Times, *args: object) -> object:
+        nonlocal made
+        made += len(accept.slim) * (len(times.draft) - 1) * (max_window - 1) ** 2
+        return tiered_outlook(accept, times, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("vllm_nvium.spec_decode.controller.tiered_outlook", counted)
+    engine = make_engine([Chances(0.7, 0.8, 0.95)] * 12, 0.05, 0.4, max_window=max_window)
+    controller = RoundController(max_drafts, max_window)
+    steps = 400
+    engine.run(controller, steps)
+    assert 0 < made < 3 * steps / controller.refresh * 8 * 8 * 15**2
+
+
 def test_plans_without_observations() -> None:
     """A runner that reports nothing, and steps without a request, are no reason to fail."""
     controller = RoundController(MAX_DRAFTS, MAX_WINDOW)

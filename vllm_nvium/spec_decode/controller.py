@@ -540,8 +540,11 @@ TRIAL_FADE = 0.75
 LARGEST_BANK, HOPE = 3, 2.0
 # Plain decoding has no acceptance to learn: its trials may be so many times rarer.
 SELDOM = 45
-# Requests that a plan is made for; in larger batches some stand for all.
+# Requests that a plan is made for; in larger batches some stand for all. And drafts times window
+# lengths squared times requests of a table that takes a millisecond or two: with more of the first
+# two, fewer requests stand for all and a plan is kept for longer.
 LARGEST_SAMPLE = 8
+LARGEST_TABLE = LARGEST_SAMPLE * 8 * 15**2
 
 
 class RoundController:
@@ -555,7 +558,7 @@ class RoundController:
         max_rounds: most rounds in a window; where more would pay, more drafts pay about as much.
         max_batch: no slim tier while more requests than this decode.
         budget: share of the time that trials of what seems worse may lose.
-        refresh: steps for which a plan is kept.
+        refresh: steps for which a plan is kept; longer where making one takes long.
         margin: a kind of plan must promise so much more than the one in use to replace it.
         interval: steps between trials of the same kind of plan.
     """
@@ -868,12 +871,24 @@ class RoundController:
 
     def _sampled(self, request_ids: Sequence[str], hope: float) -> Acceptance:
         """Chances of some of these requests, who stand for all of them."""
-        sample = request_ids[:: -(-len(request_ids) // LARGEST_SAMPLE)]
+        sample = request_ids[:: -(-len(request_ids) // self._sample_size())]
         accept = replace(self._acceptance(sample), weight=len(request_ids) / len(sample))
         for kind in sum(NEEDS.values(), ()) if hope else ():
             hoped = getattr(accept, kind) + hope * self._error(kind)
             accept = replace(accept, **{kind: np.minimum(hoped, 1.0)})
         return accept
+
+    def _sample_size(self) -> int:
+        return max(min(LARGEST_TABLE // self._cells(), LARGEST_SAMPLE), 1)
+
+    def _slowness(self, count: int) -> int:
+        """How many times as long as usual a table of so many requests takes."""
+        return -(-min(count, self._sample_size()) * self._cells() // LARGEST_TABLE)
+
+    def _cells(self) -> int:
+        """Of the largest array of a table, per request."""
+        lengths = self.max_window - 1 if self.max_rounds > 1 else 1
+        return max(self.max_drafts * lengths**2, 1)
 
     def _error(self, kind: str) -> float:
         """The standard error of a chance, under the rule that it is best known of."""
@@ -906,7 +921,7 @@ class RoundController:
     def _choose(self, request_ids: Sequence[str]) -> None:
         """Sets the plan, for `refresh` steps or for a trial."""
         self._planned_for = len(request_ids), self._others
-        self._next_choice = self._step + self.refresh
+        self._next_choice = self._step + self.refresh * self._slowness(len(request_ids))
         self._gains.clear()
         allowed = self._allowed(request_ids)
         table = self._table(request_ids, allowed)
