@@ -656,7 +656,7 @@ def test_plans_take_little_time(
     monkeypatch.setattr("vllm_nvium.spec_decode.controller.tiered_outlook", counted)
     engine = make_engine([Chances(0.7, 0.8, 0.95)] * 12, 0.05, 0.4, max_window=max_window)
     controller = RoundController(max_drafts, max_window)
-    steps = 400
+    steps = 1500
     engine.run(controller, steps)
     assert 0 < made < 3 * steps / controller.refresh * 8 * 8 * 15**2
 
