@@ -223,6 +223,16 @@ NO_COUNT = {key: value for key, value in NGRAM.items() if key != "num_speculativ
         ({"window": 129}, ["--via-sd-window", "129", "1..128"]),
         ({"window": 4}, ["--via-sd-window is 4", "num_speculative_tokens is 4", "at least 5"]),
         ({"window": 3, "rounds": 0}, ["--via-sd-window is 3", "at least 4"]),
+        ({"rounds": 0, "mode": "paper"}, ["--via-sd-mode is 'paper'", "--via-sd-rounds is 0"]),
+        ({"rounds": 0, "max_batch": 3}, ["--via-sd-max-batch is 3", "--via-sd-rounds is 0"]),
+        (
+            {"rounds": 0, "allow_paper_mode": True},
+            ["--via-sd-allow-paper-mode is True", "--via-sd-rounds is 0", "remove it"],
+        ),
+        (
+            {"rounds": 0, "mode": "paper", "accept": 0.7},
+            ["--via-sd-mode is 'paper'", "--via-sd-rounds is 0"],
+        ),
         ({"rounds": -1}, ["--via-sd-rounds", "-1", "'auto'"]),
         ({"rounds": True}, ["--via-sd-rounds", "True"]),
         ({"max_batch": 0}, ["--via-sd-max-batch", "0", ">= 1"]),
@@ -321,14 +331,63 @@ def test_a_mask_of_another_name_is_mentioned(
     identity = ModelIdentity.from_config(json.loads((target / "config.json").read_text()))
     mask = tmp_path / "mask.json"
     write_mask_file(mask, mask_file(identity=identity.model_dump(), model=searched_for))
-    said: list[str] = []
-    monkeypatch.setattr(
-        startup.logger, "warning", lambda text, *args: said.append(str(text) % args)
-    )
+    said = warnings(monkeypatch)
     config = {"via_sd": True, "via_sd_mask": str(mask)}
     arguments(target, additional_config=config).create_engine_config()
     assert bool(said) == (searched_for == "another")
     assert not said or "was searched for another and is used for" in said[0]
+
+
+def test_nothing_said_again_is_no_contradiction() -> None:
+    """Values that say what holds anyway, and the mask, which a comparison keeps for all rounds."""
+    given = {"mode": "lossless", "max_batch": None, "allow_paper_mode": False, "mask": "1"}
+    found = ViaSDOptions.from_config(
+        {"via_sd": True, "via_sd_rounds": 0} | {f"via_sd_{k}": v for k, v in given.items()}
+    )
+    assert found == ViaSDOptions(mask="1", rounds=0)
+
+
+def test_a_pooling_model_is_refused(dense_checkpoint: Path) -> None:
+    message = refusal(dense_checkpoint, runner="pooling")
+    assert "--runner is pooling" in message and "use --runner generate" in message
+
+
+def test_offloading_of_the_kv_cache_is_refused_by_its_name(dense_checkpoint: Path) -> None:
+    """vLLM makes a connector of it, which the user never named."""
+    message = refusal(dense_checkpoint, kv_offloading_size=1.0)
+    assert "--kv-offloading-size is 1.0" in message and "remove it" in message
+
+
+@pytest.mark.parametrize("penalty", [None, 1.05])
+@pytest.mark.parametrize("via_sd", [{}, {"mode": "paper"}, {"allow_paper_mode": True}], ids=str)
+def test_a_penalty_that_every_request_of_the_papers_rule_would_have(
+    dense_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    via_sd: dict[str, Any],
+    penalty: float | None,
+) -> None:
+    target = tmp_path / "dense"
+    shutil.copytree(dense_checkpoint, target)
+    generation = {"temperature": 0.6} | ({"repetition_penalty": penalty} if penalty else {})
+    (target / "generation_config.json").write_text(json.dumps(generation))
+    said = warnings(monkeypatch)
+    arguments(target, via_sd).create_engine_config()
+    assert len(said) == bool(penalty and via_sd)
+    if said:
+        assert "repetition_penalty 1.05" in said[0] and "status 400" in said[0]
+        assert "--generation-config vllm" in said[0]
+        arguments(target, via_sd, generation_config="vllm").create_engine_config()
+        assert len(said) == 1
+
+
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a start warns about, as it is added."""
+    said: list[str] = []
+    monkeypatch.setattr(
+        startup.logger, "warning", lambda text, *args: said.append(str(text) % args)
+    )
+    return said
 
 
 def test_a_kv_connector_is_refused(dense_checkpoint: Path) -> None:
@@ -347,8 +406,10 @@ def test_model_runner_v2_is_refused(dense_checkpoint: Path, monkeypatch: Any) ->
 
 
 def test_an_nvium_model_is_refused(nvium_checkpoint: Path) -> None:
+    """Whoever followed "remove --speculative-config" would be told to add it."""
     message = refusal(nvium_checkpoint)
-    assert "N-vium" in message and "remove" in message
+    assert message.startswith("--via-sd is True") and "N-vium" in message
+    assert message.endswith("; remove it.") and "--speculative-config" not in message
 
 
 def test_an_architecture_without_a_plain_list_of_layers_is_refused(
@@ -661,6 +722,25 @@ def test_log_probabilities_of_named_tokens_are_refused(
     message = str(error.value)
     assert "logprob_token_ids is [5, 6]" in message and "without --via-sd" in message
     assert outputs(features.plain, greedy(logprob_token_ids=[5, 6]))[0].finished
+
+
+@pytest.mark.parametrize("extra_args", [None, {"via_sd": "off"}], ids=str)
+@pytest.mark.parametrize("budget", [0, 5])
+def test_a_thinking_budget_is_refused(
+    features: Features, budget: int, extra_args: dict[str, Any] | None
+) -> None:
+    """In a step without drafts vLLM would force its end of thinking on another request."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    params = greedy(thinking_token_budget=budget, extra_args=extra_args)
+    server = SimpleNamespace(vllm_config=features.tiered.engine.vllm_config)
+    with pytest.raises(VLLMValidationError) as error:
+        AsyncLLM.generate(server, "w3", params, "0")
+    message = str(error.value)
+    assert f"thinking_token_budget is {budget}" in message and "without --via-sd" in message
+    assert "\n" not in message and message.endswith(".")
+    other = SimpleNamespace(vllm_config=features.drafted.engine.vllm_config)
+    AsyncLLM.generate(other, "w3", greedy(thinking_token_budget=budget), "0")
 
 
 def test_n_answers_to_one_request(features: Features) -> None:

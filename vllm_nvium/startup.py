@@ -14,6 +14,7 @@ from vllm_nvium.model_executor.models.checkpoint_layout import (
     check_files,
     indexed_files,
 )
+from vllm_nvium.spec_decode import options as via_sd
 from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         # vLLM turns this into a KV connector, but only after this check has run.
         lambda c: c.cache_config.kv_offloading_size,
         "a KV connector would move blocks whose deferred positions are not complete",
+        "remove it",
+    ),
+    # Before the next: whoever removed the drafter would be told that --via-sd needs one.
+    Unsupported(
+        "--via-sd",
+        lambda c: True if via_sd.options_of(c) is not None else None,
+        "an N-vium model leaves layers out by itself",
         "remove it",
     ),
     Unsupported(

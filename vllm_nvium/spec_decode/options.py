@@ -18,6 +18,8 @@ MODES = ("lossless", "paper")
 AUTO = "auto"
 # What the paper's rule alone has.
 THRESHOLDS = ("accept", "escalate")
+# What it has not: penalties, and the values at which they do nothing.
+NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class ViaSDOptions:
                     "thresholds; remove it, or add --via-sd-mode paper or "
                     "--via-sd-allow-paper-mode."
                 )
+        _check_without_rounds(options)
         # A round of slim checks ends with a token of the slim verifier's own.
         needed = options.drafts + int(options.rounds != 0)
         if needed > options.window:
@@ -264,6 +267,14 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
                 "speculative decoding of vLLM cannot answer; leave it out, or ask a server without "
                 "--via-sd."
             )
+        # vLLM looks for the row to force the end of thinking on among the drafts of all requests,
+        # and takes the first row, whoever's it is, where nobody has any.
+        if sampling_params.thinking_token_budget is not None:
+            raise ValueError(
+                f"thinking_token_budget is {sampling_params.thinking_token_budget}, which "
+                "speculative decoding of vLLM can charge to another request; leave it out, or ask "
+                "a server without --via-sd."
+            )
         return
     for key, value in additional_keys(sampling_params.extra_args).items():
         raise ValueError(
@@ -272,10 +283,22 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
         )
 
 
+def _check_without_rounds(options: ViaSDOptions) -> None:
+    """Without rounds there is no tier, and what only the tier reads is a mistake. The mask is let
+    through, so that a comparison of rounds can leave the rest of its command as it is."""
+    if options.rounds != 0:
+        return
+    for name, nothing in (("mode", "lossless"), ("max_batch", None), ("allow_paper_mode", False)):
+        if (value := getattr(options, name)) != nothing:
+            raise ValueError(
+                f"{_flag(PREFIX + name)} is {value!r}, but --via-sd-rounds is 0, which is plain "
+                "speculative decoding and does not read it; remove it, or give rounds."
+            )
+
+
 def _check_penalties(params: "SamplingParams") -> None:
     """What the slim verifier is sure of is kept as it is, so penalties would not reach it."""
-    neutral = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-    for name, nothing in neutral.items():
+    for name, nothing in NO_PENALTIES.items():
         if (value := getattr(params, name)) != nothing:
             raise ValueError(
                 f"{name} is {value} (perhaps by the model's generation_config.json), but tokens "

@@ -5,12 +5,12 @@ one sentence. Without `--via-sd` nothing here changes anything."""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.spec_decode.options import PREFIX, ViaSDOptions, options_of
+from vllm_nvium.spec_decode.options import NO_PENALTIES, PREFIX, ViaSDOptions, options_of
 from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
 
 if TYPE_CHECKING:
@@ -62,6 +62,19 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         lambda c: above_one(c.parallel_config.tensor_parallel_size),
         "each process would choose the rounds of a VIA-SD window by its own clock",
         "set it to 1",
+    ),
+    Unsupported(
+        "--runner",
+        lambda c: "pooling" if c.model_config.runner_type == "pooling" else None,
+        "a model that pools generates nothing that could be drafted",
+        "use --runner generate, or remove --via-sd",
+    ),
+    Unsupported(
+        "--kv-offloading-size",
+        # Before the next row: vLLM has made a connector of it, which the user never named.
+        lambda c: c.cache_config.kv_offloading_size,
+        "a KV connector could move what the slim verifier wrote and nobody verified",
+        "remove it",
     ),
     Unsupported(
         "--kv-transfer-config",
@@ -176,6 +189,8 @@ def check(vllm_config: "VllmConfig") -> None:
             f"--logprobs-mode is {model.logprobs_mode!r}, but tokens that the paper's rule keeps "
             "have no processed law; set it to raw_logprobs or leave the paper's rule off."
         )
+    if may_keep:
+        _warn_of_penalties(model.get_diff_sampling_param())
     from vllm_nvium.spec_decode.mask import (
         MaskError,
         ModelIdentity,
@@ -215,6 +230,21 @@ def check(vllm_config: "VllmConfig") -> None:
         options.window,
         options.drafts,
     )
+
+
+def _warn_of_penalties(defaults: Mapping[str, Any]) -> None:
+    """Of those that requests have without asking: `validate_request` refuses them."""
+    for name, nothing in NO_PENALTIES.items():
+        if (value := defaults.get(name, nothing)) != nothing:
+            logger.warning(
+                "Requests have %s %s by default here (the model's generation_config.json, or "
+                "--override-generation-config), and under the paper's rule those that do not set "
+                "it to %g are answered with status 400; --generation-config vllm leaves that file "
+                "out",
+                name,
+                value,
+                nothing,
+            )
 
 
 def _with_short_flags(engine_args: Any) -> dict[str, Any]:
@@ -311,14 +341,7 @@ def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
 
 
 def _check_architecture(model_config: Any) -> None:
-    from vllm_nvium.flags import ARCHITECTURE
-
     found = model_config.architecture
-    if found == ARCHITECTURE:
-        raise ViaSDRefusal(
-            f"--via-sd is on, but {model_config.model} is an N-vium model, which leaves layers out "
-            "by itself; remove the flag."
-        )
     if found not in ARCHITECTURES:
         raise ViaSDRefusal(
             f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works "
