@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from vllm import SamplingParams
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -348,6 +349,39 @@ def test_seeded_requests_count_for_the_largest_batch(with_ngrams: Served) -> Non
         engine.window_rounds.clear()
         engine.run(trace)
         assert bool(engine.window_rounds) == rounds
+
+
+def test_drafts_up_to_the_end_of_the_context(with_ngrams: Served) -> None:
+    """vLLM leaves room for all tokens that a step may verify, here a window of 12, before it asks
+    the drafter: one text near its end would leave the whole batch without drafts."""
+    engine = with_ngrams.engine
+    engine.set_rounds(3, 1, WINDOW)
+    longest = engine.runner.max_model_len
+    prompt = (_TEXTS[0][:17] * 20)[: longest - 40]
+    engine.asked.clear()
+    play(with_ngrams, [Arrival(0, prompt, greedy(40))])
+    assert longest - WINDOW < max(len(asked.prefix) for asked in engine.asked if asked.drafts)
+
+
+def test_nobody_drafts_for_seeded_requests(
+    with_draft_model: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft model sees their tokens, for its KV cache, and no more."""
+    engine = with_draft_model.engine
+    engine.set_rounds(4, 2, WINDOW)
+    asked: list[int] = []
+    propose = GPUModelRunner.propose_draft_token_ids
+
+    def recorded(runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        asked.append(scheduler_output.num_spec_tokens_to_schedule)
+        return propose(runner, scheduler_output, *args, **options)
+
+    monkeypatch.setattr(GPUModelRunner, "propose_draft_token_ids", recorded)
+    seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    engine.run([Arrival(0, _TEXTS[1][:20], seeded)])
+    assert len(asked) >= 10 and set(asked) == {0}
+    engine.run([Arrival(0, _TEXTS[1][:20], seeded), Arrival(0, _TEXTS[0][:20], greedy(12))])
+    assert 4 in asked
 
 
 def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Served) -> None:

@@ -570,6 +570,13 @@ HOOKS: tuple[Hook, ...] = (
         "a draft model would be run past its context",
     ),
     *_each(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_input_fits_in_drafter",
+        "overridden: drafters are asked for fewer tokens than a window has",
+        "nobody has drafts while one text is a window away from the end of the context",
+    ),
+    *_each(
         "vllm.engine.arg_utils",
         "EngineArgs",
         "spec_method spec_model spec_tokens",

@@ -188,6 +188,13 @@ class ViaSDModelRunnerMixin(Runner):
         self._step_end = None
         return super().execute_model(scheduler_output, *args, **kwargs)
 
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """vLLM leaves room for a whole window behind the longest text; drafters need less."""
+        if common_attn_metadata is None:
+            return False
+        longest = common_attn_metadata.max_seq_len + self.via_sd.drafts
+        return bool(longest <= self.effective_drafter_max_model_len)
+
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             # All drafts were cut: vLLM's rejection sampler fails at top-k of no rows.
@@ -244,7 +251,8 @@ class ViaSDModelRunnerMixin(Runner):
         request_ids = self._drafting()
         if request_ids:
             self._plan = self.controller.plan(request_ids, self._count_of_decoding())
-        drafts = self._plan.drafts
+        # Where all are seeded or read their prompts, nobody is to have drafts.
+        drafts = self._plan.drafts if request_ids else 0
         limited = replace(scheduler_output, num_spec_tokens_to_schedule=drafts)
         self._has_drafted = True
         self._asked = dict.fromkeys(request_ids, drafts)
@@ -259,7 +267,7 @@ class ViaSDModelRunnerMixin(Runner):
             answer = [tokens[:drafts] for tokens in answer]
         self._draft_seconds = time.perf_counter() - start
         # A draft model reads prompts, too, which has nothing to do with drafts.
-        if self._is_decode:
+        if self._is_decode and request_ids:
             self.controller.saw_draft(len(request_ids), drafts, self._draft_seconds)
         return answer
 
