@@ -658,7 +658,7 @@ def test_plans_take_little_time(
     controller = RoundController(max_drafts, max_window)
     steps = 1500
     engine.run(controller, steps)
-    assert 0 < made < 3 * steps / controller.refresh * 8 * 8 * 15**2
+    assert 0 < made < 4 * steps / controller.refresh * 8 * 8 * 15**2
 
 
 def test_plans_without_observations() -> None:
