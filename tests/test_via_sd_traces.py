@@ -21,7 +21,14 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival
-from via_sd_engine import NGRAM, ViaSDEngine, check_greedy_tokens, check_kv_cache, looked_up
+from via_sd_engine import (
+    NGRAM,
+    ViaSDEngine,
+    check_greedy_tokens,
+    check_kv_cache,
+    check_papers_tokens,
+    looked_up,
+)
 
 from tiny_models import make_dense, make_eagle, make_mimo
 from vllm_nvium.spec_decode.controller import FixedRounds, Plan, RoundController
@@ -30,6 +37,10 @@ from vllm_nvium.spec_decode.window import Drafts, Window, extend
 
 VOCABULARY = 64
 WINDOW = 12
+SKIPPED = (2,)
+OPTIONS: dict[str, Any] = {
+    "mask": "2", "window": WINDOW, "rounds": 2, "allow_paper_mode": True
+}  # fmt: skip
 # Models that agree often, but not always, with themselves without a layer and with each other.
 TARGET: dict[str, Any] = {"vocab_size": VOCABULARY, "bigrams": 0.7, "whisper": 0.2}
 DRAFT: dict[str, Any] = {
@@ -58,8 +69,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMo
 def with_ngrams(target: tuple[Path, PreTrainedModel]) -> Iterator[Served]:
     path, reference = target
     # 10 blocks of 32: one long sequence or a few short ones fit, so preemption is common.
-    options = {"mask": "2", "window": WINDOW, "rounds": 2}
-    engine = ViaSDEngine(str(path), NGRAM, options, num_gpu_blocks_override=10)
+    engine = ViaSDEngine(str(path), NGRAM, OPTIONS, num_gpu_blocks_override=10)
     yield Served(reference, engine)
 
 
@@ -71,9 +81,13 @@ def with_draft_model(
     draft_path = tmp_path_factory.mktemp("draft")
     draft = make_dense(draft_path, **DRAFT)
     drafter = {"method": "draft_model", "model": str(draft_path), "num_speculative_tokens": 4}
-    options = {"mask": "2", "window": WINDOW, "rounds": 2}
-    engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20, max_num_seqs=12)
+    engine = ViaSDEngine(str(path), drafter, OPTIONS, num_gpu_blocks_override=20, max_num_seqs=12)
     yield Served(reference, engine, draft)
+
+
+def papers(accept: float = 0.5, escalate: float = 0.3) -> dict[str, Any]:
+    """`extra_args` of a request that asks for the paper's rule."""
+    return {"via_sd_mode": "paper", "via_sd_accept": accept, "via_sd_escalate": escalate}
 
 
 # --- traces ---------------------------------------------------------------------------------------
@@ -84,13 +98,22 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     text = draw(st.sampled_from(_TEXTS))
     length = draw(st.integers(1, 110))
     tail = draw(st.lists(st.integers(3, VOCABULARY - 1), max_size=3))
-    kind = draw(st.sampled_from(["greedy"] * 5 + ["off", "sampled", "seeded"]))
+    kind = draw(
+        st.sampled_from(
+            ["greedy"] * 5 + ["paper"] * 3 + ["off", "sampled", "seeded", "paper drawn"]
+        )
+    )
+    extra_args = {"via_sd": "off"} if kind == "off" else None
+    if kind.startswith("paper"):
+        extra_args = papers(
+            *draw(st.sampled_from([(0.5, 0.3), (0.9, 0.1), (0.2, 0.2), (1.0, 1.0)]))
+        )
     params = SamplingParams(
-        temperature=0.0 if kind in ("greedy", "off") else 1.0,
+        temperature=0.0 if kind in ("greedy", "off", "paper") else 1.0,
         seed=7 if kind == "seeded" else None,
         max_tokens=draw(st.one_of(st.integers(1, 8), st.integers(30, 70))),
         ignore_eos=draw(st.sampled_from([True, True, False])),
-        extra_args={"via_sd": "off"} if kind == "off" else None,
+        extra_args=extra_args,
     )
     return Arrival(
         step=draw(st.integers(0, 12)),
@@ -118,8 +141,16 @@ rounds = st.sampled_from([1, 2, 3, "auto"])
 windows = st.sampled_from([1, 2, 5, WINDOW])
 
 
-def play(served: Served, trace: list[Arrival]) -> None:
-    emitted = served.engine.run(trace)
+def play(served: Served, trace: list[Arrival]) -> list[int]:
+    """Plays a trace to its end and checks what came out.
+
+    Returns:
+        tokens by tier of the windows of greedy requests under the paper's rule.
+    """
+    engine, by_tier = served.engine, [0, 0, 0]
+    engine.handed.clear()
+    emitted = engine.run(trace)
+    assert engine.blocks_in_use == 0
     for number, arrival in enumerate(trace):
         seen = emitted.get(str(number))
         if seen is None:
@@ -129,8 +160,15 @@ def play(served: Served, trace: list[Arrival]) -> None:
             full = arrival.params.max_tokens == len(seen.tokens)
             ended = not arrival.params.ignore_eos and seen.tokens[-1] == 1
             assert full or ended
-        if arrival.params.temperature == 0.0:
+        if arrival.params.temperature > 0.0:
+            continue
+        if "via_sd_mode" not in (arrival.params.extra_args or {}):
             check_greedy_tokens(served.reference, arrival.prompt, seen.tokens)
+            continue
+        windows = [w for w in engine.handed if w.request == str(number)]
+        kinds = check_papers_tokens(served.reference, SKIPPED, arrival.prompt, seen.tokens, windows)
+        by_tier = [a + b for a, b in zip(by_tier, kinds, strict=True)]
+    return by_tier
 
 
 EXAMPLES = max(int(os.environ.get("NVIUM_TRACES", "220")) // 10, 5)
@@ -164,14 +202,14 @@ def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
-def crowd(seed: int, size: int = 10) -> list[Arrival]:
+def crowd(seed: int, size: int = 10, **fields: Any) -> list[Arrival]:
     """More than fits into the KV cache."""
     generator = random.Random(seed)
     return [
         Arrival(
             2 * i,
             _TEXTS[i % 3][: generator.randint(20, 60)] + [10 + i],
-            greedy(generator.randint(50, 70)),
+            greedy(generator.randint(50, 70), **fields),
         )
         for i in range(size)
     ]
@@ -194,6 +232,58 @@ def test_more_requests_than_fit(request: pytest.FixtureRequest, drafter: str, ro
     assert 0 < happened["slim_accepted"] < happened["slim_drafted"]
     assert 0 < happened["accepted"] < happened["window_tokens"]
     assert happened["slim_passes"] >= happened["full_passes"] * 0.5
+
+
+@pytest.mark.parametrize("drafter", ["with_ngrams", "with_draft_model"])
+def test_more_requests_of_the_papers_rule_than_fit(
+    request: pytest.FixtureRequest, drafter: str
+) -> None:
+    served: Served = request.getfixturevalue(drafter)
+    engine = served.engine
+    engine.set_rounds(3, 2, WINDOW)
+    before, tiers = vars_of(engine), list(engine.runner.counts.tiers)
+    preemptions = engine.preemptions
+    engine.window_rounds.clear()
+    by_tier = play(served, crowd(5, extra_args=papers()))
+    assert drafter == "with_draft_model" or engine.preemptions > preemptions
+    assert max(engine.window_rounds) == 2
+    assert min(by_tier) > 3, by_tier
+    happened = {key: value - before[key] for key, value in vars_of(engine).items()}
+    counted = [b - a for a, b in zip(tiers, engine.runner.counts.tiers, strict=True)]
+    assert sum(counted) == happened["window_tokens"] > happened["accepted"]
+    # What is not asked about passes, unless a token before it was refused, and the last window of a
+    # text may be longer than what is left of it.
+    assert counted[ACCEPT] + counted[REGENERATE] > by_tier[ACCEPT] + by_tier[REGENERATE] - 1
+    assert happened["slim_accepted"] < happened["slim_drafted"]
+
+
+@pytest.mark.parametrize("drafter", ["with_ngrams", "with_draft_model"])
+def test_a_text_of_the_papers_rule_is_the_same_beside_others(
+    request: pytest.FixtureRequest, drafter: str
+) -> None:
+    """At temperature 0 and with the same plan, as long as it gets its turns: the first request is
+    never preempted, and its windows are never cut."""
+    served: Served = request.getfixturevalue(drafter)
+    engine = served.engine
+    engine.set_rounds(3, 2, WINDOW)
+    preemptions, differ = engine.preemptions, 0
+    for seed, text in enumerate(_TEXTS):
+        mine = Arrival(0, text[10:40], greedy(60, extra_args=papers()))
+        play(served, [mine])
+        alone = engine.emitted["0"].tokens
+        others = crowd(seed, 6)
+        others[0].params.extra_args = {"via_sd": "off"}
+        others[1].params.extra_args = papers(0.9, 0.1)
+        others[2].params.temperature = 1.0
+        others[3].params.extra_args = papers()
+        others[4].abort_after = 9
+        play(served, [mine, *others])
+        assert engine.emitted["0"].tokens == alone
+        play(served, [Arrival(0, text[10:40], greedy(60))])
+        differ += engine.emitted["0"].tokens != alone
+    assert drafter == "with_draft_model" or engine.preemptions > preemptions
+    # And it is not merely that of plain decoding.
+    assert differ > 1
 
 
 def test_more_drafts_than_fit_into_one_pass(with_draft_model: Served) -> None:
@@ -360,7 +450,8 @@ def test_drafts_up_to_the_end_of_the_context(with_ngrams: Served) -> None:
     prompt = (_TEXTS[0][:17] * 20)[: longest - 40]
     engine.asked.clear()
     play(with_ngrams, [Arrival(0, prompt, greedy(40))])
-    assert longest - WINDOW < max(len(asked.prefix) for asked in engine.asked if asked.drafts)
+    # Where the drafter is not asked, vLLM puts zeros.
+    assert longest - WINDOW < max(len(asked.prefix) for asked in engine.asked if any(asked.drafts))
 
 
 def test_nobody_drafts_for_seeded_requests(
@@ -498,19 +589,22 @@ def test_the_slim_verifier_is_compiled_at_start(target: tuple[Path, PreTrainedMo
 
 
 @pytest.mark.parametrize("drafter", ["with_ngrams", "with_draft_model"])
+@pytest.mark.parametrize("mode", ["lossless", "paper"])
 def test_the_kv_cache_is_that_of_plain_decoding(
-    request: pytest.FixtureRequest, drafter: str
+    request: pytest.FixtureRequest, drafter: str, mode: str
 ) -> None:
-    """At every position that counts as computed, between two steps."""
+    """At every position that counts as computed, between two steps; under the paper's rule too,
+    whose tokens the full model reads though it is not asked about them."""
     served: Served = request.getfixturevalue(drafter)
     engine = served.engine
     engine.set_rounds(4, 2, WINDOW)
     engine.after_step = look = Look(engine, served.reference)
     try:
-        play(served, crowd(7, size=4))
+        by_tier = play(served, crowd(7, size=4, extra_args=papers() if mode == "paper" else None))
     finally:
         engine.after_step = None
     assert look.compared > 500
+    assert mode == "lossless" or min(by_tier[ACCEPT], by_tier[REGENERATE]) > 3
 
 
 # --- the drafter ----------------------------------------------------------------------------------
