@@ -6,7 +6,7 @@ target's own in the lossless mode, and the formula of `tiers.paper_law` in the p
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from vllm.sampling_params import StructuredOutputsParams
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival
-from via_sd_engine import ViaSDEngine, check_greedy_tokens, logits_of, looked_up, slim_logits
+from via_sd_engine import (
+    ViaSDEngine,
+    check_greedy_tokens,
+    logits_of,
+    looked_up,
+    slim_logits,
+    slim_logits_of_all,
+)
 
 from tiny_models import make_dense, save_character_tokenizer
 from vllm_nvium.spec_decode.tiers import ACCEPT, ESCALATE, REGENERATE, paper_law, paper_tiers
@@ -251,54 +258,138 @@ PAPER = {
 }  # fmt: skip
 
 
-def papers_law(served: Served, prefix: Sequence[int], temperature: float) -> torch.Tensor:
-    """[V] float64, of the token behind a prefix whose last token opens a window."""
-    before = [*PROMPT, *prefix]
-    q = laws_behind(served.reference, [prefix], temperature)[0]
-    p = served.proposal(before, temperature)
-    if p is None:
-        return q
-    logits = slim_logits(served.reference, SKIPPED, before[:-1], before[-1:])[-1].double()
-    slim = torch.softmax(logits / temperature, dim=-1)
-    return paper_law(p, slim, q, ACCEPT_FROM, ESCALATE_BELOW)
+@dataclass(frozen=True)
+class Place:
+    """Where the next token stands under the paper's rule.
+
+    Attributes:
+        opened: tokens behind the prompt when its window was opened; the last of them is the one
+            whose K/V no pass of the full model has written.
+        rounds: of the window so far.
+        drafts: of the present round that are still to come; n-grams are known by then.
+        known: those n-grams.
+        has_escalated: a token of this round was left to the full model.
+    """
+
+    opened: int
+    rounds: int = 0
+    drafts: int = 0
+    known: tuple[int, ...] = ()
+    has_escalated: bool = False
 
 
-def check_papers_law(served: Served, tokens: Sequence[list[int]], temperature: float) -> None:
-    observed, expected, plain = [], [], []
-    for first in range(VOCABULARY):
-        rows = [row for row in tokens if row[0] == first]
-        if len(rows) < 100:
-            continue
-        law = papers_law(served, [first], temperature).numpy()
-        counts = counts_of(rows, [1])
-        assert counts[law == 0].sum() == 0, first
-        observed.append(counts)
-        expected.append(law)
-        plain.append(laws_behind(served.reference, [[first]], temperature)[0].numpy())
-    assert len(observed) > 3
-    possible = [law > 0 for law in expected]
-    pairs = zip(observed, expected, possible, strict=True)
-    kept = [(counts[good], law[good]) for counts, law, good in pairs if good.sum() > 1]
-    if kept:
-        assert chi_square([k[0] for k in kept], [k[1] for k in kept]) > SIGNIFICANCE
+class PapersLaw:
+    """The joint law of the first tokens under the paper's rule: its formula for one position,
+    composed over drafts, rounds, and windows."""
+
+    def __init__(self, served: Served, temperature: float, drafts: int, rounds: int) -> None:
+        self.served, self.drafts, self.rounds = served, drafts, rounds
+        self.full: dict[tuple[int, ...], torch.Tensor] = {}
+        self.draft: dict[tuple[int, ...], torch.Tensor] = {}
+        self.slim: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
+        for length in range(TOKENS):
+            prefixes = list(itertools.product(range(VOCABULARY), repeat=length))
+            laws = laws_behind(served.reference, prefixes, temperature)
+            self.full |= dict(zip(prefixes, laws, strict=True))
+            laws = laws_behind(served.draft, prefixes, temperature)
+            if served.kind == "greedy draft model":
+                laws = torch.nn.functional.one_hot(laws.argmax(dim=1), VOCABULARY).double()
+            self.draft |= dict(zip(prefixes, laws, strict=True))
+            for opened in range(1, length + 1):
+                logits = slim_logits_of_all(
+                    served.reference, SKIPPED,
+                    [[*PROMPT, *prefix[: opened - 1]] for prefix in prefixes],
+                    [prefix[opened - 1 :] for prefix in prefixes],
+                )[:, -1]  # fmt: skip
+                laws = torch.softmax(logits.double() / temperature, dim=-1)
+                self.slim |= {
+                    (prefix, opened): law for prefix, law in zip(prefixes, laws, strict=True)
+                }
+
+    def joint(self) -> np.ndarray:
+        """[V] * TOKENS."""
+        # The first token is the full model's, behind the prompt.
+        first = self.full[()].tolist()
+        weights = {((token,), Place(1)): weight for token, weight in enumerate(first)}
+        for _ in range(1, TOKENS):
+            longer: dict[tuple[tuple[int, ...], Place], float] = {}
+            for (prefix, place), weight in weights.items():
+                for token, share, behind in self.moves(prefix, place):
+                    key = (*prefix, token), behind
+                    longer[key] = longer.get(key, 0.0) + weight * share
+            weights = longer
+        law = np.zeros((VOCABULARY,) * TOKENS)
+        for (tokens, _), weight in weights.items():
+            law[tokens] += weight
+        return law
+
+    def moves(self, prefix: tuple[int, ...], place: Place) -> list[tuple[int, float, Place]]:
+        """The next token: each way to get it with its probability, and where it leads to."""
+        if not place.drafts and place.rounds < self.rounds and not place.has_escalated:
+            known: list[int] = []
+            if self.served.kind == "ngram":
+                known = looked_up([*PROMPT, *prefix], self.drafts, longest=2)
+            drafts = len(known) if self.served.kind == "ngram" else self.drafts
+            place = Place(place.opened, place.rounds + 1, drafts, tuple(known))
+        q, anew = self.full[prefix], Place(len(prefix) + 1)
+        if not place.drafts:
+            return [(token, share, anew) for token, share in enumerate(q.tolist()) if share]
+        p, slim = self.draft[prefix], self.slim[prefix, place.opened]
+        if self.served.kind == "ngram":
+            p = one_hot(place.known[0])
+        tiers = paper_tiers(
+            torch.arange(VOCABULARY)[None], slim.expand(1, VOCABULARY + 1, -1),
+            torch.tensor([ACCEPT_FROM]), torch.tensor([ESCALATE_BELOW]),
+        )[0]  # fmt: skip
+        left, known_left = place.drafts - 1, place.known[1:]
+        kept = replace(place, drafts=left, known=known_left)
+        asked = replace(kept, has_escalated=True)
+        drawn_again = replace(place, drafts=0, known=())
+        a, b, c = (tiers == tier for tier in (ACCEPT, REGENERATE, ESCALATE))
+        agreed = torch.where(c & (p > 0), torch.minimum(p, q), 0.0)
+        residual = (q - p).clamp(min=0.0)
+        refused = float(p[c].sum() - agreed.sum()) * residual / residual.sum()
+        shares = [(p * a, kept), (p[b].sum() * slim, drawn_again), (agreed, asked), (refused, anew)]
+        one_position = paper_law(p, slim, q, ACCEPT_FROM, ESCALATE_BELOW)
+        torch.testing.assert_close(sum(share for share, _ in shares), one_position)
+        return [
+            (token, share, behind)
+            for law, behind in shares
+            for token, share in enumerate(law.tolist())
+            if share > 0
+        ]
+
+
+def check_papers_law(
+    served: Served, tokens: Sequence[list[int]], temperature: float, drafts: int, rounds: int
+) -> None:
+    law = PapersLaw(served, temperature, drafts, rounds).joint()
+    assert law.sum() == pytest.approx(1.0)
+    counts = counts_of(tokens, range(TOKENS))
+    assert counts[law == 0].sum() == 0
+    check_joint(tokens, law)
     # It is another law than the target's, and these are enough draws to tell; but most drafts of
     # the greedy draft model escalate, and what escalates follows the target.
     if served.kind != "greedy draft model":
-        assert chi_square(observed, plain) < SIGNIFICANCE
+        plain = joint_law(served.reference, 3, temperature).sum(axis=0)
+        assert chi_square([counts_of(tokens, (1, 2)).ravel()], [plain.ravel()]) < SIGNIFICANCE
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize(
+    ("drafts", "rounds", "temperature"),
+    [(2, 1, 1.0), (2, 2, 1.0), (2, 2, 0.7), (1, 3, 1.0)],
+)
 def test_tokens_of_the_papers_rule_follow_its_formula(
-    served: Served, temperature: float, rounds: int
+    served: Served, drafts: int, rounds: int, temperature: float
 ) -> None:
-    served.engine.set_rounds(2, rounds)
+    served.engine.set_rounds(drafts, rounds)
+    served.engine.window_rounds.clear()
     tiers = list(served.engine.runner.counts.tiers)
-    params = sampled(temperature, extra_args=PAPER, max_tokens=6)
-    tokens = draw_tokens(served, [params] * REQUESTS)
-    check_papers_law(served, tokens, temperature)
+    tokens = draw_tokens(served, [sampled(temperature, extra_args=PAPER)] * REQUESTS)
+    check_papers_law(served, tokens, temperature, drafts, rounds)
     happened = [b - a for a, b in zip(tiers, served.engine.runner.counts.tiers, strict=True)]
     assert all(count > 100 for count in happened), happened
+    assert max(served.engine.window_rounds) == rounds
 
 
 def test_the_papers_rule_at_temperature_0(served: Served) -> None:
@@ -357,6 +448,6 @@ def test_requests_of_all_kinds_keep_their_laws_beside_each_other(served: Served)
     }
     for kind in ("lossless", "off", "seeded"):
         check_joint(by_kind[kind], law)
-    check_papers_law(served, by_kind["paper"], 1.0)
+    check_papers_law(served, by_kind["paper"], 1.0, drafts=2, rounds=2)
     assert len(set(map(tuple, by_kind["greedy"]))) == 1
     check_greedy_tokens(served.reference, PROMPT, by_kind["greedy"][0])

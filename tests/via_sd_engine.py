@@ -7,15 +7,18 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from trace_engine import TraceEngine
+from trace_engine import TraceEngine, _public
 from transformers import DynamicCache, PreTrainedModel
 from vllm.triton_utils import dispatcher
 
 from vllm_nvium.spec_decode.controller import FixedRounds, RoundController
+from vllm_nvium.spec_decode.tiers import ACCEPT, ESCALATE, REGENERATE
+from vllm_nvium.spec_decode.window import Window
 
 # Two tokens whose logits are nearer than this cannot be told apart in float32.
 TIE = 1e-4
@@ -58,6 +61,26 @@ class Asked:
     room: int
 
 
+@dataclass
+class Handed:
+    """A window as the full model is to verify it.
+
+    Attributes:
+        request: its id in the trace.
+        prefix: all tokens of the request before it.
+        tokens, tiers: of the window; rounds: how many it has had.
+    """
+
+    request: str
+    prefix: list[int]
+    tokens: list[int]
+    tiers: list[int]
+    rounds: int
+    is_paper: bool
+    accept: float
+    escalate: float
+
+
 class ViaSDEngine(TraceEngine):
     """A `TraceEngine` whose rounds can be changed while it runs.
 
@@ -77,8 +100,10 @@ class ViaSDEngine(TraceEngine):
             **overrides,
         )
         self.asked: list[Asked] = []
-        # Rounds of each window that was handed over, and what is called after every step.
+        # Windows that were handed over, and rounds of each; what is called after every step.
+        self.handed: list[Handed] = []
         self.window_rounds: list[int] = []
+        # Turns for which a request waited with its drafts.
         self.unscheduled = 0
         self.after_step: Callable[[], None] | None = None
         self._record_windows()
@@ -108,6 +133,18 @@ class ViaSDEngine(TraceEngine):
             batch = runner.input_batch
             return batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]].tolist()
 
+        def handed(window: Window) -> Handed:
+            return Handed(
+                _public(runner.input_batch.req_ids[window.request]),
+                tokens_of(window.request),
+                list(window.tokens),
+                list(window.tiers),
+                window.rounds,
+                window.is_paper,
+                window.accept,
+                window.escalate,
+            )
+
         def record_plain() -> Any:
             drafts, probs = plain_drafts()
             for row, tokens in enumerate(drafts):
@@ -127,10 +164,19 @@ class ViaSDEngine(TraceEngine):
 
         def record_windows(windows: Any, *args: Any) -> None:
             hand_over(windows, *args)
-            self.window_rounds += [window.rounds for window in windows if window.rounds]
+            for window in windows:
+                if window.rounds:
+                    self.window_rounds.append(window.rounds)
+                    self.handed.append(handed(window))
 
         runner._plain_drafts = record_plain
         runner._draft_again, runner._hand_over = record_again, record_windows
+
+    @property
+    def blocks_in_use(self) -> int:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        # One is the null block.
+        return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
 
     def set_rounds(self, drafts: int, rounds: int | str, window: int | None = None) -> None:
         """From the next step on, as if the engine had been started so."""
@@ -165,7 +211,43 @@ def check_greedy_tokens(model: PreTrainedModel, prefix: Sequence[int], new: Sequ
     )
 
 
-def without_layers(model: PreTrainedModel, skipped: Sequence[int]) -> PreTrainedModel:
+def check_papers_tokens(
+    model: PreTrainedModel,
+    skipped: Sequence[int],
+    prompt: Sequence[int],
+    new: Sequence[int],
+    windows: Sequence[Handed],
+) -> list[int]:
+    """Every new token is what the model says after those before it, or one that the paper's rule
+    keeps without asking; and each tier of the windows is the one that the slim verifier gives.
+
+    Returns:
+        how many new tokens are of each tier of a window.
+    """
+    text, kinds = [*prompt, *new], [0, 0, 0]
+    kept: set[int] = set()
+    for window in windows:
+        laws = slim_logits(model, skipped, window.prefix[:-1], [window.prefix[-1], *window.tokens])
+        laws = laws.softmax(dim=-1)
+        for place, (token, tier) in enumerate(zip(window.tokens, window.tiers, strict=True)):
+            share = float(laws[place, token] / laws[place].max())
+            least = {ACCEPT: window.accept, REGENERATE: 1.0, ESCALATE: 0.0}[tier]
+            most = window.escalate if tier == ESCALATE else 1.0
+            assert least - TIE <= share <= most + TIE, (window, place, share)
+            length = len(window.prefix) + place + 1
+            if text[:length] == window.prefix + window.tokens[: place + 1]:
+                kinds[tier] += 1
+                if tier != ESCALATE:
+                    kept.add(length - 1)
+    logits = logits_of(model, text)
+    for place in range(len(prompt), len(text)):
+        behind = float(logits[place - 1].max() - logits[place - 1, text[place]])
+        assert place in kept or behind < TIE, f"token {place} is {behind} behind, and in no window"
+    return kinds
+
+
+@lru_cache(maxsize=4)
+def without_layers(model: PreTrainedModel, skipped: tuple[int, ...]) -> PreTrainedModel:
     """A copy of the model without some layers: what the slim verifier computes."""
     slim = copy.deepcopy(model)
     layers = [layer for i, layer in enumerate(slim.model.layers) if i not in skipped]
@@ -181,15 +263,26 @@ def slim_logits(
 ) -> torch.Tensor:
     """[W, V] of the slim verifier on the tokens of a window, which read what the full model wrote
     for the verified ones."""
-    slim = without_layers(model, skipped)
+    return slim_logits_of_all(model, skipped, [verified], [window])[0]
+
+
+def slim_logits_of_all(
+    model: PreTrainedModel,
+    skipped: Sequence[int],
+    verified: Sequence[Sequence[int]],
+    windows: Sequence[Sequence[int]],
+) -> torch.Tensor:
+    """[P, W, V]: `slim_logits` of windows of one length behind texts of one length."""
+    slim = without_layers(model, tuple(skipped))
     cache = DynamicCache()
     with torch.no_grad():
-        full = model(torch.tensor([list(verified)]), use_cache=True).past_key_values
+        texts = torch.tensor([list(text) for text in verified])
+        full = model(texts, use_cache=True).past_key_values
         kept = [i for i in range(model.config.num_hidden_layers) if i not in skipped]
         for new, old in enumerate(kept):
             cache.update(full.layers[old].keys, full.layers[old].values, new)
-        tokens = torch.tensor([list(window)])
-        return slim(tokens, past_key_values=cache, use_cache=True).logits[0].float()
+        tokens = torch.tensor([list(window) for window in windows])
+        return slim(tokens, past_key_values=cache, use_cache=True).logits.float()
 
 
 def looked_up(tokens: Sequence[int], count: int, longest: int) -> list[int]:
