@@ -2,6 +2,11 @@
 """The options: parsing, checks, the way from the command line into `additional_config`, and the
 overrides of one request."""
 
+import dataclasses
+import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,3 +129,98 @@ def test_flags_on_another_model_are_refused(dense_checkpoint: Path) -> None:
     args = EngineArgs(model=str(dense_checkpoint), additional_config={"nvium_sampling": "mixture"})
     with pytest.raises(ValueError, match="--nvium-sampling .* LlamaForCausalLM .*; remove it"):
         args.create_engine_config()
+
+
+# ------------------------------------------------------------------------------- keyword arguments
+
+KEYWORDS: dict[str, Any] = {
+    "nvium_sampling": "mixture",
+    "nvium_max_deferred": 4,
+    "via_sd": True,
+    "via_sd_mask": "1,2",
+    "via_sd_mode": "paper",
+    "via_sd_accept": 0.7,
+    "via_sd_escalate": 0.1,
+    "via_sd_window": 9,
+    "via_sd_rounds": 2,
+    "via_sd_max_batch": 3,
+    "via_sd_allow_paper_mode": True,
+}
+
+
+def engine_args_classes() -> list[Any]:
+    plugin.register()
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    return [EngineArgs, AsyncEngineArgs]
+
+
+def test_keywords_are_the_flags(parser: Any) -> None:
+    titles = ("N-vium", "VIA-SD")
+    groups = [group for group in parser._action_groups if group.title in titles]
+    flags = {action.dest for group in groups for action in group._group_actions}
+    assert flags == set(KEYWORDS)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["EngineArgs", "AsyncEngineArgs"])
+def test_keywords_travel_in_additional_config(index: int, dense_checkpoint: Path) -> None:
+    cls, path = engine_args_classes()[index], str(dense_checkpoint)
+    assert cls(model=path, **KEYWORDS).additional_config == KEYWORDS
+    # A first argument without its name, and what is in additional_config already.
+    given = {"other": 1, "via_sd_mask": "2"}
+    args = cls(path, via_sd=True, via_sd_mask="2", via_sd_window=None, additional_config=given)
+    assert args.additional_config == {"other": 1, "via_sd_mask": "2", "via_sd": True}
+    assert given == {"other": 1, "via_sd_mask": "2"} and args.model == path
+    with pytest.raises(ValueError, match="--via-sd-mask is '1' but --additional-config says"):
+        cls(model=path, via_sd_mask="1", additional_config=given)
+    for unknown in ("via_sd_speed", "via_sd_drafts", "nvium_depth", "other"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
+            cls(model=path, **{unknown: 1})
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["EngineArgs", "AsyncEngineArgs"])
+def test_keywords_leave_the_dataclass_as_it_was(index: int, dense_checkpoint: Path) -> None:
+    cls, path = engine_args_classes()[index], str(dense_checkpoint)
+    names = [field.name for field in dataclasses.fields(cls)]
+    assert list(inspect.signature(cls).parameters) == names and not set(names) & set(KEYWORDS)
+    args = cls(model=path, seed=3, via_sd=True)
+    assert vars(args).keys() == vars(cls(model=path)).keys() == set(names)
+    assert cls(model=path).additional_config == {}
+    assert pickle.loads(pickle.dumps(args)) == args
+    changed = dataclasses.replace(args, seed=4, via_sd_mask="1")
+    assert (changed.seed, args.seed) == (4, 3)
+    assert changed.additional_config == {"via_sd": True, "via_sd_mask": "1"}
+    assert args.additional_config == {"via_sd": True}
+
+
+def test_keywords_of_llm(dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(engine_args: Any, **_: Any) -> None:
+        raise Stop(engine_args.additional_config)
+
+    plugin.register()
+    from vllm import LLM
+
+    monkeypatch.setattr("vllm.v1.engine.llm_engine.LLMEngine.from_engine_args", stop)
+    with pytest.raises(Stop) as stopped:
+        LLM(str(dense_checkpoint), via_sd=True, via_sd_mask="1", nvium_max_deferred=0)
+    expected = {"via_sd": True, "via_sd_mask": "1", "nvium_max_deferred": 0}
+    assert stopped.value.args == (expected,)
+
+
+def test_keywords_need_the_plugins_loaded(dense_checkpoint: Path) -> None:
+    """vLLM loads them inside its first EngineArgs, after its arguments were looked at."""
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        f"def make(): return EngineArgs(model={str(dense_checkpoint)!r}, via_sd=True)\n"
+        "try: make()\n"
+        "except TypeError: print('too early')\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "print(make().additional_config)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-2:] == ["too early", "{'via_sd': True}"]

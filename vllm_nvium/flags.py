@@ -40,6 +40,10 @@ class NviumOptions:
         return cls(**_read(additional_keys(vllm_config), cls(), in_config=True))
 
 
+# The options as keys of `additional_config` and as keyword arguments.
+KEYS = tuple(PREFIX + field.name for field in fields(NviumOptions))
+
+
 @dataclass(frozen=True)
 class NviumRequestOptions:
     """Options of one request; the fields mean the same as in `NviumOptions`."""
@@ -87,8 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as keys of `additional_config`."""
-    keys = [PREFIX + field.name for field in fields(NviumOptions)]
-    return {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
+    return {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
 
 
 def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:

@@ -75,6 +75,13 @@ HOOKS: tuple[Hook, ...] = (
         "wrapped to carry the flags into additional_config",
         "the flags do nothing",
     ),
+    *_each(
+        "vllm.engine.arg_utils",
+        "",
+        "AsyncEngineArgs",
+        "its constructor and that of EngineArgs are wrapped to take the flags as keyword arguments",
+        "`LLM(..., via_sd=True)` is a TypeError",
+    ),
     Hook(
         "vllm.engine.arg_utils",
         "EngineArgs.create_engine_config",
@@ -429,7 +436,8 @@ HOOKS: tuple[Hook, ...] = (
     *_each(
         "vllm.config.model",
         "ModelConfig",
-        "architecture hf_config hf_text_config served_model_name max_model_len seed logprobs_mode",
+        "architecture hf_config hf_text_config served_model_name max_model_len seed logprobs_mode "
+        "runner_type get_diff_sampling_param",
         "says whether the target can lose layers, and names it in the metrics",
         "no VIA-SD",
     ),

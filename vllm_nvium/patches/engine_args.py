@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm.engine.arg_utils.EngineArgs`: the --nvium-* flags and refusals that read as one sentence.
-vLLM 0.32 offers plugins no way to add a flag; it loads them before its parser is built."""
+"""`vllm.engine.arg_utils.EngineArgs`: the --nvium-* and --via-sd-* flags, as flags and as keyword
+arguments, and refusals that read as one sentence. vLLM 0.32 offers plugins no way to add either. It
+loads them before its parser is built, and otherwise inside the first `EngineArgs`."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from vllm_nvium.flags import (
     ARCHITECTURE,
+    KEYS,
     add_arguments,
     additional_keys,
     given_on_command_line,
@@ -21,6 +23,7 @@ from vllm_nvium.spec_decode import options as via_sd
 from vllm_nvium.spec_decode.startup import check, prepared
 
 MODULE, CLASS = "vllm.engine.arg_utils", "EngineArgs"
+KEYWORDS = (*KEYS, *via_sd.KEYS)
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,6 +35,19 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         return parser
 
     return add_cli_args
+
+
+def _with_keywords(original: Callable[..., Any]) -> Callable[..., Any]:
+    # No fields are added: what is made from fields (the parser, copies, pickles, hashes) stays.
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = {key: kwargs.pop(key) for key in KEYWORDS if key in kwargs}
+        original(self, *args, **kwargs)
+        if given:
+            own = {key: value for key, value in given.items() if value is not None}
+            self.additional_config = merge(self.additional_config, own)
+
+    return __init__
 
 
 def _with_flag_values(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,6 +127,18 @@ PATCHES = (
         without="--nvium-* would be parsed and dropped",
         until="vLLM lets a plugin add an argument group",
         kind=classmethod,
+    ),
+    *(
+        Patch(
+            MODULE,
+            # A dataclass has an `__init__` of its own and does not call the one of its base.
+            owner,
+            "__init__",
+            _with_keywords,
+            without="`LLM(..., via_sd=True)` is a TypeError",
+            until="vLLM lets a plugin add an engine argument",
+        )
+        for owner in (CLASS, "AsyncEngineArgs")
     ),
     Patch(
         MODULE,

@@ -96,6 +96,10 @@ class ViaSDOptions:
         return options
 
 
+# The options that a user gives, as keys of `additional_config` and as keyword arguments.
+KEYS = (KEY, *(PREFIX + field.name for field in fields(ViaSDOptions) if field.name != "drafts"))
+
+
 @dataclass(frozen=True)
 class ViaSDRequestOptions:
     """Options of one request; the fields mean the same as in `ViaSDOptions`.
@@ -228,8 +232,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as keys of `additional_config`."""
-    keys = [KEY, *(PREFIX + field.name for field in fields(ViaSDOptions))]
-    return {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
+    return {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
 
 
 def additional_keys(additional_config: Any) -> dict[str, Any]:
