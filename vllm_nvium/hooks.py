@@ -425,6 +425,19 @@ HOOKS: tuple[Hook, ...] = (
         "overridden to build the GPU runner",
         "no N-vium on GPUs with Model Runner V1",
     ),
+    # VIA-SD: requests.
+    Hook(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest.to_beam_search_params",
+        "wrapped to refuse a beam search with options of VIA-SD",
+        "they are dropped without a word",
+    ),
+    Hook(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.to_beam_search_params",
+        "wrapped to refuse a beam search with options of VIA-SD",
+        "they are dropped without a word",
+    ),
     # VIA-SD: start-up.
     *_each(
         "vllm.engine.arg_utils",

@@ -16,11 +16,20 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_nvium.model_executor.catch_up import Rows, common_attention_metadata
+from vllm_nvium.spec_decode.mask import ModelIdentity, skipped_layers
+from vllm_nvium.spec_decode.options import ViaSDOptions
 
 
 class SlimPass(Protocol):
-    """A cheaper pass over some rows that gives states for the unembedding; the window knows nothing
-    else of the tier."""
+    """A cheaper pass over some rows that gives states for the unembedding; the window and the model
+    runner know nothing else of the tier. `make_slim_pass` makes the one that the options ask for.
+
+    Attributes:
+        attention_groups: per KV cache group vLLM's attention groups, whose metadata builders
+            describe the rows; set once there is a KV cache.
+    """
+
+    attention_groups: Sequence[Sequence[Any]]
 
     def __call__(self, token_ids: torch.Tensor, groups: Sequence[Rows]) -> torch.Tensor:
         """Runs the rows and writes their K/V.
@@ -34,6 +43,19 @@ class SlimPass(Protocol):
         """
         ...
 
+    def warm_up(self, num_tokens: int, device: torch.device) -> None:
+        """A pass without requests, so that it is compiled at start and counts in the memory
+        profile."""
+        ...
+
+
+def make_slim_pass(model: nn.Module, options: ViaSDOptions, vllm_config: VllmConfig) -> SlimPass:
+    """The tier between the drafter and `model`, the target as vLLM loaded it."""
+    config = vllm_config.model_config
+    layers, identity = config.hf_text_config.num_hidden_layers, config.hf_config
+    skipped = skipped_layers(options.mask, layers, ModelIdentity.from_config(identity))
+    return SlimVerifier(model, skipped, vllm_config)
+
 
 class SlimVerifier:
     """The target without the layers in `skipped`, as a `SlimPass`.
@@ -41,19 +63,17 @@ class SlimVerifier:
     Args:
         model: the target, as vLLM loaded it.
         skipped: indices of layers; see `mask.skipped_layers`.
-        attention_groups: per KV cache group vLLM's attention groups, whose metadata builders
-            describe the rows.
     """
+
+    attention_groups: Sequence[Sequence[Any]] = ()
 
     def __init__(
         self,
         model: nn.Module,
         skipped: Sequence[int],
         vllm_config: VllmConfig,
-        attention_groups: Sequence[Sequence[Any]] = (),
     ) -> None:
         self.vllm_config = vllm_config
-        self.attention_groups = attention_groups
         self.skipped = tuple(skipped)
         inner = model.model
         kept = [layer for i, layer in enumerate(inner.layers) if i not in self.skipped]
@@ -87,8 +107,6 @@ class SlimVerifier:
             return self.layers(token_ids, positions, None, None)
 
     def warm_up(self, num_tokens: int, device: torch.device) -> None:
-        """A pass without requests, so that it is compiled at start and counts in the memory
-        profile."""
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
             self.layers(token_ids, token_ids.clone(), None, None)

@@ -14,11 +14,10 @@ import torch
 from vllm_nvium.model_executor.catch_up import Rows
 from vllm_nvium.spec_decode.controller import OFF, FixedRounds, Plan, RoundController
 from vllm_nvium.spec_decode.drafting import DraftAgain, drafts_again
-from vllm_nvium.spec_decode.mask import ModelIdentity, skipped_layers
 from vllm_nvium.spec_decode.metrics import KEY, Counts, Reporter
 from vllm_nvium.spec_decode.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
 from vllm_nvium.spec_decode.slim_rows import rows_of_windows, slim_laws
-from vllm_nvium.spec_decode.slim_verifier import SlimVerifier
+from vllm_nvium.spec_decode.slim_verifier import SlimPass, make_slim_pass
 from vllm_nvium.spec_decode.tiers import ESCALATE
 from vllm_nvium.spec_decode.window import Drafts, Window, check_round, extend
 from vllm_nvium.worker.requests import GREEDY_BELOW
@@ -30,6 +29,11 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
     Runner = object  # the mixin stands before vLLM's class and calls it through `super()`
+
+
+# Bytes of slim laws that windows may hold between two passes of the full model. Windows beyond them
+# go without, as those of requests with a grammar do: their drafts are taken for point masses.
+LARGEST_LAWS = 1 << 30
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class ViaSDModelRunnerMixin(Runner):
     """Put before `GPUModelRunner` or `CPUModelRunner` in a class's bases."""
 
     via_sd: ViaSDOptions
-    slim: SlimVerifier
+    slim: SlimPass
     # vLLM's own: what the drafter answered, and what the next step verifies.
     _draft_token_ids: Any
 
@@ -123,13 +127,7 @@ class ViaSDModelRunnerMixin(Runner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        config = self.vllm_config.model_config
-        skipped = skipped_layers(
-            self.via_sd.mask,
-            config.hf_text_config.num_hidden_layers,
-            ModelIdentity.from_config(config.hf_config),
-        )
-        self.slim = SlimVerifier(self.get_model(), skipped, self.vllm_config)
+        self.slim = make_slim_pass(self.get_model(), self.via_sd, self.vllm_config)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
@@ -137,10 +135,16 @@ class ViaSDModelRunnerMixin(Runner):
 
     def _dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """vLLM's run without requests, which compiles the model and tells its memory: the slim
-        verifier's pass belongs to it."""
+        verifier's pass and the laws that wait for the full pass belong to it."""
+        held = None
+        if kwargs.get("is_profile") and self.device.type != "cpu":  # KV space of CPUs is given
+            # The windows' laws, and those of all of a step's drafts in one piece.
+            laws = self._windows_with_laws() * self._bytes_of_laws()
+            held = torch.empty(2 * laws, dtype=torch.uint8, device=self.device)
         output = super()._dummy_run(num_tokens, *args, **kwargs)
         if kwargs.get("is_profile"):
             self.slim.warm_up(num_tokens, self.device)
+        del held
         return output
 
     # --- one step -------------------------------------------------------------------------------
@@ -413,10 +417,17 @@ class ViaSDModelRunnerMixin(Runner):
         most = self.max_num_tokens // max(len(windows), 1) - 1
         return [min(window.room, most) for window in windows]
 
+    def _bytes_of_laws(self) -> int:
+        """Of one window: float32 over the vocabulary for each token."""
+        return 4 * self.via_sd.window * int(self.model_config.get_vocab_size())
+
+    def _windows_with_laws(self) -> int:
+        return min(LARGEST_LAWS // self._bytes_of_laws(), int(self.max_num_reqs))
+
     def _open_windows(self) -> list[Window]:
         """One for each request that may use the tier in this step."""
-        windows = []
-        batch = self.input_batch
+        windows: list[Window] = []
+        batch, laws_left = self.input_batch, self._windows_with_laws()
         for i, request_id in enumerate(batch.req_ids):
             request = self.via_sd_requests.get(request_id)
             if request is None or not request.is_tiered or self.discard_request_mask.np[i]:
@@ -431,6 +442,8 @@ class ViaSDModelRunnerMixin(Runner):
             newest = int(batch.token_ids_cpu[i, length - 1])
             if newest in request.stop_tokens:
                 continue
+            keeps_laws = request.keeps_laws and laws_left > 0
+            laws_left -= keeps_laws
             windows.append(
                 Window(
                     request=i,
@@ -442,7 +455,7 @@ class ViaSDModelRunnerMixin(Runner):
                     accept=request.options.accept,
                     escalate=request.options.escalate,
                     stop_tokens=request.stop_tokens,
-                    keeps_laws=request.keeps_laws,
+                    keeps_laws=keeps_laws,
                 )
             )
         return windows
