@@ -359,6 +359,13 @@ def test_the_server_example(server: tuple[str, Path]) -> None:
     assert "vllm:via_sd_windows_total" in result.stdout
 
 
+def test_a_server_answers_a_beam_search_with_options_by_400(server: tuple[str, Path]) -> None:
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=120)
+    beams = {"use_beam_search": True, "vllm_xargs": {"via_sd": "off"}}
+    with pytest.raises(openai.BadRequestError, match="'via_sd' is 'off', but use_beam_search"):
+        client.completions.create(model="tiny", prompt="w3 w4", max_tokens=3, n=2, extra_body=beams)
+
+
 def test_what_nothing_is_divided_by() -> None:
     line = summary(Counts.zero(4), 3, 0)
     assert "Mean window length: - tokens" in line and "Slim acceptance: -" in line

@@ -46,7 +46,13 @@ class Patch:
 
 def all_patches() -> tuple[Patch, ...]:
     """Every patch of this folder."""
-    from vllm_nvium.patches import async_llm, engine_args, input_processor, stat_loggers
+    from vllm_nvium.patches import (
+        async_llm,
+        beam_search,
+        engine_args,
+        input_processor,
+        stat_loggers,
+    )
 
-    modules = (engine_args, input_processor, async_llm, stat_loggers)
+    modules = (engine_args, input_processor, async_llm, beam_search, stat_loggers)
     return tuple(patch for module in modules for patch in module.PATCHES)
