@@ -182,16 +182,16 @@ def test_model_in_the_hub_cache(copy: Path, tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(copy, snapshot)
-    from vllm_nvium.startup import _cached_files
+    from vllm_nvium.weights import weight_files
 
     hub = str(tmp_path / "hub")
-    assert _cached_files("some/model", None, hub) == [snapshot / "model.safetensors"]
+    assert weight_files("some/model", None, hub) == [snapshot / "model.safetensors"]
     shard(snapshot)
-    assert _cached_files("some/model", None, hub) == sorted(snapshot.glob("*.safetensors"))
+    assert weight_files("some/model", None, hub) == sorted(snapshot.glob("*.safetensors"))
     next(snapshot.glob("*.safetensors")).unlink()
-    assert _cached_files("some/model", None, hub) == []  # still to be downloaded
-    assert _cached_files("no/model", None, hub) == []
-    assert _cached_files("s3://bucket/model", None, hub) == []
+    assert weight_files("some/model", None, hub) == []  # still to be downloaded
+    assert weight_files("no/model", None, hub) == []
+    assert weight_files("s3://bucket/model", None, hub) == []
 
 
 def test_is_fast(tmp_path: Path) -> None:

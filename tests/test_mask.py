@@ -161,6 +161,13 @@ def test_a_file_comes_back(tmp_path: Path) -> None:
     assert content["format"] == "via-sd-mask" and content["version"] == 1
 
 
+def test_a_file_of_before_weights_were_looked_at_is_read(tmp_path: Path) -> None:
+    path, content = tmp_path / "mask.json", mask_file().model_dump(mode="json")
+    del content["weights"]
+    path.write_text(json.dumps(content))
+    assert read_mask_file(path) == mask_file()
+
+
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mask.json"
     write_mask_file(path, mask_file())

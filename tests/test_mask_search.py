@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -48,8 +49,9 @@ from vllm_nvium.spec_decode.mask_search import (
     search,
     without_layers,
 )
-from vllm_nvium.spec_decode.search_command import best_so_far
+from vllm_nvium.spec_decode.search_command import WEIGHTS, best_so_far
 from vllm_nvium.training import TrainingError
+from vllm_nvium.weights import fingerprint
 
 LAYERS = 8
 PLANTED = (1, 4, 6)
@@ -562,6 +564,7 @@ def test_command(
     assert (mask.trials, mask.objective, mask.alpha, mask.beta) == (12, "divergence", 0.0, 1.0)
     assert mask.calibration.prefixes == 128 and mask.calibration.sources == (str(text),)
     assert mask.score < 0.01 < mask.even_score and mask.made_with["optuna"]
+    assert mask.weights == fingerprint(str(target), LAYERS) is not None
     assert {file.name for file in tmp_path.iterdir()} == {
         "mask.json",
         "mask.png",
@@ -775,6 +778,30 @@ def test_another_search_is_not_gone_on_with(
     said = refusal(capsys, command(other, text, out, "--resume"))
     assert said.startswith(f"TARGET is {str(other)!r}, and the search in")
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_weights_of_a_search_that_goes_on(
+    target: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "mask.json"
+    shutil.copytree(target, copy)
+    assert main(command(copy, text, out)) == 0
+    record = tmp_path / "mask.trials.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    told = json.loads(lines[0])["told"]
+    weights = told.pop(WEIGHTS)
+    assert weights == fingerprint(str(copy), LAYERS)
+    # Records of before the weights were looked at lack them, others could not tell them.
+    for began in (told, told | {WEIGHTS: None}):
+        record.write_text("".join([json.dumps({"told": began}) + "\n", *lines[1:]]))
+        assert main(command(copy, text, out, "--resume")) == 0
+        assert read_mask_file(out).weights == weights
+    record.write_text("".join(lines))
+    make_dense(tmp_path / "other", num_hidden_layers=LAYERS, seed=5)
+    shutil.copy(tmp_path / "other" / "model.safetensors", copy)
+    capsys.readouterr()
+    said = refusal(capsys, command(copy, text, out, "--resume"))
+    assert said.startswith(f"{WEIGHTS} is '") and f"was begun with '{weights}'" in said
 
 
 def test_a_package_that_is_missing(

@@ -33,6 +33,7 @@ from vllm_nvium.spec_decode import startup
 from vllm_nvium.spec_decode.mask import ModelIdentity, write_mask_file
 from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
 from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, ViaSDRefusal, check
+from vllm_nvium.weights import fingerprint
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -321,21 +322,70 @@ def test_log_probabilities_that_the_papers_rule_has_not(dense_checkpoint: Path) 
     ).create_engine_config()
 
 
-@pytest.mark.parametrize("searched_for", ["dense", "elsewhere/dense", "another"])
+HUB = "hub/models--some--dense/snapshots/" + "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("folder", "searched_for", "mentioned"),
+    [
+        ("dense", "dense", False),
+        ("dense", "elsewhere/dense", False),
+        ("dense", "another", True),
+        # A start without network makes such a path of a hub id.
+        (HUB, "some/dense", False),
+        (HUB, f"/elsewhere/{HUB}", False),
+        (HUB, "0" * 40, True),
+        (HUB, "some/another", True),
+        ("dense", f"/elsewhere/{HUB}", False),
+    ],
+)
 def test_a_mask_of_another_name_is_mentioned(
-    dense_checkpoint: Path, tmp_path: Path, searched_for: str, monkeypatch: pytest.MonkeyPatch
+    dense_checkpoint: Path,
+    tmp_path: Path,
+    folder: str,
+    searched_for: str,
+    mentioned: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same sizes may be those of a fine-tune, or of another model."""
-    target = tmp_path / "dense"
+    """Where nothing is known of the weights: the same sizes may be those of a fine-tune, or of
+    another model."""
+    target = tmp_path / folder
     shutil.copytree(dense_checkpoint, target)
-    identity = ModelIdentity.from_config(json.loads((target / "config.json").read_text()))
-    mask = tmp_path / "mask.json"
-    write_mask_file(mask, mask_file(identity=identity.model_dump(), model=searched_for))
     said = warnings(monkeypatch)
-    config = {"via_sd": True, "via_sd_mask": str(mask)}
-    arguments(target, additional_config=config).create_engine_config()
-    assert bool(said) == (searched_for == "another")
-    assert not said or "was searched for another and is used for" in said[0]
+    mask = searched_mask(target, tmp_path, model=searched_for)
+    arguments(target, {"mask": mask}).create_engine_config()
+    assert bool(said) == mentioned
+    assert not said or f"was searched for {searched_for} and is used for" in said[0]
+
+
+def test_a_mask_of_other_weights_is_refused(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, other = tmp_path / "dense", tmp_path / "other" / "dense"
+    shutil.copytree(dense_checkpoint, target)
+    make_dense(other, seed=5)
+    said = warnings(monkeypatch)
+    known = fingerprint(str(target), 4)
+    assert known is not None and fingerprint(str(other), 4) not in (None, known)
+    # Under another name, the same weights are the same model.
+    mask = searched_mask(target, tmp_path, model="some/name", weights=known)
+    arguments(target, {"mask": mask}).create_engine_config()
+    assert said == []
+    message = refusal(other, {"mask": mask})
+    assert message.startswith(f"--via-sd-mask is {mask!r}, which was searched for 'some/name'")
+    assert "vllm-nvium search-mask" in message and "`--via-sd-mask 1-2`" in message
+    arguments(other, {"mask": "1-2"}).create_engine_config()
+    # Where the weights cannot be told: a part is missing, or another format is read.
+    (other / "model.safetensors").unlink()
+    arguments(other, {"mask": mask}).create_engine_config()
+    assert "was searched for some/name" in said[0]
+
+
+def searched_mask(target: Path, folder: Path, **fields: Any) -> str:
+    """The path of a mask file for models of the sizes of `target`."""
+    identity = ModelIdentity.from_config(json.loads((target / "config.json").read_text()))
+    write_mask_file(folder / "mask.json", mask_file(identity=identity.model_dump(), **fields))
+    return str(folder / "mask.json")
 
 
 def test_nothing_said_again_is_no_contradiction() -> None:
@@ -533,6 +583,28 @@ def test_an_override_where_via_sd_is_off_is_refused(
         assert "\n" not in message and message.endswith(".")
     add_other = SamplingParams(extra_args={"other": 1}, max_tokens=1)
     assert outputs(features.plain, add_other)[0].finished
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_an_override_of_a_beam_search_is_refused(kind: str) -> None:
+    plugin.register()
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    def asked(**fields: Any) -> Any:
+        common = {"model": "tiny", "use_beam_search": True, "n": 2, **fields}
+        if kind == "chat":
+            return ChatCompletionRequest(messages=[{"role": "user", "content": "w3"}], **common)
+        return CompletionRequest(prompt="w3", **common)
+
+    for key, value in (("via_sd", "off"), ("via_sd_mode", "paper")):
+        with pytest.raises(VLLMValidationError) as error:
+            asked(vllm_xargs={"other": 1, key: value}).to_beam_search_params(5, {})
+        message = str(error.value)
+        assert message.startswith(f"vllm_xargs {key!r} is {value!r}, but use_beam_search is true")
+        assert "\n" not in message and message.endswith(".")
+    for others in ({}, {"vllm_xargs": {"other": 1}}):
+        assert asked(**others).to_beam_search_params(5, {}).beam_width == 2
 
 
 # --------------------------------------------------------------------- vLLM's own sampling options

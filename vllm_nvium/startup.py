@@ -3,19 +3,15 @@
 sentence, and the worker class is chosen. vLLM calls it from `VllmConfig.__post_init__`, in the
 process that makes the configuration, before asynchronous scheduling and the worker are decided."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_nvium.flags import NviumOptions
-from vllm_nvium.model_executor.models.checkpoint_layout import (
-    LayoutError,
-    check_files,
-    indexed_files,
-)
+from vllm_nvium.model_executor.models.checkpoint_layout import LayoutError, check_files
 from vllm_nvium.spec_decode import options as via_sd
 from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
+from vllm_nvium.weights import weight_files
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -156,40 +152,10 @@ def refuse_mismatched_weights(vllm_config: "VllmConfig") -> None:
     if load.load_format not in SAFETENSORS_FORMATS or model.quantization is not None:
         return
     try:
-        if Path(model.model).is_dir():
-            files = _local_files(Path(model.model))
-        else:
-            files = _cached_files(model.model, model.revision, load.download_dir)
-        if files:
+        if files := weight_files(model.model, model.revision, load.download_dir):
             check_files(model.hf_config, files)
     except LayoutError as error:
         raise NviumRefusal(str(error)) from None
-
-
-def _local_files(folder: Path) -> list[Path]:
-    """The `.safetensors` files of a folder that vLLM would read."""
-    files = indexed_files(folder)
-    return sorted(folder.glob("*.safetensors")) if files is None else files
-
-
-def _cached_files(model: str, revision: str | None, cache_dir: str | None) -> list[Path]:
-    """The same for a model of the hub, when the cache holds all of them."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        config = try_to_load_from_cache(model, "config.json", cache_dir, revision)
-    except HFValidationError:
-        return []
-    if not isinstance(config, str):
-        return []
-    folder = Path(config).parent
-    try:
-        files = indexed_files(folder)
-    except LayoutError:  # a part is still to be downloaded
-        return []
-    single = folder / "model.safetensors"
-    return ([single] if single.is_file() else []) if files is None else files
 
 
 def choose_v1_worker(vllm_config: "VllmConfig") -> None:

@@ -242,6 +242,8 @@ class MaskFile(BaseModel):
 
     Attributes:
         model: what the target was called when the mask was searched.
+        weights: what tells its weights from others of the same sizes (`weights.fingerprint`);
+            `None` where that was not known.
         skipped: indices in ascending order.
         skip_ratio: as it was asked for; `skipped` has that share of the layers, rounded.
         alpha: of the divergence; `None` with another objective, and so is `beta`.
@@ -261,6 +263,7 @@ class MaskFile(BaseModel):
     version: Literal[1] = 1
     model: str
     identity: ModelIdentity
+    weights: str | None = None
     num_layers: int
     skipped: tuple[int, ...]
     skip_ratio: float
@@ -291,10 +294,14 @@ class MaskFile(BaseModel):
         return self
 
 
-def searched_for(spec: str) -> str | None:
-    """The target that a mask file was searched for, as it was called then; None without a file."""
+def mask_file_of(spec: str) -> MaskFile | None:
+    """The mask file that a value of `--via-sd-mask` names; None when it names none.
+
+    Raises:
+        MaskError: see `read_mask_file`.
+    """
     text = spec.strip()
-    return read_mask_file(Path(text)).model if text.endswith(".json") else None
+    return read_mask_file(Path(text)) if text.endswith(".json") else None
 
 
 def read_mask_file(path: Path) -> MaskFile:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -524,11 +524,14 @@ class Journal:
         return cls(path)
 
     @classmethod
-    def resume(cls, path: Path, told: Mapping[str, Any]) -> "Journal":
+    def resume(
+        cls, path: Path, told: Mapping[str, Any], unknown: Collection[str] = ()
+    ) -> "Journal":
         """Go on with a file. A last line that was cut short is dropped.
 
         Args:
             told: what this search is told, by the name to use in messages.
+            unknown: names whose value may not be known, then or now, which is no difference.
 
         Raises:
             TrainingError: it cannot be read, or belongs to a search that was told something else.
@@ -548,6 +551,8 @@ class Journal:
                 f"{path} is no record of a search: move it away, or give another -o."
             ) from error
         for name, value in json.loads(json.dumps(told)).items():
+            if name in unknown and None in (value, began.get(name)):
+                continue
             if began.get(name) != value:
                 raise TrainingError(
                     f"{name} is {value!r}, and the search in {path} was begun with "

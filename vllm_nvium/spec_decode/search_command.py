@@ -40,6 +40,8 @@ DTYPES = ("float32", "bfloat16")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # The values of a lossless verifier; the paper prints none.
 ALPHA, BETA = 0.0, 1.0
+# What a record calls the fingerprint of the target's weights, which older ones lack.
+WEIGHTS = "the fingerprint of TARGET's weights"
 # Beside the mask file.
 RECORD = ".trials.jsonl"
 COLOURS = {"even": "black", "ranking": "#009E73", "random": "#0072B2", "bayes": "#E69F00"}
@@ -323,6 +325,7 @@ def find_mask(request: Request) -> MaskFile:
     """
     from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
     from vllm_nvium.spec_decode.mask_search import Journal, Plan, search
+    from vllm_nvium.weights import fingerprint
 
     register_with_transformers()  # to refuse such a target by its name
     config = load_config(request.target, "TARGET")
@@ -337,9 +340,10 @@ def find_mask(request: Request) -> MaskFile:
         sha256=hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
     )
     told = _told(request, identity, calibration)
+    told[WEIGHTS] = fingerprint(request.target, space.num_layers)
     # Another search is refused before the model is loaded, and a new one leaves nothing behind
     # when the model is.
-    resumed = Journal.resume(request.record, told) if request.resume else None
+    resumed = Journal.resume(request.record, told, (WEIGHTS,)) if request.resume else None
     score = _scorer(request, config, blocks)
     journal = resumed or Journal.create(request.record, told)
     plan = Plan(
@@ -539,12 +543,15 @@ def _mask_file(
     import transformers
 
     from vllm_nvium.version import __version__
+    from vllm_nvium.weights import fingerprint
 
     is_divergence = request.objective == "divergence"
     return MaskFile.model_validate(
         {
             "model": request.target,
             "identity": identity,
+            # Again: a model of the hub may have been downloaded meanwhile.
+            "weights": fingerprint(request.target, identity.num_hidden_layers),
             "num_layers": identity.num_hidden_layers,
             "skipped": best.skipped,
             "skip_ratio": request.skip_ratio,

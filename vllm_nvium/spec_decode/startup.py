@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.spec_decode.options import NO_PENALTIES, PREFIX, ViaSDOptions, options_of
@@ -15,6 +14,8 @@ from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_nvium.spec_decode.mask import MaskFile
 
 logger = logging.getLogger("vllm.via_sd")
 
@@ -191,12 +192,7 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if may_keep:
         _warn_of_penalties(model.get_diff_sampling_param())
-    from vllm_nvium.spec_decode.mask import (
-        MaskError,
-        ModelIdentity,
-        searched_for,
-        skipped_layers,
-    )
+    from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, mask_file_of, skipped_layers
 
     try:
         skipped = skipped_layers(
@@ -204,17 +200,10 @@ def check(vllm_config: "VllmConfig") -> None:
             model.hf_text_config.num_hidden_layers,
             ModelIdentity.from_config(model.hf_config),
         )
-        other = searched_for(options.mask)
+        if (mask_file := mask_file_of(options.mask)) is not None:
+            _check_weights(options.mask, mask_file, vllm_config)
     except MaskError as error:
         raise ViaSDRefusal(str(error)) from None
-    if other is not None and Path(other).name != Path(model.model).name:
-        logger.warning(
-            "--via-sd-mask %s was searched for %s and is used for %s, which has the same sizes: "
-            "right for a fine-tune or another folder of the same model, and slow for another one",
-            options.mask,
-            other,
-            model.model,
-        )
     if vllm_config.use_v2_model_runner:
         raise ViaSDRefusal(
             f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "
@@ -230,6 +219,32 @@ def check(vllm_config: "VllmConfig") -> None:
         options.window,
         options.drafts,
     )
+
+
+def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> None:
+    """The sizes are the target's, but they may be those of a fine-tune, or of another model."""
+    from vllm_nvium.spec_decode.mask import layer_list
+    from vllm_nvium.weights import checkpoint_name, fingerprint
+
+    model = vllm_config.model_config
+    folder = vllm_config.load_config.download_dir
+    here = fingerprint(model.model, mask.num_layers, model.revision, folder)
+    if mask.weights is not None and here is not None:
+        if mask.weights != here:
+            raise ViaSDRefusal(
+                f"--via-sd-mask is {spec!r}, which was searched for {mask.model!r}, and the "
+                f"weights of {model.model!r} are others: search a mask for this target with "
+                f"`vllm-nvium search-mask`, or give `--via-sd-mask {layer_list(mask.skipped)}` if "
+                "it is a fine-tune that shall skip the same layers."
+            )
+    elif checkpoint_name(mask.model) != checkpoint_name(model.model):
+        logger.warning(
+            "--via-sd-mask %s was searched for %s and is used for %s, which has the same sizes: "
+            "right for a fine-tune or another folder of the same model, and slow for another one",
+            spec,
+            mask.model,
+            model.model,
+        )
 
 
 def _warn_of_penalties(defaults: Mapping[str, Any]) -> None:
