@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -32,7 +33,7 @@ from via_sd_engine import (
 
 from tiny_models import make_dense, make_eagle, make_mimo
 from vllm_nvium.spec_decode.controller import FixedRounds, Plan, RoundController
-from vllm_nvium.spec_decode.tiers import ACCEPT, Checked
+from vllm_nvium.spec_decode.tiers import ACCEPT, REGENERATE, Checked
 from vllm_nvium.spec_decode.window import Drafts, Window, extend
 
 VOCABULARY = 64
@@ -244,16 +245,13 @@ def test_more_requests_of_the_papers_rule_than_fit(
     before, tiers = vars_of(engine), list(engine.runner.counts.tiers)
     preemptions = engine.preemptions
     engine.window_rounds.clear()
-    by_tier = play(served, crowd(5, extra_args=papers()))
+    by_tier = play(served, crowd(5, extra_args=papers(0.8, 0.2)))
     assert drafter == "with_draft_model" or engine.preemptions > preemptions
     assert max(engine.window_rounds) == 2
-    assert min(by_tier) > 3, by_tier
+    assert min(by_tier) > 1, by_tier
     happened = {key: value - before[key] for key, value in vars_of(engine).items()}
     counted = [b - a for a, b in zip(tiers, engine.runner.counts.tiers, strict=True)]
     assert sum(counted) == happened["window_tokens"] > happened["accepted"]
-    # What is not asked about passes, unless a token before it was refused, and the last window of a
-    # text may be longer than what is left of it.
-    assert counted[ACCEPT] + counted[REGENERATE] > by_tier[ACCEPT] + by_tier[REGENERATE] - 1
     assert happened["slim_accepted"] < happened["slim_drafted"]
 
 
@@ -267,11 +265,13 @@ def test_a_text_of_the_papers_rule_is_the_same_beside_others(
     engine = served.engine
     engine.set_rounds(3, 2, WINDOW)
     preemptions, differ = engine.preemptions, 0
-    for seed, text in enumerate(_TEXTS):
-        mine = Arrival(0, text[10:40], greedy(60, extra_args=papers()))
-        play(served, [mine])
+    for seed in range(6):
+        # Of few tokens, so that n-grams find what the full model would not say.
+        prompt = random.Random(seed).choices(range(3, 9), k=30)
+        mine = Arrival(0, prompt, greedy(40, extra_args=papers(0.01, 1e-4)))
+        engine.run([mine])
         alone = engine.emitted["0"].tokens
-        others = crowd(seed, 6)
+        others = crowd(seed, 5)
         others[0].params.extra_args = {"via_sd": "off"}
         others[1].params.extra_args = papers(0.9, 0.1)
         others[2].params.temperature = 1.0
@@ -279,16 +279,38 @@ def test_a_text_of_the_papers_rule_is_the_same_beside_others(
         others[4].abort_after = 9
         play(served, [mine, *others])
         assert engine.emitted["0"].tokens == alone
-        play(served, [Arrival(0, text[10:40], greedy(60))])
+        engine.run([Arrival(0, prompt, greedy(40))])
         differ += engine.emitted["0"].tokens != alone
     assert drafter == "with_draft_model" or engine.preemptions > preemptions
     # And it is not merely that of plain decoding.
     assert differ > 1
 
 
-def test_more_drafts_than_fit_into_one_pass(with_draft_model: Served) -> None:
-    """12 requests with 4 drafts each, where a pass takes 48 rows."""
+def test_n_answers_under_the_papers_rule(with_draft_model: Served) -> None:
+    """With `top_k` 1 they are equal (vLLM has no several answers at temperature 0), drawn ones are
+    not; each follows the rule in windows of its own."""
     engine = with_draft_model.engine
+    engine.set_rounds(3, 2, WINDOW)
+    prompt = random.Random(2).choices(range(3, 9), k=30)
+    for top_k, different in ((1, 1), (0, 3)):
+        engine.handed.clear()
+        params = SamplingParams(
+            n=3, temperature=1.0, top_k=top_k, max_tokens=30, ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY, extra_args=papers(),
+        )  # fmt: skip
+        engine.run([Arrival(0, prompt, params)])
+        answers = [tuple(answer.token_ids) for answer in engine.outputs["0"].outputs]
+        assert [len(answer) for answer in answers] == [30] * 3
+        assert len(set(answers)) == different
+        assert len({window.request for window in engine.handed if window.is_paper}) == 3
+        assert engine.blocks_in_use == 0
+
+
+def test_more_drafts_than_fit_into_one_pass(with_draft_model: Served) -> None:
+    """12 requests with 4 drafts each, where a pass takes 48 rows. Some wait with their windows for
+    a turn."""
+    engine = with_draft_model.engine
+    waited = engine.unscheduled
     engine.set_rounds(4, 3, WINDOW)
     most = 0
     check = engine.runner._check
@@ -305,6 +327,7 @@ def test_more_drafts_than_fit_into_one_pass(with_draft_model: Served) -> None:
     finally:
         engine.runner._check = check
     assert 30 < most <= 48
+    assert engine.unscheduled > waited
 
 
 def vars_of(engine: ViaSDEngine) -> dict[str, int]:
@@ -598,13 +621,14 @@ def test_the_kv_cache_is_that_of_plain_decoding(
     served: Served = request.getfixturevalue(drafter)
     engine = served.engine
     engine.set_rounds(4, 2, WINDOW)
+    rule = papers(0.8, 0.2) if mode == "paper" else None
     engine.after_step = look = Look(engine, served.reference)
     try:
-        by_tier = play(served, crowd(7, size=4, extra_args=papers() if mode == "paper" else None))
+        by_tier = play(served, crowd(7, size=4, extra_args=rule))
     finally:
         engine.after_step = None
     assert look.compared > 500
-    assert mode == "lossless" or min(by_tier[ACCEPT], by_tier[REGENERATE]) > 3
+    assert rule is None or by_tier[ACCEPT] + by_tier[REGENERATE] > 100, by_tier
 
 
 # --- the drafter ----------------------------------------------------------------------------------
