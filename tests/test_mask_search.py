@@ -230,6 +230,17 @@ def test_order_of_sources() -> None:
     assert sources[10:] == ["bayes", "random"] * 15
 
 
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(2, ["random"]), (6, ["random"] * 3 + ["bayes", "random"]),
+     (8, ["random"] * 3 + ["bayes", "random"] * 2)],
+)  # fmt: skip
+def test_few_trials_are_not_all_uniform(number: int, expected: list[str]) -> None:
+    """Where an engine is started for every mask, few are tried."""
+    trials = tried(Space(24, 9), Plan(number, ranking=False), distance_to(tuple(range(5, 14))))
+    assert [trial.source for trial in trials] == ["even", *expected]
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
 def test_random_share(share: float, expected: int) -> None:
     trials = tried(Space(30, 13), Plan(30, random_share=share, ranking=False), lambda mask: mask[0])
@@ -380,7 +391,7 @@ def test_resumed_is_unbroken(tmp_path: Path, after: int) -> None:
 def test_a_longer_search_begins_like_a_shorter_one(tmp_path: Path) -> None:
     space = Space(16, 6)
     short = Journal.create(tmp_path / "a", {})
-    search(space, Plan(15), rugged, short)
+    search(space, Plan(20), rugged, short)
     search(space, Plan(30), rugged, resumed := Journal.resume(tmp_path / "a", {}))
     assert resumed.trials == tried(space, Plan(30), rugged)
 

@@ -45,8 +45,9 @@ LARGEST_CACHE = 4 * 2**30
 CACHE_DTYPE = torch.float16
 # Rows of logits whose float32 log-probabilities are in memory at a time.
 CHUNK = 128
-# With fewer trials there is nothing to learn from.
-FEWEST_FOR_BAYES = 10
+# Trials before the first Bayesian draw, which needs something to learn from; half of the trials
+# where they are few.
+MOST_BEFORE_BAYES = 10
 # Draws before a search that only proposes masks it knows is sent elsewhere.
 ATTEMPTS = 16
 # Rounds of slim checks in every window while speed is measured: with `auto` an engine would leave a
@@ -331,7 +332,8 @@ class Plan:
     Attributes:
         trials: masks to score.
         seed: of everything that is drawn.
-        random_share: of the trials, drawn uniformly; the others come from Bayesian optimisation.
+        random_share: of the trials after the first ones (see `propose`), drawn uniformly; the
+            others come from Bayesian optimisation.
         ranking: first leave out every layer alone, and try the mask of those that cost least.
         maximise: whether a larger score is better.
     """
@@ -394,8 +396,9 @@ def propose(
 ) -> tuple[str, tuple[int, ...]]:
     """The next mask to score, never one that was scored already.
 
-    First the even mask, then the ranked one, then uniform draws and Bayesian ones by turns. The
-    answer is a function of the arguments: every draw is seeded by the number of the trial.
+    First the even mask, then the ranked one, then uniform draws until half of the trials are done,
+    or ten if that is less, then uniform draws and Bayesian ones by turns. The answer is a function
+    of the arguments: every draw is seeded by the number of the trial.
 
     Args:
         trials: all so far, fewer than `space.size`.
@@ -412,7 +415,8 @@ def propose(
         ranked = ranked_layers(space, plan, alone)
         if ranked not in seen:
             return "ranking", ranked
-    if number >= FEWEST_FOR_BAYES and not _is_random_turn(number, plan.random_share):
+    before = min(MOST_BEFORE_BAYES, plan.trials // 2)
+    if number >= before and not _is_random_turn(number, plan.random_share):
         drawn = _draw_bayesian(space, plan, trials, seen)
         if drawn is not None:
             return "bayes", drawn

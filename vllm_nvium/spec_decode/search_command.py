@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="of the trials, drawn uniformly; the others are Bayesian (default: 0.5, by turns)",
+        help="of the trials after the first half (after ten, if that is less), drawn uniformly as "
+        "those are; the others are Bayesian (default: 0.5, by turns)",
     )
     parser.add_argument(
         "--no-ranking",
