@@ -221,7 +221,7 @@ if __name__ == "__main__":
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     found = {
-        metric.name: metric.value
+        metric.name + metric.labels.get("tier", ""): metric.value
         for metric in llm.get_metrics()
         if metric.name.startswith("vllm:via_sd_") and hasattr(metric, "value")
     }
@@ -233,7 +233,8 @@ if __name__ == "__main__":
 def test_counts_cross_the_processes_of_llm(dense_checkpoint: Path, tmp_path: Path) -> None:
     script, answer = tmp_path / "script.py", tmp_path / "answer.json"
     script.write_text(TWO_PROCESSES)
-    given = (str(dense_checkpoint), DRAFTER, OPTIONS, PROMPTS, str(answer))
+    options = {**OPTIONS, "via_sd_mode": "paper"}
+    given = (str(dense_checkpoint), DRAFTER, options, PROMPTS, str(answer))
     arguments = map(json.dumps, given)
     result = subprocess.run(
         [sys.executable, str(script), *arguments],
@@ -254,13 +255,15 @@ def test_counts_cross_the_processes_of_llm(dense_checkpoint: Path, tmp_path: Pat
         name: counts[field] for field, name, _ in COUNTERS
     }
     assert (found[PREFIX + "drafts"], found[PREFIX + "rounds"]) == (3, 2)
+    assert [found[f"{PREFIX}tier_tokens{tier}"] for tier in TIERS] == counts["tiers"]
+    assert sum(counts["tiers"]) == counts["window_tokens"]
 
 
 @pytest.fixture(scope="module")
 def server(
     dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
-    """Base URL and log of a server in the paper's mode, which logs every second."""
+    """Base URL and log of a lossless server, which logs every second."""
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     command = vllm_command("serve", str(dense_checkpoint), "--port", str(port))
@@ -268,7 +271,7 @@ def server(
     command += ["--enforce-eager", "--served-model-name", "tiny"]
     command += ["--speculative-config", json.dumps(DRAFTER)]
     command += ["--via-sd", "--via-sd-mask", "2", "--via-sd-rounds", "2"]
-    command += ["--via-sd-window", str(WINDOW), "--via-sd-mode", "paper"]
+    command += ["--via-sd-window", str(WINDOW)]
     command += ["--per-request-spec-decode-metrics", "summary"]
     environment = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1"}
     with log.open("w") as output:
@@ -334,8 +337,8 @@ def test_a_server_shows_them(server: tuple[str, Path]) -> None:
     assert 0 <= steps - own["windows_total"] <= len(PROMPTS)
     assert 0 < own["window_tokens_total"] <= found["vllm:spec_decode_num_draft_tokens_total"]
     assert 0 < own["accepted_tokens_total"] <= found["vllm:spec_decode_num_accepted_tokens_total"]
-    tiers = [own[f'tier_tokens_total{{tier="{tier}"}}'] for tier in TIERS]
-    assert sum(tiers) == own["window_tokens_total"] == own["window_length_sum"]
+    assert own["window_tokens_total"] == own["window_length_sum"]
+    assert not any(name.startswith("tier_tokens") for name in own)
     assert own["window_length_count"] == own["windows_total"]
 
     deadline = time.monotonic() + 60
@@ -343,7 +346,51 @@ def test_a_server_shows_them(server: tuple[str, Path]) -> None:
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.5)
     line = log.read_text().split("VIA-SD metrics: ")[1].splitlines()[0]
-    assert line.startswith("Windows: ") and "Tiers: " in line
+    assert line.startswith("Windows: ") and "Tiers: " not in line
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"via_sd_mode": "paper"}, ["via_sd_mode", "--via-sd-allow-paper-mode"]),
+        ({"via_sd_accept": 0.7}, ["via_sd_accept", "lossless", "via_sd_mode"]),
+        ({"via_sd_window": 3}, ["via_sd_window", "via_sd_accept"]),
+    ],
+    ids=["paper", "threshold", "unknown"],
+)
+def test_what_a_lossless_server_refuses_is_a_400(
+    server: tuple[str, Path], xargs: dict[str, Any], words: list[str], stream: bool
+) -> None:
+    """And it goes on serving, with windows."""
+    url, _ = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    body = {"vllm_xargs": xargs}
+    windows = scraped(url)[f"{PREFIX}windows_total"]
+    messages: Any = [{"role": "user", "content": "w5 w9 w17"}]
+    for call in (
+        lambda: client.completions.create(
+            model="tiny", prompt=PROMPTS[0], stream=stream, extra_body=body
+        ),
+        lambda: client.chat.completions.create(
+            model="tiny", messages=messages, stream=stream, extra_body=body
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            call()
+        assert error.value.status_code == 400
+        assert all(word in str(error.value.body) for word in words), error.value.body
+    client.completions.create(
+        model="tiny",
+        prompt=PROMPTS[0],
+        max_tokens=40,
+        temperature=0.0,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"via_sd_mode": "lossless"}},
+    )
+    deadline = time.monotonic() + 30
+    while scraped(url)[f"{PREFIX}windows_total"] == windows:  # counted behind the answer
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_the_server_example(server: tuple[str, Path]) -> None:
@@ -355,7 +402,10 @@ def test_the_server_example(server: tuple[str, Path]) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "With the tier: " in result.stdout and "Without it: " in result.stdout
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines()[:3])
+    assert len(said["With the tier"]) > 2 and said["With the tier"] == said["Without it"]
+    refusal = said["A lossless server refuses the paper's rule"]
+    assert refusal.startswith("400: ") and "--via-sd-allow-paper-mode" in refusal
     assert "vllm:via_sd_windows_total" in result.stdout
 
 
