@@ -14,7 +14,9 @@ what sets how often the model without them says the same. The slim verifier skip
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -61,6 +63,9 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="time nothing: a full pass counts for 100 ms, a slim pass for its cost, n-grams for "
         "nothing, a draft model's drafts for its weight bytes",
+    )
+    parser.add_argument(
+        "--targets", type=Path, help="folder to keep constructed targets in, and to take them from"
     )
     add_arguments(parser)
     return parser.parse_args()
@@ -159,6 +164,20 @@ def set_agreement(
     return found
 
 
+def construct(
+    target: Path, base: Any, size: float, asked: float, held_out: list[list[int]]
+) -> None:
+    """Writes a target of which the base is the share `size`, and what the dial needs to know of it:
+    `agreement` as it became, and `mask`, the layers that are not the base's."""
+    model, new, noise = expanded(base, extra_layers(base, size))
+    agreement = set_agreement(model, noise, base, held_out, asked)
+    beside = target.with_name(target.name + ".part")
+    model.save_pretrained(beside)
+    made = {"agreement": agreement, "mask": ",".join(map(str, new))}
+    (beside / "dial.json").write_text(json.dumps(made))
+    beside.rename(target)
+
+
 # --- The table ------------------------------------------------------------------------------------
 
 COLUMNS = (
@@ -231,7 +250,6 @@ def main() -> None:
     # By agreement first: where passes count for their cost, costs share a target.
     cells = [(cost, float(asked)) for asked in args.agreements.split(",") for cost in costs]
     with tempfile.TemporaryDirectory() as folder:
-        built, agreement, mask = None, 0.0, ""
         for cost, asked in tqdm(cells, desc="cells", disable=None):
             args.pass_times = by_cost(cost, base, args.drafter) if args.by_cost else None
             # Where the clock says what passes cost, the smallest target does for all costs.
@@ -242,13 +260,15 @@ def main() -> None:
             if all(asdict(case) in [each["case"] for each in known] for case in cases):
                 found += [each for each in known if Case(**each["case"]) in cases]
                 continue
-            if built != (size, asked):
-                model, new, noise = expanded(base, extra_layers(base, size))
-                agreement = set_agreement(model, noise, base, held_out, asked)
-                model.save_pretrained(folder)
-                mask, built = ",".join(map(str, new)), (size, asked)
-                del model, noise
-            cell = measure(folder, mask, timed, about, args, {"agreement": agreement})
+            target = (args.targets or Path(folder)) / f"{args.base.name}-{size:g}-{asked:g}"
+            about_target = target / "dial.json"
+            if not about_target.is_file():
+                if args.targets is None:  # one at a time
+                    shutil.rmtree(folder)
+                construct(target, base, size, asked, held_out)
+            made = json.loads(about_target.read_text())
+            noted = {"agreement": made["agreement"]}
+            cell = measure(str(target), made["mask"], timed, about, args, noted)
             found += cell
             tqdm.write("\n".join(map(row, cell)), file=sys.stderr)
     found.sort(key=lambda each: (each["cost"], each["asked"]))

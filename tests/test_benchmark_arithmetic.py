@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sums behind the tables of `benchmarks/`, on numbers that can be added up by hand."""
 
+import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from measured import copied
 from pass_clock import PassClock, at_mean_times, summed
-from via_sd_dial import by_cost
+from via_sd_dial import by_cost, construct
+
+from tiny_models import make_dense
 
 
 def test_slow_moments_are_shared_by_all_plans() -> None:
@@ -65,3 +70,23 @@ def test_passes_cost_their_weight_bytes(tmp_path: Path) -> None:
     full, slim, draft = map(float, by_cost(0.4, model, str(tmp_path)).split(":"))
     assert (full, slim) == (100, 40)
     assert draft == pytest.approx(40 * (whole - 3 * layer) / whole, rel=0.01)
+
+
+def test_a_constructed_target_holds_its_base(tmp_path: Path) -> None:
+    """Without the layers of its mask it is the base, and with them it agrees as often as asked."""
+    base = make_dense(tmp_path / "base", num_hidden_layers=4, bigrams=0.7, whisper=0.2)
+    texts = [[random.Random(t).randrange(3, 200) for _ in range(64)] for t in range(3)]
+    construct(tmp_path / "target", base, 0.6, 0.9, texts)
+    made = json.loads((tmp_path / "target" / "dial.json").read_text())
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=base.dtype).eval()
+    ids = torch.tensor(texts)
+    with torch.inference_mode():
+        expected = base(ids).logits
+        agreement = (target(ids).logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
+        skipped = [int(layer) for layer in made["mask"].split(",")]
+        kept = [layer for i, layer in enumerate(target.model.layers) if i not in skipped]
+        target.model.layers = torch.nn.ModuleList(kept)
+        found = target(ids, use_cache=False).logits
+    assert torch.equal(found, expected)
+    assert made["agreement"] == pytest.approx(agreement, abs=1e-6)
+    assert 0.8 < agreement < 1
