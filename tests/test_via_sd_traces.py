@@ -24,11 +24,13 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival
 from via_sd_engine import (
     NGRAM,
+    TIE,
     ViaSDEngine,
     check_greedy_tokens,
     check_kv_cache,
     check_papers_tokens,
     looked_up,
+    slim_logits,
 )
 
 from tiny_models import make_dense, make_eagle, make_mimo
@@ -392,17 +394,47 @@ def test_drafters_that_answer_once(
     engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20, **remote)
     served = Served(reference, engine)
     play(served, crowd(2, size=5))  # `auto` begins without drafts
+    counts, checked = engine.runner.counts, 0
     for drafts, rounds in ((3, 2), (4, 0), (1, 1)):
         engine.set_rounds(drafts, rounds)
         engine.asked.clear()
         engine.window_rounds.clear()
+        before = vars_of(engine)
         play(served, crowd(4, size=5))
-        if rounds:
-            assert set(engine.window_rounds) == {1}
-            assert max(len(asked.drafts) for asked in engine.asked) == drafts
-    counts = engine.runner.counts
-    assert 0 < counts.slim_accepted < counts.slim_drafted or method != "suffix"
+        happened = {key: value - before[key] for key, value in vars_of(engine).items()}
+        if not rounds:
+            assert not engine.handed and not happened["slim_passes"]
+            continue
+        assert set(engine.window_rounds) == {1}
+        assert max(len(asked.drafts) for asked in engine.asked) == drafts
+        # Each window is the drafts that its check kept and a token of the slim verifier's.
+        kept = [len(window.tokens) - 1 for window in engine.handed]
+        assert happened["slim_accepted"] == sum(kept) < happened["slim_drafted"]
+        opened = {tuple(asked.prefix): asked.drafts for asked in engine.asked}
+        for count, window in zip(kept, engine.handed, strict=True):
+            its = opened[tuple(window.prefix)]
+            assert window.tokens[:count] == its[:count] and count <= len(its) <= drafts
+        checked += check_slim_tokens(engine, reference)
+        assert 0 < happened["slim_passes"] <= len(kept)
+        # The last window of a text, and those of preempted requests, may go unread.
+        assert len(kept) // 2 < happened["windows"] <= len(kept)
+    assert checked > 100
+    assert counts.slim_accepted > 10
     assert 0 < counts.accepted < counts.window_tokens
+
+
+def check_slim_tokens(engine: ViaSDEngine, reference: PreTrainedModel) -> int:
+    """Every token of every lossless window is what the slim verifier says after those before it.
+
+    Returns:
+        how many tokens there were.
+    """
+    for window in engine.handed:
+        newest = [window.prefix[-1], *window.tokens]
+        logits = slim_logits(reference, SKIPPED, window.prefix[:-1], newest)[:-1]
+        found = logits.gather(1, torch.tensor(window.tokens)[:, None]).squeeze(1)
+        assert (logits.amax(dim=1) - found).max() < TIE, window
+    return sum(len(window.tokens) for window in engine.handed)
 
 
 # --- what vLLM's scheduler may add ----------------------------------------------------------------

@@ -153,7 +153,8 @@ def make_dense(
 
 
 def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int = 7) -> None:
-    """Write a random EAGLE or EAGLE-3 head of one layer for a Llama `target` to `path`.
+    """Write a random EAGLE or EAGLE-3 head of one layer for a Llama `target` to `path`. An EAGLE
+    head says mostly what follows from the token alone, as targets made with `bigrams` do.
 
     Args:
         method: `"eagle"` (reads the target's last states) or `"eagle3"` (states of three layers).
@@ -166,6 +167,9 @@ def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int
     inputs = hidden * (states + (method == "eagle"))
     tensors = {"fc.weight": 0.1 * torch.randn(hidden, inputs)}
     if method == "eagle":
+        tensors["fc.weight"] = torch.eye(hidden, inputs)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            layer[f"{name}.weight"] *= 0.1
         del layer["input_layernorm.weight"]
         tensors |= {f"layers.0.{name}": tensor for name, tensor in layer.items()}
         config.architectures = ["LlamaForCausalLM"]
@@ -186,15 +190,19 @@ def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int
 
 def make_mimo(path: str | Path, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Write a random MiMo checkpoint: Qwen2 with a head that reads the last states and predicts a
-    token more. transformers has no class of it, so the folder brings its configuration."""
+    token more, mostly what follows from the token before it alone. transformers has no class of it,
+    so the folder brings its configuration."""
     path = Path(path)
     model = make_dense(path, "qwen2", seed=seed, **overrides)
     hidden = model.config.hidden_size
     torch.manual_seed(seed + 1)
     head = {f"{name}layernorm.weight": torch.ones(hidden) for name in ("token_", "hidden_")}
     head |= {"final_layernorm.weight": torch.ones(hidden)}
-    head |= {"input_proj.weight": 0.1 * torch.randn(hidden, 2 * hidden)}
-    head |= type(model)(model.config).model.layers[0].state_dict()
+    head |= {"input_proj.weight": torch.eye(2 * hidden)[hidden:]}
+    layer = type(model)(model.config).model.layers[0].state_dict()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        layer[f"{name}.weight"] *= 0.1
+    head |= layer
     tensors = load_file(path / "model.safetensors")
     tensors |= {f"model.mtp_layers.0.{name}": tensor.clone() for name, tensor in head.items()}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
