@@ -168,8 +168,12 @@ def play(served: Served, trace: list[Arrival]) -> list[int]:
         if "via_sd_mode" not in (arrival.params.extra_args or {}):
             check_greedy_tokens(served.reference, arrival.prompt, seen.tokens)
             continue
-        windows = [w for w in engine.handed if w.request == str(number)]
-        kinds = check_papers_tokens(served.reference, SKIPPED, arrival.prompt, seen.tokens, windows)
+        asked = arrival.params.extra_args
+        kinds = check_papers_tokens(
+            served.reference, SKIPPED, arrival.prompt, seen.tokens,
+            [window for window in engine.handed if window.request == str(number)],
+            asked["via_sd_accept"], asked["via_sd_escalate"],
+        )  # fmt: skip
         by_tier = [a + b for a, b in zip(by_tier, kinds, strict=True)]
     return by_tier
 
@@ -247,10 +251,15 @@ def test_more_requests_of_the_papers_rule_than_fit(
     before, tiers = vars_of(engine), list(engine.runner.counts.tiers)
     preemptions = engine.preemptions
     engine.window_rounds.clear()
-    by_tier = play(served, crowd(5, extra_args=papers(0.8, 0.2)))
+    trace = crowd(5)
+    for number, arrival in enumerate(trace):
+        # Thresholds of their own: some keep everything.
+        arrival.params.extra_args = papers(0.0, 0.0) if number % 3 == 0 else papers(0.9, 0.3)
+        arrival.prompt[:-1] = random.Random(number).choices(range(3, 9), k=30)
+    by_tier = play(served, trace)
     assert drafter == "with_draft_model" or engine.preemptions > preemptions
     assert max(engine.window_rounds) == 2
-    assert min(by_tier) > 1, by_tier
+    assert min(by_tier) > 0, by_tier
     happened = {key: value - before[key] for key, value in vars_of(engine).items()}
     counted = [b - a for a, b in zip(tiers, engine.runner.counts.tiers, strict=True)]
     assert sum(counted) == happened["window_tokens"] > happened["accepted"]

@@ -77,8 +77,6 @@ class Handed:
     tiers: list[int]
     rounds: int
     is_paper: bool
-    accept: float
-    escalate: float
 
 
 class ViaSDEngine(TraceEngine):
@@ -141,8 +139,6 @@ class ViaSDEngine(TraceEngine):
                 list(window.tiers),
                 window.rounds,
                 window.is_paper,
-                window.accept,
-                window.escalate,
             )
 
         def record_plain() -> Any:
@@ -217,9 +213,12 @@ def check_papers_tokens(
     prompt: Sequence[int],
     new: Sequence[int],
     windows: Sequence[Handed],
+    accept: float,
+    escalate: float,
 ) -> list[int]:
     """Every new token is what the model says after those before it, or one that the paper's rule
-    keeps without asking; and each tier of the windows is the one that the slim verifier gives.
+    keeps without asking; and each tier of the request's windows is the one that the slim verifier
+    gives under its thresholds.
 
     Returns:
         how many new tokens are of each tier of a window.
@@ -231,9 +230,9 @@ def check_papers_tokens(
         laws = laws.softmax(dim=-1)
         for place, (token, tier) in enumerate(zip(window.tokens, window.tiers, strict=True)):
             share = float(laws[place, token] / laws[place].max())
-            least = {ACCEPT: window.accept, REGENERATE: 1.0, ESCALATE: 0.0}[tier]
-            most = window.escalate if tier == ESCALATE else 1.0
-            assert least - TIE <= share <= most + TIE, (window, place, share)
+            least = {ACCEPT: accept, REGENERATE: 1.0, ESCALATE: 0.0}[tier]
+            most = escalate if tier == ESCALATE else 1.0
+            assert window.is_paper and least - TIE <= share <= most + TIE, (window, place, share)
             length = len(window.prefix) + place + 1
             if text[:length] == window.prefix + window.tokens[: place + 1]:
                 kinds[tier] += 1
