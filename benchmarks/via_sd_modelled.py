@@ -102,8 +102,9 @@ def passes(target: str, args: argparse.Namespace) -> Passes:
 
 def acceptance(at_full: float, at_slim: float, stays: float) -> Acceptance:
     """Under the paper's rule; the full model replaces every token that escalates."""
-    shares = (at_full, at_slim, stays, stays, 1.0, 0.0)
-    return Acceptance(*(np.array([share]) for share in shares))
+    shares = {"at_full": at_full, "at_slim": at_slim, "slim": stays, "stays": stays}
+    shares |= {"obtained": 1.0, "again": 1.0, "own": 0.0}
+    return Acceptance(**{name: np.array([share]) for name, share in shares.items()})
 
 
 def plain_speed(accept: float, times: Times) -> float:

@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -15,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from measured import copied
 from pass_clock import PassClock, at_mean_times, summed
 from via_sd_dial import by_cost, construct
+from via_sd_modelled import accept_for, plain_speed, via_speed
 
 from tiny_models import make_dense
+from vllm_nvium.spec_decode.controller import Curve, Times
 
 
 def test_slow_moments_are_shared_by_all_plans() -> None:
@@ -90,3 +93,13 @@ def test_a_constructed_target_holds_its_base(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
     assert made["agreement"] == pytest.approx(agreement, abs=1e-6)
     assert 0.5 < agreement < 1, "a random model changes its mind all at once"
+
+
+def test_modelled_speeds_by_formula() -> None:
+    """Plain speculative decoding, and the paper's rule where no token escalates."""
+    times = Times(np.arange(6) * 0.3, Curve([1.0], [0.6]), Curve([1.0], [1.0]))
+    accepted = sum(0.8**k for k in range(6))
+    assert plain_speed(0.8, times) == pytest.approx(accepted / (1 + 5 * 0.3))
+    kept = sum(0.9**k for k in range(5))  # the fifth draft is kept or drawn again
+    assert via_speed(0.9, 0.0, times) == pytest.approx(kept / (0.6 + 5 * 0.3), rel=0.03)
+    assert accept_for(plain_speed(0.7, times), times) == pytest.approx(0.7, abs=0.002)
