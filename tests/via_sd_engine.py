@@ -101,20 +101,12 @@ class ViaSDEngine(TraceEngine):
         # Windows that were handed over, and rounds of each; what is called after every step.
         self.handed: list[Handed] = []
         self.window_rounds: list[int] = []
-        # Turns for which a request waited with its drafts.
-        self.unscheduled = 0
         self.after_step: Callable[[], None] | None = None
         self._record_windows()
         step = self.engine.step
 
         def step_and_look() -> Any:
-            waiting = {r.request_id for r in self.scheduler.running if r.spec_token_ids}
             output = step()
-            batch = self.runner.input_batch.req_id_to_index
-            self.unscheduled += sum(
-                r.request_id in waiting and r.request_id not in batch
-                for r in self.scheduler.running
-            )
             if self.after_step is not None:
                 self.after_step()
             return output
