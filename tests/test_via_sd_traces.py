@@ -551,6 +551,31 @@ def test_nobody_drafts_for_seeded_requests(
     assert 4 in asked
 
 
+def test_laws_of_windows_take_no_more_memory_than_they_may(
+    with_ngrams: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here that of one window and a half: the other requests' windows are point masses."""
+    engine, room = with_ngrams.engine, 4 * WINDOW * VOCABULARY
+    engine.set_rounds(3, 2, WINDOW)
+    held: list[tuple[int, int]] = []
+
+    def look() -> None:
+        held.append((len(engine.runner._windows), len(engine.runner._proposals)))
+
+    sampled = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    trace = [Arrival(0, _TEXTS[2][:20], sampled) for _ in range(3)]
+    engine.after_step = look
+    try:
+        engine.run(trace)
+        assert (3, 3) in held
+        held.clear()
+        monkeypatch.setattr("vllm_nvium.worker.via_sd_runner.LARGEST_LAWS", 3 * room // 2)
+        engine.run(trace)
+        assert (3, 1) in held and max(laws for _, laws in held) == 1
+    finally:
+        engine.after_step = None
+
+
 def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Served) -> None:
     """Held against the text: greedily, plain drafts would have been accepted as far as they are
     it. With a temperature nothing is concluded."""
