@@ -34,6 +34,7 @@ from via_sd_plans import (
     Case,
     about_run,
     add_arguments,
+    at_hand,
     best_without_tier,
     cases_of,
     copied_share,
@@ -195,6 +196,7 @@ COLUMNS = (
     "optimum",
     "auto / optimum",
     "at mean pass times",
+    "auto / optimum of its own texts",
     "time in the tier",
     "side",
     "learning / auto",
@@ -226,6 +228,7 @@ def row(found: dict[str, Any]) -> str:
     ]
     cells += [f"{found['optimum']:.1f}"]
     cells += [f"{of(found, 'auto') / found['optimum']:.3f}" for of in (rate, rate_at_means)]
+    cells += [f"{at_hand(found):.3f}"]
     cells += [f"{tier_share(found):.0%}", side(found), learning(found)]
     cells += [", ".join(f"{drafts}x{rounds}" for drafts, rounds in found["plans"].values())]
     cells += [", ".join(f"{copied_share(found, name):.2f}" for name in ("plain", "tier", "auto"))]

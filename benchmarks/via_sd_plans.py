@@ -43,7 +43,7 @@ from pass_clock import PassClock, at_mean_times, summed
 from vllm_nvium.spec_decode.controller import COMMON_TRIALS, PassTimes, Plan
 
 # Results in a file that were written otherwise are measured anew.
-FORMAT = 2
+FORMAT = 3
 # Sides that differ by less are not told apart.
 CLEAR = 1.05
 SPREAD = "± standard error (range run by run)"
@@ -113,25 +113,65 @@ def given_times(args: Any) -> dict[str, float] | None:
 # --- Measuring, in a process that has the engine --------------------------------------------------
 
 
-class Recorder(PassClock):
-    """Learns as ever, plans what it is told, and answers by all that it saw since `forget`.
+class Counter(PassClock):
+    """Plans and learns as ever, and keeps acceptances by batch.
 
-    n-grams come in runs, of which a window takes a whole one: the first drafts of a window are
-    found less often than plain ones. Here all plans see the same prompts, and the two are told
-    apart; the controller, which sees what comes, would take a difference of prompts for one.
-    Acceptances are kept by batch, too: prompts differ, and one chance for all of them promises more
-    than they can bring.
+    Prompts differ, and one chance for all of them promises more than they can bring. And n-grams
+    come in runs, of which a window takes a whole one: the first drafts of a window are found less
+    often than plain ones, and are counted apart.
+
+    Attributes:
+        running: the batch that runs.
+        sums: good ones and all, by batch and kind; of batch None all together.
+    """
+
+    running = 0
+
+    def __init__(self, max_drafts: int, max_window: int) -> None:
+        super().__init__(max_drafts, max_window)
+        self.sums: dict[int | None, dict[str, list[float]]] = {}
+
+    def counted(self, batch: int | None, kind: str) -> list[float]:
+        """Good ones and all, of one batch or of all."""
+        kinds = self.sums.setdefault(batch, {})
+        return kinds.setdefault(kind, [0.0, 0.0])
+
+    @property
+    def batches(self) -> list[int]:
+        return [batch for batch in self.sums if batch is not None]
+
+    def _rounds(self) -> int:
+        """Of the plan in use."""
+        return self._plan.rounds
+
+    def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
+        super()._saw(request_id, kind, good, bad)
+        if self._rounds() and kind == "at_full":
+            return  # windows tell of it, too, but here are plain drafts
+        kind = "opens" if kind == "obtained" and self._rounds() else kind
+        for batch in (self.running, None):
+            sums = self.counted(batch, kind)
+            sums[0] += good
+            sums[1] += good + bad
+
+
+class Recorder(Counter):
+    """Plans what it is told, and answers by all that it saw since `forget`.
+
+    Here all plans see the same prompts, and drafts of windows and plain ones are told apart; the
+    controller, which sees what comes, would take a difference of prompts for one.
     """
 
     fixed = Plan(0, 0)
     # Whose share of drafts found counts: of windows, or of plain drafts.
     of_windows = False
-    # The batch that runs, and the one whose acceptances are asked for; None: all of them together.
-    running = 0
+    # The batch whose acceptances are asked for; None: all of them together.
     asked_for: int | None = None
 
     def __init__(self, max_drafts: int, max_window: int) -> None:
         super().__init__(max_drafts, max_window)
+        # Whose acceptances count: pass times are always its own.
+        self.source: Counter = self
         self.forget()
 
     def _at_usual_pace(self, seconds: float) -> float:
@@ -143,17 +183,7 @@ class Recorder(PassClock):
         times = partial(PassTimes, keep=1 << 20, memory=1 << 40, middle=statistics.fmean)
         self._full, self._slim, self._overhead = times(), times(), times()
         self._draft = defaultdict(times)
-        self.sums: dict[int | None, dict[str, list[float]]] = {}
-
-    def counted(self, batch: int | None, kind: str) -> list[float]:
-        """Good ones and all, of one batch or of all."""
-        kinds = self.sums.setdefault(batch, {})
-        return kinds.setdefault(kind, [0.0, 0.0])
-
-    @property
-    def batches(self) -> list[int]:
-        """Those that were seen since `forget`."""
-        return [batch for batch in self.sums if batch is not None]
+        self.sums = {}
 
     def plan(self, request_ids: Any, decoding: int = 0) -> Plan:
         self._step += 1
@@ -162,21 +192,14 @@ class Recorder(PassClock):
     def another_round(self, window_lengths: Any, rounds_done: int, request_ids: Any) -> bool:
         return bool(request_ids) and rounds_done < self.fixed.rounds
 
-    def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
-        super()._saw(request_id, kind, good, bad)
-        if self.fixed.rounds and kind == "at_full":
-            return  # windows tell of it, too, but here are plain drafts
-        kind = "opens" if kind == "obtained" and self.fixed.rounds else kind
-        for batch in (self.running, None):
-            sums = self.counted(batch, kind)
-            sums[0] += good
-            sums[1] += good + bad
+    def _rounds(self) -> int:
+        return self.fixed.rounds
 
     def _share(self, rule: str, kind: str) -> float:
         name = "opens" if kind == "obtained" and self.of_windows else kind
-        good, count = self.counted(None, name)
+        good, count = self.source.counted(None, name)
         mean = good / count if count else super()._share(rule, kind)
-        good, count = self.counted(self.asked_for, name)
+        good, count = self.source.counted(self.asked_for, name)
         # A batch with few trials is taken for one like the others.
         return (good + mean * COMMON_TRIALS) / (count + COMMON_TRIALS)
 
@@ -246,14 +269,14 @@ class Engine:
     def measure(self, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
         """Runs of every plan in turn, and what the measured times and acceptances allow."""
         args, size = self.args, case.batch
-        auto = PassClock(args.max_drafts, args.window)
+        auto = Counter(args.max_drafts, args.window)
         recorder = Recorder(args.max_drafts, args.window)
         auto.given = recorder.given = given_times(args)
 
         def run(number: int, name: str) -> dict[str, Any]:
             batch = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
             recorder.fixed = plans.get(name, recorder.fixed)
-            recorder.running = number
+            recorder.running = auto.running = number
             return self.run(batch, case.mode, recorder if name in plans else auto, number)
 
         plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
@@ -265,6 +288,7 @@ class Engine:
                 run(number, name)
         best_plans(recorder, plans, case)
         recorder.forget()
+        auto.sums = {}
         before = dict(auto.snapshot()["steps"])
         first = args.learn + args.warm_up
         for number in range(first, first + args.repeats):
@@ -275,12 +299,18 @@ class Engine:
         promised = best_plans(recorder, dict(plans), case)
         seen = recorder.snapshot()
         opens, asked = recorder.counted(None, "opens")
+        own = promises(recorder, plans, case)
+        # The same of the texts that `auto` wrote, which under the paper's rule are others.
+        recorder.source = auto
+        at_hand = best_plans(recorder, dict(plans), case)
+        recorder.source = recorder
         return {
             "case": asdict(case),
             "runs": runs,
             "plans": {name: (plan.drafts, plan.rounds) for name, plan in plans.items()},
-            "promised": promises(recorder, plans, case),
+            "promised": own,
             "optimum": max(promised.values()),
+            "at_hand": at_hand,
             "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
             "acceptance": seen["acceptance"][case.mode] | {"opens": opens / max(asked, 1)},
             "milliseconds": {
@@ -297,7 +327,7 @@ def outlook(recorder: Recorder, case: Case) -> Any:
     for name in names:
         recorder.add(name, case.mode)
     seconds_per_token: list[Any] = []
-    for batch in recorder.batches:
+    for batch in recorder.source.batches:
         recorder.asked_for = batch
         recorder.of_windows = True
         windows = recorder.outlook(names)
@@ -461,9 +491,20 @@ def learning(found: dict[str, Any]) -> str:
     return f"{rate(found, 'learning') / rate(found, 'auto'):.3f}"
 
 
+def at_hand(found: dict[str, Any]) -> float:
+    """`auto` as a share of what the best plan promises on the texts that `auto` wrote."""
+    return float(rate(found, "auto") / max(found["at_hand"].values()))
+
+
 def side(found: dict[str, Any]) -> str:
-    """Whether `auto` spends its time where more tokens per second are."""
-    gain = rate(found, "tier") / rate(found, best_without_tier(found))
+    """Whether `auto` spends its time where more tokens per second are: by the runs of the best
+    plans, and under the paper's rule, where each plan writes a text of its own, by what the plans
+    promise on the texts of `auto`."""
+    if found["case"]["mode"] == "paper":
+        promised = found["at_hand"]
+        gain = promised["tier"] / max(promised["plain"], promised["speculative"])
+    else:
+        gain = rate(found, "tier") / rate(found, best_without_tier(found))
     if 1 / CLEAR < gain < CLEAR:
         return "either"
     return "right" if (tier_share(found) > 0.5) == (gain > 1) else "WRONG"
@@ -508,7 +549,8 @@ def block(found: dict[str, Any]) -> Iterator[str]:
                 "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['at_slim']:.2f}",
                 "auto": f"{rate(found, name) / found['optimum']:.3f} of the optimum "
                 f"{found['optimum']:.1f}, at mean pass times "
-                f"{rate_at_means(found, name) / found['optimum']:.3f}; side: {side(found)}; first "
+                f"{rate_at_means(found, name) / found['optimum']:.3f}, of that of its own texts "
+                f"{at_hand(found):.3f}; side: {side(found)}; first "
                 f"batches {learning(found)} of the later ones",
             }[name]
         ]
