@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -708,7 +707,7 @@ def test_structured_outputs_are_the_plain_engines(features: Features, kind: str)
     assert kind == "choice" or features.tiered.runner.counts.slim_passes > before
 
 
-def test_the_papers_rule_keeps_to_structure_and_forbidden_tokens(features: Features) -> None:
+def test_the_papers_rule_keeps_no_forbidden_token(features: Features) -> None:
     """It may change which token is chosen, never to one that may not be."""
     engine = features.tiered
     keep_all = {"via_sd_mode": "paper", "via_sd_accept": 0.0, "via_sd_escalate": 0.0}
@@ -720,20 +719,6 @@ def test_the_papers_rule_keeps_to_structure_and_forbidden_tokens(features: Featu
     allowed = [token for token in range(3, 98) if token not in forbidden]
     words = [chr(32 + token - 3) for token in forbidden if token >= 3]
     try:
-        for kind, structure in STRUCTURES.items():
-            params = greedy(
-                structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False,
-                max_tokens=60, extra_args=keep_all,
-            )  # fmt: skip
-            strict = greedy(
-                structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False,
-                max_tokens=60,
-            )  # fmt: skip
-            mine, theirs = outputs(engine, params, strict)
-            if kind in ("choice", "regex"):
-                pattern = structure.get("regex") or "|".join(structure["choice"])
-                assert re.fullmatch(pattern, mine.outputs[0].text)
-            assert theirs.finished
         # Drafts that escalate are not kept by the slim verifier.
         all_escalate = keep_all | {"via_sd_accept": 1.0, "via_sd_escalate": 1.0}
         for extra_args, least, most in ((keep_all, 1.0, 1.0), (all_escalate, 0.0, 0.9)):
