@@ -14,6 +14,7 @@ what sets how often the model without them says the same. The slim verifier skip
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -246,6 +247,7 @@ def main() -> None:
     }
     timed = {name: prompts[:-HELD_OUT] for name, prompts in texts.items()}
     held_out = next(iter(texts.values()))[-HELD_OUT:]
+    texts_of_agreement = hashlib.sha256(json.dumps(held_out).encode()).hexdigest()[:8]
     costs = [float(cost) for cost in args.costs.split(",")]
     cases = cases_of(args, texts)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
@@ -258,12 +260,13 @@ def main() -> None:
             # Where the clock says what passes cost, the smallest target does for all costs.
             size = max(costs) if args.by_cost else cost
             about = {"target": f"constructed from {args.base.name}", "cost": cost, "asked": asked}
-            about |= about_run(args)
+            about |= {"size": size} | about_run(args)
             known = results(args.out, about)
             if all(asdict(case) in [each["case"] for each in known] for case in cases):
                 found += [each for each in known if Case(**each["case"]) in cases]
                 continue
-            target = (args.targets or Path(folder)) / f"{args.base.name}-{size:g}-{asked:g}"
+            name = f"{args.base.name}-{size:g}-{asked:g}-{texts_of_agreement}"
+            target = (args.targets or Path(folder)) / name
             about_target = target / "dial.json"
             if not about_target.is_file():
                 if args.targets is None:  # one at a time

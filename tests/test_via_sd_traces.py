@@ -556,22 +556,34 @@ def test_laws_of_windows_take_no_more_memory_than_they_may(
 ) -> None:
     """Here that of one window and a half: the other requests' windows are point masses."""
     engine, room = with_ngrams.engine, 4 * WINDOW * VOCABULARY
-    engine.set_rounds(3, 2, WINDOW)
+    engine.set_rounds(4, 3, WINDOW)
     held: list[tuple[int, int]] = []
+    sizes: list[int] = []
+    laws_of_drafts = engine.runner._get_spec_decode_draft_probs
+
+    def measured(metadata: Any) -> Any:
+        found = laws_of_drafts(metadata)
+        sizes.append(0 if found is None else 4 * found.numel())
+        return found
+
+    monkeypatch.setattr(engine.runner, "_get_spec_decode_draft_probs", measured)
 
     def look() -> None:
         held.append((len(engine.runner._windows), len(engine.runner._proposals)))
 
-    sampled = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    # Texts that repeat themselves, so that windows get long, with laws all the same.
+    sampled = SamplingParams(temperature=1.0, top_k=1, max_tokens=40, ignore_eos=True)
     trace = [Arrival(0, _TEXTS[2][:20], sampled) for _ in range(3)]
     engine.after_step = look
     try:
         engine.run(trace)
-        assert (3, 3) in held
+        assert (3, 3) in held and max(sizes) > 3 * room // 2
         held.clear()
+        sizes.clear()
         monkeypatch.setattr("vllm_nvium.worker.via_sd_runner.LARGEST_LAWS", 3 * room // 2)
         engine.run(trace)
         assert (3, 1) in held and max(laws for _, laws in held) == 1
+        assert 0 < max(sizes) <= 3 * room // 2, "of all drafts of a step, too"
     finally:
         engine.after_step = None
 

@@ -115,7 +115,7 @@ PATCHES = (
         CLASS,
         "add_cli_args",
         _with_flags,
-        without="`vllm serve` does not know --nvium-*",
+        without="`vllm serve` does not know --nvium-* and --via-sd-*",
         until="vLLM lets a plugin add an argument group",
         kind=staticmethod,
     ),

@@ -540,11 +540,11 @@ TRIAL_FADE = 0.75
 LARGEST_BANK, HOPE = 3, 2.0
 # Plain decoding has no acceptance to learn: its trials may be so many times rarer.
 SELDOM = 45
-# Requests that a plan is made for; in larger batches some stand for all. And drafts times window
-# lengths squared times requests of a table that takes a millisecond or two: with more of the first
-# two, fewer requests stand for all and a plan is kept for longer.
-LARGEST_SAMPLE = 8
-LARGEST_TABLE = LARGEST_SAMPLE * 8 * 15**2
+# Requests that a plan is made for, at most and at least; in larger batches some stand for all. And
+# drafts times window lengths squared times requests of a table that takes a millisecond or two:
+# with more of the first two, fewer stand for all and a plan is kept for up to so much longer.
+LARGEST_SAMPLE, LEAST_SAMPLE = 8, 4
+LARGEST_TABLE, SLOWEST = LARGEST_SAMPLE * 8 * 15**2, 32
 
 
 class RoundController:
@@ -870,8 +870,10 @@ class RoundController:
         return Outlook(tokens, seconds)
 
     def _sampled(self, request_ids: Sequence[str], hope: float) -> Acceptance:
-        """Chances of some of these requests, who stand for all of them."""
-        sample = request_ids[:: -(-len(request_ids) // self._sample_size())]
+        """Chances of some of these requests, who stand for all of them: by their rules, so that
+        few under one rule do not stand for many under another."""
+        ordered = sorted(request_ids, key=self._rule)
+        sample = ordered[:: -(-len(request_ids) // self._sample_size())]
         accept = replace(self._acceptance(sample), weight=len(request_ids) / len(sample))
         for kind in sum(NEEDS.values(), ()) if hope else ():
             hoped = getattr(accept, kind) + hope * self._error(kind)
@@ -879,11 +881,12 @@ class RoundController:
         return accept
 
     def _sample_size(self) -> int:
-        return max(min(LARGEST_TABLE // self._cells(), LARGEST_SAMPLE), 1)
+        return max(min(LARGEST_TABLE // self._cells(), LARGEST_SAMPLE), LEAST_SAMPLE)
 
     def _slowness(self, count: int) -> int:
         """How many times as long as usual a table of so many requests takes."""
-        return -(-min(count, self._sample_size()) * self._cells() // LARGEST_TABLE)
+        times = -(-min(count, self._sample_size()) * self._cells() // LARGEST_TABLE)
+        return min(times, SLOWEST)
 
     def _cells(self) -> int:
         """Of the largest array of a table, per request."""
@@ -915,8 +918,11 @@ class RoundController:
         return [NONE, PLAIN, TIERED]
 
     def _has_tier(self, request_id: str) -> bool:
+        return self._rule(request_id) != OFF
+
+    def _rule(self, request_id: str) -> str:
         request = self._requests.get(request_id)
-        return request is None or request.rule != OFF
+        return LOSSLESS if request is None else request.rule
 
     def _choose(self, request_ids: Sequence[str]) -> None:
         """Sets the plan, for `refresh` steps or for a trial."""

@@ -235,7 +235,8 @@ def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> No
                 f"--via-sd-mask is {spec!r}, which was searched for {mask.model!r}, and the "
                 f"weights of {model.model!r} are others: search a mask for this target with "
                 f"`vllm-nvium search-mask`, or give `--via-sd-mask {layer_list(mask.skipped)}` if "
-                "it is a fine-tune that shall skip the same layers."
+                "it is a fine-tune, or the same model in another dtype, that shall skip the same "
+                "layers."
             )
     elif checkpoint_name(mask.model) != checkpoint_name(model.model):
         logger.warning(

@@ -31,8 +31,9 @@ else:
     Runner = object  # the mixin stands before vLLM's class and calls it through `super()`
 
 
-# Bytes of slim laws that windows may hold between two passes of the full model. Windows beyond them
-# go without, as those of requests with a grammar do: their drafts are taken for point masses.
+# Bytes of slim laws that windows may hold between two passes of the full model, and of the laws of
+# all of a step's drafts. Beyond them drafts are taken for point masses, as those of requests with a
+# grammar are.
 LARGEST_LAWS = 1 << 30
 
 
@@ -135,9 +136,10 @@ class ViaSDModelRunnerMixin(Runner):
 
     def _dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """vLLM's run without requests, which compiles the model and tells its memory: the slim
-        verifier's pass and the laws that wait for the full pass belong to it."""
+        verifier's layers and the laws that wait for the full pass belong to it."""
         held = None
-        if kwargs.get("is_profile") and self.device.type != "cpu":  # KV space of CPUs is given
+        has_tier = self.via_sd.rounds != 0 and self.device.type != "cpu"  # whose KV space is given
+        if kwargs.get("is_profile") and has_tier:
             # The windows' laws, and those of all of a step's drafts in one piece.
             laws = self._windows_with_laws() * self._bytes_of_laws()
             held = torch.empty(2 * laws, dtype=torch.uint8, device=self.device)
@@ -216,23 +218,23 @@ class ViaSDModelRunnerMixin(Runner):
         vLLM's own knows those of the last step only. With those of a request that had to wait for
         its turn it would forget all others too, and take draws for point masses.
         """
-        laws: list[torch.Tensor] = []
-        start, any_drawn = 0, False
-        tokens = spec_decode_metadata.draft_token_ids
-        ids = self.input_batch.req_ids
-        for request_id, count in zip(ids, spec_decode_metadata.num_draft_tokens, strict=False):
-            found = self._proposals.get(request_id)
-            if count and found is not None:
-                laws.append(found[:count])
-                any_drawn = True
-            elif count:
-                point_masses = torch.zeros(count, self.input_batch.vocab_size, device=self.device)
-                own = tokens[start : start + count].long()
-                # vLLM's placeholders, -1, are never accepted and take nothing from the law.
-                there = (own >= 0).float()
-                laws.append(point_masses.scatter_(1, own.clamp(min=0)[:, None], there[:, None]))
+        counts = spec_decode_metadata.num_draft_tokens
+        found = [self._proposals.get(name) for name in self.input_batch.req_ids[: len(counts)]]
+        size = 4 * sum(counts) * self.input_batch.vocab_size
+        if not any(count and laws is not None for count, laws in zip(counts, found, strict=True)):
+            return None
+        if size > LARGEST_LAWS:
+            return None  # All are point masses then: the output law is the same.
+        laws = torch.zeros(sum(counts), self.input_batch.vocab_size, device=self.device)
+        # vLLM's placeholders, -1, are never accepted and take nothing from the law.
+        tokens = spec_decode_metadata.draft_token_ids.long()
+        laws.scatter_(1, tokens.clamp(min=0)[:, None], (tokens >= 0).float()[:, None])
+        start = 0
+        for count, own in zip(counts, found, strict=True):
+            if own is not None:
+                laws[start : start + count] = own[:count]
             start += count
-        return torch.cat(laws).contiguous() if any_drawn else None
+        return laws
 
     def _kept(self, num_draft_tokens: list[int]) -> torch.Tensor | None:
         """Which of this step's drafts the paper's rule keeps without asking the full model."""
@@ -427,7 +429,9 @@ class ViaSDModelRunnerMixin(Runner):
     def _open_windows(self) -> list[Window]:
         """One for each request that may use the tier in this step."""
         windows: list[Window] = []
-        batch, laws_left = self.input_batch, self._windows_with_laws()
+        batch = self.input_batch
+        # Requests that have no turn keep theirs.
+        laws_left = self._windows_with_laws() - len(self._proposals)
         for i, request_id in enumerate(batch.req_ids):
             request = self.via_sd_requests.get(request_id)
             if request is None or not request.is_tiered or self.discard_request_mask.np[i]:
