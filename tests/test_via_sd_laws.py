@@ -220,6 +220,30 @@ def test_lossless_tokens_follow_the_targets_law(
     assert max(served.engine.window_rounds) == rounds
 
 
+def test_windows_of_large_batches_follow_the_targets_law(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of more than half of the largest batch have no room for their laws: what the slim
+    verifier and the drafter draw are point masses there, and draws in smaller batches."""
+    engine, runner = served.engine, served.engine.runner
+    engine.set_rounds(2, 2)
+    monkeypatch.setattr("vllm_nvium.worker.via_sd_runner.LARGEST_LAWS", runner._bytes_of_laws(128))
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+    open_windows = runner._open_windows
+
+    def opened() -> Any:
+        windows = open_windows()
+        for window in windows:
+            sizes[window.keeps_laws].add(runner.input_batch.num_reqs)
+        return windows
+
+    monkeypatch.setattr(runner, "_open_windows", opened)
+    check_joint(
+        draw_tokens(served, [sampled(1.0)] * REQUESTS), joint_law(served.reference, TOKENS, 1.0)
+    )
+    assert max(sizes[True]) <= 128 < min(sizes[False])
+
+
 @pytest.mark.parametrize("fields", [{"top_k": 3}, {"top_p": 0.8}], ids=["top_k", "top_p"])
 def test_lossless_tokens_follow_the_law_that_top_k_and_top_p_leave(
     served: Served, fields: dict[str, Any]

@@ -31,9 +31,10 @@ else:
     Runner = object  # the mixin stands before vLLM's class and calls it through `super()`
 
 
-# Bytes of slim laws that windows may hold between two passes of the full model, and of the laws of
-# all of a step's drafts. Beyond them drafts are taken for point masses, as those of requests with a
-# grammar are.
+# Bytes of laws that the windows of a batch may take if all of them get full. In larger batches
+# drafts are taken for point masses, as those of requests with a grammar are. This is decided before
+# anything is drawn: what is drawn decides how long a window gets, so that drafts which keep their
+# law because windows stayed short would not be draws from it any more.
 LARGEST_LAWS = 1 << 30
 
 
@@ -141,7 +142,7 @@ class ViaSDModelRunnerMixin(Runner):
         has_tier = self.via_sd.rounds != 0 and self.device.type != "cpu"  # whose KV space is given
         if kwargs.get("is_profile") and has_tier:
             # The windows' laws, and those of all of a step's drafts in one piece.
-            laws = self._windows_with_laws() * self._bytes_of_laws()
+            laws = min(self._bytes_of_laws(self.max_num_reqs), LARGEST_LAWS)
             held = torch.empty(2 * laws, dtype=torch.uint8, device=self.device)
         output = super()._dummy_run(num_tokens, *args, **kwargs)
         if kwargs.get("is_profile"):
@@ -220,11 +221,8 @@ class ViaSDModelRunnerMixin(Runner):
         """
         counts = spec_decode_metadata.num_draft_tokens
         found = [self._proposals.get(name) for name in self.input_batch.req_ids[: len(counts)]]
-        size = 4 * sum(counts) * self.input_batch.vocab_size
-        if not any(count and laws is not None for count, laws in zip(counts, found, strict=True)):
+        if not any(count and own is not None for count, own in zip(counts, found, strict=True)):
             return None
-        if size > LARGEST_LAWS:
-            return None  # All are point masses then: the output law is the same.
         laws = torch.zeros(sum(counts), self.input_batch.vocab_size, device=self.device)
         # vLLM's placeholders, -1, are never accepted and take nothing from the law.
         tokens = spec_decode_metadata.draft_token_ids.long()
@@ -419,19 +417,17 @@ class ViaSDModelRunnerMixin(Runner):
         most = self.max_num_tokens // max(len(windows), 1) - 1
         return [min(window.room, most) for window in windows]
 
-    def _bytes_of_laws(self) -> int:
-        """Of one window: float32 over the vocabulary for each token."""
-        return 4 * self.via_sd.window * int(self.model_config.get_vocab_size())
-
-    def _windows_with_laws(self) -> int:
-        return min(LARGEST_LAWS // self._bytes_of_laws(), int(self.max_num_reqs))
+    def _bytes_of_laws(self, windows: int) -> int:
+        """Of full windows: float32 over the vocabulary for each token."""
+        return 4 * windows * self.via_sd.window * self.input_batch.vocab_size
 
     def _open_windows(self) -> list[Window]:
         """One for each request that may use the tier in this step."""
-        windows: list[Window] = []
+        windows = []
         batch = self.input_batch
         # Requests that have no turn keep theirs.
-        laws_left = self._windows_with_laws() - len(self._proposals)
+        with_laws = batch.num_reqs + len(self._proposals)
+        may_keep_laws = self._bytes_of_laws(with_laws) <= LARGEST_LAWS
         for i, request_id in enumerate(batch.req_ids):
             request = self.via_sd_requests.get(request_id)
             if request is None or not request.is_tiered or self.discard_request_mask.np[i]:
@@ -446,8 +442,6 @@ class ViaSDModelRunnerMixin(Runner):
             newest = int(batch.token_ids_cpu[i, length - 1])
             if newest in request.stop_tokens:
                 continue
-            keeps_laws = request.keeps_laws and laws_left > 0
-            laws_left -= keeps_laws
             windows.append(
                 Window(
                     request=i,
@@ -459,7 +453,7 @@ class ViaSDModelRunnerMixin(Runner):
                     accept=request.options.accept,
                     escalate=request.options.escalate,
                     stop_tokens=request.stop_tokens,
-                    keeps_laws=keeps_laws,
+                    keeps_laws=request.keeps_laws and may_keep_laws,
                 )
             )
         return windows
