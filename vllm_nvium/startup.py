@@ -10,7 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_nvium.flags import NviumOptions
 from vllm_nvium.model_executor.models.checkpoint_layout import LayoutError, check_files
 from vllm_nvium.spec_decode import options as via_sd
-from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
+from vllm_nvium.unsupported import Unsupported, above_one, pooling_runner, rust_frontend
 from vllm_nvium.weights import weight_files
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--runner",
-        lambda c: "pooling" if c.model_config.runner_type == "pooling" else None,
+        pooling_runner,
         "N-vium models generate text and have no pooler",
         "use --runner generate",
     ),

@@ -26,6 +26,11 @@ def above_one(value: int) -> int | None:
     return value if value > 1 else None
 
 
+def pooling_runner(config: "VllmConfig") -> str | None:
+    """The runner of models that generate nothing, when it is that one."""
+    return "pooling" if config.model_config.runner_type == "pooling" else None
+
+
 def rust_frontend(_: "VllmConfig") -> str | None:
     """The environment's switch of vLLM's Rust front end, when it is on."""
     import vllm.envs as envs

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.spec_decode.options import NO_PENALTIES, PREFIX, ViaSDOptions, options_of
-from vllm_nvium.unsupported import Unsupported, above_one, rust_frontend
+from vllm_nvium.unsupported import Unsupported, above_one, pooling_runner, rust_frontend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,7 +66,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--runner",
-        lambda c: "pooling" if c.model_config.runner_type == "pooling" else None,
+        pooling_runner,
         "a model that pools generates nothing that could be drafted",
         "use --runner generate, or remove --via-sd",
     ),
