@@ -72,8 +72,6 @@ def run_cascade(
     """
     batch, catch_up = step.batch, step.catch_up
     rows = catch_up.start(batch, positions)
-    # Nothing starts to wait while a step runs, so what does is known from its start.
-    something_waits = bool((batch.complete < rows.first).any())
     may_stop = bool(step.sampling.may_stop.all())
     step.exits = np.full(batch.num_requests, UNDECIDED, dtype=np.int64)
     # Heads with unembeddings of their own cannot share the plain [T, H] output either.
@@ -88,10 +86,9 @@ def run_cascade(
             step.depth = k + 1
             catch_up.stop(rows, state, step.depth)
             return heads.output(state)
-        if something_waits:
-            rows, state = catch_up.join(batch, rows, state, segment=k + 1)
-        state = model.segments[k + 1](state, rows.positions)
+        rows, state = catch_up.run(batch, rows, state, k + 1, model.segments[k + 1])
     step.depth = len(model.segments)
+    catch_up.complete(rows)
     heads.at_end(rows, state)
     return heads.output(state)
 

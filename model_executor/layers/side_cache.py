@@ -40,7 +40,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_nvium.model_executor.layers.state_pool import StatePool
+from vllm_nvium.model_executor.layers.state_pool import NONE, StatePool
 
 # Rows are multiples of this many bytes, so a state can be viewed in any dtype and is moved by
 # vector instructions. More than 16 gained nothing when measured.
@@ -186,8 +186,19 @@ class SideCache(nn.Module, AttentionLayerBase):
 
     def read_states(self, slots: np.ndarray) -> torch.Tensor:
         """The states [T, H] that wait at `slots` ([T] int64, host)."""
-        rows = slots if self.pool is None else self.pool.rows(slots)
-        return self.states.index_select(0, torch.from_numpy(rows).to(self.states.device))
+        return self.states.index_select(0, self._rows_of(slots))
+
+    def replace_states(self, slots: np.ndarray, states: torch.Tensor) -> None:
+        """Stores states [T, H] at `slots` ([T] int64, host) in the place of those that wait."""
+        self.states.index_copy_(0, self._rows_of(slots), states)
+
+    def _rows_of(self, slots: np.ndarray) -> torch.Tensor:
+        rows = slots
+        if self.pool is not None:
+            rows = self.pool.rows(slots)
+            # A missing row is -1, the last one to an array.
+            assert (rows != NONE).all(), f"no state waits at some of {slots.tolist()}"
+        return torch.from_numpy(rows).to(self.states.device)
 
     def release(self, slots: np.ndarray) -> None:
         """What waits at `slots` ([T] int64, host), if anything does, is not needed any more."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Index arithmetic of catch-up on plain host arrays: ragged ranges of positions, the cache slots
-they live in, and the frontier of every sequence.
+they live in, and how rows are split into passes.
 
 These run between two segments of one engine step, so each is a handful of vector operations and
 none loops over positions or sequences.
@@ -44,24 +44,46 @@ def slots_of(
     return block_table[sequence, block].astype(np.int64) * block_size + offset
 
 
-def frontiers(
-    marks: np.ndarray, complete: np.ndarray, first: np.ndarray, query_start: np.ndarray, level: int
-) -> np.ndarray:
-    """First position of every sequence that has not been through segment `level`.
-
-    Depth marks never rise along a sequence, so the frontier is the number of leading positions
-    whose mark exceeds `level`; the leading `complete_s` are known to be through every segment, and
-    positions from `first_s` on are already rows of the present pass.
+def range_starts(sequence: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Where ranges of consecutive positions of one sequence begin among rows.
 
     Args:
-        marks: [M] uint8, marks of the positions [complete_s, first_s) of all sequences, in order.
-        complete, first: [S] int64, complete_s <= first_s.
-        query_start: [S + 1] int, where each sequence's marks start.
-        level: segments a position must have been through more than.
+        sequence, positions: [T] int64, ascending by sequence and then by position, T >= 1.
 
     Returns:
-        [S] int64, complete_s <= frontier_s <= first_s.
+        [Q] int64, the first of them 0.
     """
-    through = np.zeros(len(marks) + 1, dtype=np.int64)
-    np.cumsum(marks > level, out=through[1:])
-    return complete + through[query_start[1:]] - through[query_start[:-1]]
+    follows = (sequence[1:] == sequence[:-1]) & (positions[1:] == positions[:-1] + 1)
+    return np.concatenate(([0], np.flatnonzero(~follows) + 1))
+
+
+def passes_of(
+    sequence: np.ndarray, positions: np.ndarray, max_rows: int, max_ranges: int
+) -> list[np.ndarray]:
+    """Splits rows that are too many for one pass, so that none runs before what it attends to.
+
+    A row attends to lower positions only, in blocks that any sequence may own. So rows go by
+    position, whatever sequence they belong to.
+
+    Args:
+        sequence, positions: [T] int64, each pair once.
+        max_rows, max_ranges: most rows, and ranges of consecutive positions, of one pass; >= 1.
+
+    Returns:
+        for every pass the indices of its rows, ascending by sequence and then by position.
+    """
+    by_position = np.lexsort((sequence, positions))
+    passes, start = [], 0
+    while start < len(by_position):
+        count = max_rows
+        while True:
+            chosen = by_position[start : start + count]
+            chosen = chosen[np.lexsort((positions[chosen], sequence[chosen]))]
+            num_ranges = len(range_starts(sequence[chosen], positions[chosen]))
+            if num_ranges <= max_ranges:
+                break
+            # So many rows have no more ranges than that.
+            count = max(len(chosen) // 2, min(max_ranges, max_rows))
+        passes.append(chosen)
+        start += len(chosen)
+    return passes

@@ -58,6 +58,8 @@ class NviumModelRunnerMixin:
             model.num_heads,
             block_table.block_size,
             lambda rows: enter_rows(attention, rows),
+            max_rows=self.scheduler_config.max_num_batched_tokens,  # type: ignore[attr-defined]
+            max_ranges=self.scheduler_config.max_num_seqs,  # type: ignore[attr-defined]
         )
 
     def _update_states(self, scheduler_output: "SchedulerOutput") -> Any:

@@ -104,6 +104,8 @@ class NviumModelState(DefaultModelState):
             block_tables.block_sizes[self._group],
             # The groups are known from the first `prepare_attn` on.
             lambda rows: enter_rows(self._attn_groups, rows),
+            max_rows=self.vllm_config.scheduler_config.max_num_batched_tokens,
+            max_ranges=self.vllm_config.scheduler_config.max_num_seqs,
         )
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
