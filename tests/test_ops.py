@@ -25,7 +25,7 @@ from vllm_nvium.model_executor.ops.head_rows import (
     row_width,
     unpack,
 )
-from vllm_nvium.model_executor.ops.ragged import frontiers, ragged_ranges, slots_of
+from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
 from vllm_nvium.worker.requests import RequestTable, is_ancestral, is_plain_greedy
 
 # ---------------------------------------------------------------------------------------- draws
@@ -113,14 +113,6 @@ def test_request_seeds() -> None:
     assert all(0 <= seed < 2**64 for seed in others)
 
 
-def test_offline_requests_without_a_seed_repeat_with_the_engines() -> None:
-    assert request_seed(None, "7-1f0c9a2b", 0) == request_seed(None, "7-00000000", 0)
-    assert request_seed(None, "0_7-1f0c9a2b", 0) == request_seed(None, "0_7-00000000", 0)
-    assert request_seed(None, "7-1f0c9a2b", 0) != request_seed(None, "7-1f0c9a2b", 1)
-    # A server's ids are not running numbers: two requests that share one draw independently.
-    assert request_seed(None, "cmpl-x-1f0c9a2b", 0) != request_seed(None, "cmpl-x-00000000", 0)
-
-
 # --------------------------------------------------------------------------------------- ragged
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), min_size=1, max_size=6)
@@ -162,33 +154,6 @@ def test_slots(pairs: list[tuple[int, int]], block_size: int, random: Any) -> No
         int(table[s, p // block_size]) * block_size + p % block_size
         for s, p in zip(sequence, positions, strict=True)
     ]
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 5), st.lists(st.integers(1, 4), max_size=9)),
-        min_size=1,
-        max_size=5,
-    ),
-    st.integers(0, 4),
-)
-@settings(deadline=None)
-def test_frontiers(sequences: list[tuple[int, list[int]]], level: int) -> None:
-    # Marks never rise along a sequence.
-    marks = [sorted(own, reverse=True) for _, own in sequences]
-    complete = np.array([known for known, _ in sequences], dtype=np.int64)
-    first = complete + [len(own) for own in marks]
-    query_start = np.cumsum([0] + [len(own) for own in marks])
-    flat = np.array([mark for own in marks for mark in own], dtype=np.uint8)
-    result = frontiers(flat, complete, first, query_start, level)
-    for s, own in enumerate(marks):
-        expected = int(complete[s])
-        for mark in own:
-            if mark <= level:
-                break
-            expected += 1
-        assert result[s] == expected
-        assert complete[s] <= result[s] <= first[s]
 
 
 # ------------------------------------------------------------------------------------ head rows

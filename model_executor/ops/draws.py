@@ -7,7 +7,6 @@ OOPSLA 2014) applied to a counter; host integers only, because who leaves must b
 """
 
 import hashlib
-import re
 
 import numpy as np
 
@@ -15,9 +14,6 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _U30, _U27, _U31, _U11 = (np.uint64(s) for s in (30, 27, 31, 11))
-
-# "7-1f0c9a2b", and with n > 1 "0_7-1f0c9a2b".
-_NUMBERED = re.compile(r"((?:\d+_)?\d+)-[0-9a-f]{8}")
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -59,16 +55,15 @@ def margin_thresholds(seeds: np.ndarray, positions: np.ndarray, num_exits: int) 
     return np.log(u) - np.log1p(-u)
 
 
-def request_seed(seed: int | None, request_id: str, engine_seed: int) -> int:
+def request_seed(seed: int | None, name: str, engine_seed: int) -> int:
     """The 64-bit seed of a request's exit draws.
 
     A request that names a seed uses it alone, so that it reproduces whatever its id and whatever
-    else is running; one that does not gets its own stream from its id and the engine's seed, the
-    same on every tensor-parallel rank. vLLM appends random characters to every id; behind the
-    running numbers that offline generation uses as ids they are left out, so that an offline run
-    repeats with its `--seed` as it does for other models.
+    else is running; one that does not gets its own stream from its name and the engine's seed, the
+    same on every tensor-parallel rank.
+
+    Args:
+        name: what tells the request from all others of its engine.
     """
-    numbered = _NUMBERED.fullmatch(request_id)
-    name = numbered[1] if numbered else request_id
     text = f"seed:{seed}" if seed is not None else f"id:{engine_seed}:{name}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -12,7 +12,8 @@ import numpy as np
 
 from vllm_nvium.flags import NviumOptions, NviumRequestOptions
 from vllm_nvium.model_executor.cascade import Sampling
-from vllm_nvium.model_executor.ops.draws import margin_thresholds, request_seed
+from vllm_nvium.model_executor.ops.draws import margin_thresholds
+from vllm_nvium.worker.request_seeds import RequestSeeds
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -107,7 +108,7 @@ class RequestTable:
         greedy_margin: float = 0.0,
     ) -> None:
         self.options = options
-        self.engine_seed = engine_seed
+        self._seeds_of_requests = RequestSeeds(engine_seed)
         self.num_exits = num_exits
         self.always_full = always_full
         self.decide_early = decide_early
@@ -124,7 +125,7 @@ class RequestTable:
         mixture = options.sampling == "mixture"
         needs_all = mixture and (self.always_full or not is_ancestral(params))
         self.requests[request_id] = RequestInfo(
-            seed=request_seed(params.seed, request_id, self.engine_seed),
+            seed=self._seeds_of_requests.seed_of(params.seed, request_id),
             greedy=params.temperature < GREEDY_BELOW,
             mixture=needs_all,
             mixture_greedy=needs_all
