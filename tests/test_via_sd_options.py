@@ -5,6 +5,7 @@ options, whose greedy results are those of an engine without it.
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedModel
 from vllm import SamplingParams
@@ -28,6 +30,7 @@ from via_sd_engine import NGRAM, ViaSDEngine
 
 from tiny_models import make_dense, save_character_tokenizer
 from vllm_nvium import plugin
+from vllm_nvium.patches.input_processor import check as check_request
 from vllm_nvium.spec_decode import startup
 from vllm_nvium.spec_decode.mask import ModelIdentity, write_mask_file
 from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
@@ -235,7 +238,9 @@ NO_COUNT = {key: value for key, value in NGRAM.items() if key != "num_speculativ
         ),
         ({"rounds": -1}, ["--via-sd-rounds", "-1", "'auto'"]),
         ({"rounds": True}, ["--via-sd-rounds", "True"]),
-        ({"max_batch": 0}, ["--via-sd-max-batch", "0", ">= 1"]),
+        ({"rounds": 129}, ["--via-sd-rounds", "129", "0..128"]),
+        ({"max_batch": 2**31}, ["--via-sd-max-batch", "2147483648", "1..2147483647"]),
+        ({"max_batch": 0}, ["--via-sd-max-batch", "0", "1..2147483647"]),
         ({"allow_paper_mode": 1}, ["--via-sd-allow-paper-mode", "1", "a bool"]),
         ({"speed": 1}, ["'via_sd_speed'", "via_sd_window"]),
         ({"mask": "7"}, ["--via-sd-mask is '7'", "layers are 0 to 3"]),
@@ -495,6 +500,16 @@ BAD_OVERRIDES: list[tuple[dict[str, Any], list[str]]] = [
     ({"via_sd_accept": [0.6]}, ["'via_sd_accept'", "[0.6]", "0..1"]),
     ({"via_sd": "perhaps"}, ["'via_sd'", "'perhaps'", "'on' or 'off'"]),
     ({"via_sd": [1]}, ["'via_sd'", "[1]", "'on' or 'off'"]),
+    ({"via_sd": 2**63}, ["'via_sd'", "9223372036854775808", "'on' or 'off'"]),
+    ({"via_sd": math.nan}, ["'via_sd'", "nan", "'on' or 'off'"]),
+    ({"via_sd": {"a": 1}}, ["'via_sd'", "{'a': 1}", "'on' or 'off'"]),
+    ({"via_sd": np.array([True, True])}, ["'via_sd'", "array", "'on' or 'off'"]),
+    ({"via_sd_mode": np.array(["paper"] * 2)}, ["'via_sd_mode'", "array", "'lossless' or 'paper'"]),
+    ({"via_sd_mode": ["paper"]}, ["'via_sd_mode'", "['paper']"]),
+    ({"via_sd_accept": True}, ["'via_sd_accept'", "True", "0..1"]),
+    ({"via_sd_accept": math.nan}, ["'via_sd_accept'", "nan", "0..1"]),
+    ({"via_sd_escalate": -math.inf}, ["'via_sd_escalate'", "-inf", "0..1"]),
+    ({"via_sd_escalate": 2**63}, ["'via_sd_escalate'", "9223372036854775808", "0..1"]),
     ({"via_sd_window": 3}, ["'via_sd_window'", "via_sd_mode"]),
     ({"via_sd_": 3}, ["'via_sd_'", "via_sd_mode"]),
 ]
@@ -509,8 +524,11 @@ def test_overrides_are_read() -> None:
     assert read(given, engine) == ViaSDRequestOptions(True, "paper", 1, 0)
     for off in ("off", "false", "0", False, 0):
         assert not read({"via_sd": off}, engine).on
-    for on in ("on", "true", "1", True, 1):
+    for on in ("on", "true", "1", True, 1, None):
         assert read({"via_sd": on}, engine).on
+    # Null is "not given".
+    nothing = dict.fromkeys(("via_sd", "via_sd_mode", "via_sd_accept", "via_sd_window"))
+    assert read(nothing, engine) == ViaSDRequestOptions(True, "lossless", 0.5, 0.3)
     # A server of the paper's mode lets requests ask for the lossless one and back.
     assert read({"via_sd_mode": "lossless"}, ViaSDOptions(mode="paper")).mode == "lossless"
     assert read({}, ViaSDOptions(mode="paper")).mode == "paper"
@@ -578,31 +596,65 @@ def test_an_override_where_via_sd_is_off_is_refused(
         with pytest.raises(VLLMValidationError) as error:
             add(engine, SamplingParams(extra_args=given))
         message = str(error.value)
+        assert f"{next(iter(given))!r} is" in message
         assert "VIA-SD is off" in message and "--via-sd" in message
         assert "\n" not in message and message.endswith(".")
-    add_other = SamplingParams(extra_args={"other": 1}, max_tokens=1)
+    add_other = SamplingParams(extra_args={"other": 1, "via_sd": None}, max_tokens=1)
     assert outputs(features.plain, add_other)[0].finished
 
 
-@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_an_override_of_the_other_method_is_refused(
+    features: Features, nvium_checkpoint: Path
+) -> None:
+    """The same on an engine with one method as on one with none."""
+    nvium = {"nvium_max_deferred": 3}
+    for engine in (features.plain, features.tiered):
+        with pytest.raises(VLLMValidationError, match="'nvium_max_deferred' is 3.*LlamaForCaus"):
+            add(engine, SamplingParams(extra_args=nvium))
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(model=str(nvium_checkpoint)).create_engine_config()
+    with pytest.raises(VLLMValidationError, match="'via_sd' is 'off', but VIA-SD is off; an N-v"):
+        check_request(SamplingParams(extra_args={"via_sd": "off"}), config)
+
+
+@pytest.mark.parametrize("odd", [[1], "via_sd", {"via_sd"}], ids=str)
+def test_extra_args_that_are_no_mapping_are_refused(features: Features, odd: Any) -> None:
+    params = SamplingParams()
+    params.extra_args = odd
+    for engine in (features.plain, features.tiered):
+        with pytest.raises(VLLMValidationError, match="extra_args is .* must be a mapping"):
+            check_request(params, engine.engine.vllm_config)
+
+
+BEAM_SEARCHES = ("completion", "chat", "transcription", "translation")
+
+
+@pytest.mark.parametrize("kind", BEAM_SEARCHES)
 def test_an_override_of_a_beam_search_is_refused(kind: str) -> None:
     plugin.register()
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 
     def asked(**fields: Any) -> Any:
+        speech = {"transcription": TranscriptionRequest, "translation": TranslationRequest}
+        if kind in speech:
+            # The audio is read before; its check wants a web framework's class.
+            return speech[kind].model_construct(use_beam_search=True, n=2, **fields)
         common = {"model": "tiny", "use_beam_search": True, "n": 2, **fields}
         if kind == "chat":
             return ChatCompletionRequest(messages=[{"role": "user", "content": "w3"}], **common)
         return CompletionRequest(prompt="w3", **common)
 
-    for key, value in (("via_sd", "off"), ("via_sd_mode", "paper")):
+    for key, value in (("via_sd", "off"), ("via_sd_mode", "paper"), ("nvium_max_deferred", 1)):
         with pytest.raises(VLLMValidationError) as error:
             asked(vllm_xargs={"other": 1, key: value}).to_beam_search_params(5, {})
         message = str(error.value)
         assert message.startswith(f"vllm_xargs {key!r} is {value!r}, but use_beam_search is true")
         assert "\n" not in message and message.endswith(".")
-    for others in ({}, {"vllm_xargs": {"other": 1}}):
+    for others in ({"vllm_xargs": None}, {"vllm_xargs": {"other": 1}}):
         assert asked(**others).to_beam_search_params(5, {}).beam_width == 2
 
 

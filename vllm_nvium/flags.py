@@ -8,6 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvium.given import (
+    LARGEST_COUNT,
+    Remembered,
+    is_count,
+    is_one_of,
+    picked,
+    picked_of_request,
+    shown,
+)
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
@@ -37,7 +47,12 @@ class NviumOptions:
         Raises:
             ValueError: a key is unknown or a value is out of range; one sentence.
         """
-        return cls(**_read(additional_keys(vllm_config), cls(), in_config=True))
+        return cls.from_config(vllm_config.additional_config)
+
+    @classmethod
+    def from_config(cls, additional_config: Any) -> "NviumOptions":
+        """The same, of `additional_config` itself."""
+        return cls(**_read(_keys_of(additional_config), cls(), in_config=True))
 
 
 # The options as keys of `additional_config` and as keyword arguments.
@@ -60,8 +75,7 @@ class NviumRequestOptions:
         Raises:
             ValueError: a key is unknown or a value is out of range; one sentence.
         """
-        given = {key: value for key, value in (extra_args or {}).items() if key.startswith(PREFIX)}
-        return cls(**_read(given, defaults, in_config=False))
+        return cls(**_read(picked_of_request(extra_args, is_own), defaults, in_config=False))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,20 +122,23 @@ def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
             "can only be added to a JSON object."
         )
     for key, value in flags.items():
-        if key in additional_config and additional_config[key] != value:
+        other = additional_config.get(key)
+        if other is not None and other != value:
             raise ValueError(
-                f"{_flag(key)} is {value!r} but --additional-config says {key} = "
-                f"{additional_config[key]!r}; give one of them."
+                f"{_flag(key)} is {value!r} but --additional-config says {key} = {shown(other)}; "
+                "give one of them."
             )
     return {**additional_config, **flags}
 
 
+def is_own(key: str) -> bool:
+    """Whether a key of `additional_config` or of `vllm_xargs` is meant for N-vium."""
+    return key.startswith(PREFIX)
+
+
 def additional_keys(vllm_config: "VllmConfig") -> dict[str, Any]:
     """The keys `nvium_*` of a configuration, unchecked."""
-    config = vllm_config.additional_config
-    if not isinstance(config, dict):
-        return {}
-    return {key: value for key, value in config.items() if str(key).startswith(PREFIX)}
+    return _keys_of(vllm_config.additional_config)
 
 
 def is_nvium(vllm_config: "VllmConfig") -> bool:
@@ -131,40 +148,52 @@ def is_nvium(vllm_config: "VllmConfig") -> bool:
 
 
 def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig") -> None:
-    """Check one request to an N-vium model; called in the process that answers the client.
+    """Check one request; called in the process that answers the client.
 
     Raises:
         ValueError: one sentence, sent to the client with status 400.
     """
-    NviumRequestOptions.from_extra_args(
-        sampling_params.extra_args, NviumOptions.from_vllm_config(vllm_config)
-    )
+    extra_args = sampling_params.extra_args
+    if is_nvium(vllm_config):
+        engine = _engine_options(vllm_config.additional_config)
+        NviumRequestOptions.from_extra_args(extra_args, engine)
+        return
+    for key, value in picked_of_request(extra_args, is_own).items():
+        raise ValueError(
+            f"vllm_xargs {shown(key)} is {shown(value)}, but the model is a "
+            f"{vllm_config.model_config.architecture} and the option works on {ARCHITECTURE} only; "
+            "remove it."
+        )
+
+
+_engine_options = Remembered(NviumOptions.from_config)
+
+
+def _keys_of(additional_config: Any) -> dict[str, Any]:
+    return picked(additional_config, is_own)
 
 
 def _read(given: Mapping[str, Any], defaults: NviumOptions, *, in_config: bool) -> dict[str, Any]:
     values = {field.name: getattr(defaults, field.name) for field in fields(NviumOptions)}
+    source = "additional_config" if in_config else "vllm_xargs"
     for key, value in given.items():
-        where = f"{_flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
         name = key.removeprefix(PREFIX)
         if name not in values:
-            source = "additional_config" if in_config else "vllm_xargs"
             known = ", ".join(PREFIX + option for option in values)
-            raise ValueError(f"{source} {key!r} is not an option of N-vium; there are {known}.")
-        if name == "sampling" and value not in SAMPLING_LAWS:
-            laws = " or ".join(map(repr, SAMPLING_LAWS))
-            raise ValueError(f"{where} is {value!r}; it must be {laws}.")
-        if name == "max_deferred" and not _is_count_or_none(value):
             raise ValueError(
-                f"{where} is {value!r}; it must be an integer >= 0, or absent for no limit."
+                f"{source} {shown(key)} is not an option of N-vium; there are {known}."
+            )
+        where = f"{_flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
+        if name == "sampling" and not is_one_of(value, SAMPLING_LAWS):
+            laws = " or ".join(map(repr, SAMPLING_LAWS))
+            raise ValueError(f"{where} is {shown(value)}; it must be {laws}.")
+        if name == "max_deferred" and not is_count(value, 0):
+            raise ValueError(
+                f"{where} is {shown(value)}; it must be an integer in 0..{LARGEST_COUNT}, or "
+                "absent for no limit."
             )
         values[name] = value
     return values
-
-
-def _is_count_or_none(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _count(text: str) -> int:
@@ -172,8 +201,8 @@ def _count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+    if not is_count(value, 0):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not an integer in 0..{LARGEST_COUNT}")
     return value
 
 

@@ -51,8 +51,9 @@ def all_patches() -> tuple[Patch, ...]:
         beam_search,
         engine_args,
         input_processor,
+        responses,
         stat_loggers,
     )
 
-    modules = (engine_args, input_processor, async_llm, beam_search, stat_loggers)
+    modules = (engine_args, input_processor, async_llm, responses, beam_search, stat_loggers)
     return tuple(patch for module in modules for patch in module.PATCHES)

@@ -7,21 +7,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_nvium.flags import is_nvium, validate_request
+from vllm_nvium import flags
 from vllm_nvium.patches import Patch
 from vllm_nvium.spec_decode import options as via_sd
 
 
 def check(params: Any, vllm_config: Any) -> None:
-    """Raise vLLM's VLLMValidationError for a request whose overrides this engine refuses."""
+    """Raise vLLM's VLLMValidationError for a request whose overrides this engine refuses: among
+    them every option of a method that the engine has not."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
     if not isinstance(params, SamplingParams):
         return
     try:
-        if is_nvium(vllm_config):
-            validate_request(params, vllm_config)
+        flags.validate_request(params, vllm_config)
         via_sd.validate_request(params, vllm_config)
     except ValueError as error:
         # The server answers this class with 400, a plain ValueError not in every route.

@@ -8,6 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvium.flags import is_nvium
+from vllm_nvium.given import (
+    LARGEST_COUNT,
+    Remembered,
+    is_count,
+    is_one_of,
+    is_share,
+    picked,
+    picked_of_request,
+    shown,
+)
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
@@ -16,6 +28,8 @@ KEY = "via_sd"
 PREFIX = "via_sd_"
 MODES = ("lossless", "paper")
 AUTO = "auto"
+# vLLM's rejection sampler takes at most so many drafts; a round adds one of them at least.
+LARGEST_WINDOW = 128
 # What the paper's rule alone has.
 THRESHOLDS = ("accept", "escalate")
 # What it has not: penalties, and the values at which they do nothing.
@@ -60,19 +74,23 @@ class ViaSDOptions:
         given = additional_keys(additional_config)
         switch = given.pop(KEY, False)
         if not isinstance(switch, bool):
-            raise ValueError(f"--via-sd (additional_config 'via_sd') is {switch!r}; give a bool.")
+            raise ValueError(
+                f"--via-sd (additional_config 'via_sd') is {shown(switch)}; give a bool."
+            )
         if not switch:
             if given:
                 key, value = next(iter(given.items()))
-                raise ValueError(f"{_flag(key)} is {value!r}, but VIA-SD is off; add --via-sd.")
+                raise ValueError(
+                    f"{_flag(key)} is {shown(value)}, but VIA-SD is off; add --via-sd."
+                )
             return None
         values = {key.removeprefix(PREFIX): value for key, value in given.items()}
         known = [field.name for field in fields(cls)]
         for name, value in values.items():
             if name not in known:
                 raise ValueError(
-                    f"additional_config {PREFIX + name!r} is not an option of VIA-SD; there are "
-                    f"{', '.join(PREFIX + option for option in known if option != 'drafts')}."
+                    f"additional_config {shown(PREFIX + name)} is not an option of VIA-SD; there "
+                    f"are {', '.join(PREFIX + option for option in known if option != 'drafts')}."
                 )
             _check_value(f"{_flag(PREFIX + name)} (additional_config)", name, value)
         options = cls(**values)
@@ -123,7 +141,7 @@ class ViaSDRequestOptions:
             ValueError: a key is unknown, a value is out of range, or the paper's rule is asked for
                 where it is not allowed; one sentence.
         """
-        given = additional_keys(dict(extra_args or {}))
+        given = picked_of_request(extra_args, is_own)
         on = _switch(given.pop(KEY, True))
         values: dict[str, Any] = {
             "mode": engine.mode,
@@ -135,7 +153,7 @@ class ViaSDRequestOptions:
             if name not in values:
                 known = ", ".join([KEY, *(PREFIX + option for option in values)])
                 raise ValueError(
-                    f"vllm_xargs {key!r} is not an option that a request can set; there are "
+                    f"vllm_xargs {shown(key)} is not an option that a request can set; there are "
                     f"{known}."
                 )
             _check_value(f"vllm_xargs {key!r}", name, value)
@@ -235,15 +253,14 @@ def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
 
 
+def is_own(key: str) -> bool:
+    """Whether a key of `additional_config` or of `vllm_xargs` is meant for VIA-SD."""
+    return key == KEY or key.startswith(PREFIX)
+
+
 def additional_keys(additional_config: Any) -> dict[str, Any]:
     """The keys `via_sd*` of a mapping, unchecked."""
-    if not isinstance(additional_config, dict):
-        return {}
-    return {
-        key: value
-        for key, value in additional_config.items()
-        if str(key) == KEY or str(key).startswith(PREFIX)
-    }
+    return picked(additional_config, is_own)
 
 
 def options_of(vllm_config: "VllmConfig") -> ViaSDOptions | None:
@@ -257,33 +274,40 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     Raises:
         ValueError: one sentence, sent to the client with status 400.
     """
-    engine = options_of(vllm_config)
-    if engine is not None:
-        request = ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
-        if request.on and request.mode == "paper":
-            _check_penalties(sampling_params)
-        # vLLM's rejection sampler has no place for them, and one such request would stop the
-        # engine for all others.
-        if sampling_params.logprob_token_ids:
-            raise ValueError(
-                f"logprob_token_ids is {sampling_params.logprob_token_ids}, which "
-                "speculative decoding of vLLM cannot answer; leave it out, or ask a server without "
-                "--via-sd."
-            )
-        # vLLM looks for the row to force the end of thinking on among the drafts of all requests,
-        # and takes the first row, whoever's it is, where nobody has any.
-        if sampling_params.thinking_token_budget is not None:
-            raise ValueError(
-                f"thinking_token_budget is {sampling_params.thinking_token_budget}, which "
-                "speculative decoding of vLLM can charge to another request; leave it out, or ask "
-                "a server without --via-sd."
-            )
+    engine = _engine_options(vllm_config.additional_config)
+    if engine is None:
+        _refuse_options(sampling_params, vllm_config)
         return
-    for key, value in additional_keys(sampling_params.extra_args).items():
+    request = ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
+    if request.on and request.mode == "paper":
+        _check_penalties(sampling_params)
+    # vLLM's rejection sampler has no place for them, and one such request would stop the engine for
+    # all others.
+    if sampling_params.logprob_token_ids:
         raise ValueError(
-            f"vllm_xargs {key!r} is {value!r}, but VIA-SD is off; the server must be started with "
-            "--via-sd."
+            f"logprob_token_ids is {shown(sampling_params.logprob_token_ids)}, which speculative "
+            "decoding of vLLM cannot answer; leave it out, or ask a server without --via-sd."
         )
+    # vLLM looks for the row to force the end of thinking on among the drafts of all requests, and
+    # takes the first row, whoever's it is, where nobody has any.
+    if sampling_params.thinking_token_budget is not None:
+        raise ValueError(
+            f"thinking_token_budget is {shown(sampling_params.thinking_token_budget)}, which "
+            "speculative decoding of vLLM can charge to another request; leave it out, or ask a "
+            "server without --via-sd."
+        )
+
+
+_engine_options = Remembered(ViaSDOptions.from_config)
+
+
+def _refuse_options(sampling_params: "SamplingParams", vllm_config: "VllmConfig") -> None:
+    """Of a request to an engine without VIA-SD."""
+    for key, value in picked_of_request(sampling_params.extra_args, is_own).items():
+        remedy = "the server must be started with --via-sd"
+        if is_nvium(vllm_config):
+            remedy = "an N-vium model leaves layers out by itself, so remove it"
+        raise ValueError(f"vllm_xargs {shown(key)} is {shown(value)}, but VIA-SD is off; {remedy}.")
 
 
 def _check_without_rounds(options: ViaSDOptions) -> None:
@@ -315,22 +339,21 @@ def _check_value(where: str, name: str, value: Any) -> None:
     if name == "mask":
         good, needed = isinstance(value, str) and bool(value), "a file, even:RATIO or a list"
     elif name == "mode":
-        good, needed = value in MODES, " or ".join(map(repr, MODES))
-    elif name in ("accept", "escalate"):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        good, needed = is_number and 0.0 <= value <= 1.0, "a number in 0..1"
+        good, needed = is_one_of(value, MODES), " or ".join(map(repr, MODES))
+    elif name in THRESHOLDS:
+        good, needed = is_share(value), "a number in 0..1"
     elif name == "allow_paper_mode":
         good, needed = isinstance(value, bool), "a bool"
     elif name == "rounds":
-        good, needed = value == AUTO or _is_count(value, 0), f"{AUTO!r} or an integer >= 0"
+        good = is_one_of(value, (AUTO,)) or is_count(value, 0, LARGEST_WINDOW)
+        needed = f"{AUTO!r} or an integer in 0..{LARGEST_WINDOW}"
     elif name == "max_batch":
-        good, needed = value is None or _is_count(value, 1), "an integer >= 1"
+        good, needed = is_count(value, 1), f"an integer in 1..{LARGEST_COUNT}"
     else:
-        # vLLM's rejection sampler takes at most 128 drafts.
-        smallest = 0 if name == "drafts" else 1
-        good, needed = _is_count(value, smallest) and value <= 128, "an integer in 1..128"
+        good = is_count(value, 0 if name == "drafts" else 1, LARGEST_WINDOW)
+        needed = f"an integer in 1..{LARGEST_WINDOW}"
     if not good:
-        raise ValueError(f"{where} is {value!r}; it must be {needed}.")
+        raise ValueError(f"{where} is {shown(value)}; it must be {needed}.")
 
 
 def _check_thresholds(prefix: str, accept: float, escalate: float) -> None:
@@ -343,15 +366,12 @@ def _check_thresholds(prefix: str, accept: float, escalate: float) -> None:
 
 def _switch(value: Any) -> bool:
     """`vllm_xargs` carry strings and numbers besides booleans."""
-    if value in (True, "on", "true", "1"):
-        return True
-    if value in (False, "off", "false", "0"):
-        return False
-    raise ValueError(f"vllm_xargs 'via_sd' is {value!r}; it must be 'on' or 'off'.")
-
-
-def _is_count(value: Any, smallest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    if isinstance(value, str | int | float):
+        if value in (True, "on", "true", "1"):
+            return True
+        if value in (False, "off", "false", "0"):
+            return False
+    raise ValueError(f"vllm_xargs 'via_sd' is {shown(value)}; it must be 'on' or 'off'.")
 
 
 def _rounds(text: str) -> int | str:
@@ -360,7 +380,9 @@ def _rounds(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor an integer") from None
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is neither 'auto' nor an integer"
+        ) from None
 
 
 def _flag(key: str) -> str:
