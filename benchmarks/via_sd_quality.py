@@ -6,9 +6,9 @@ problems and prompts for all, with tokens per second and full passes per token b
     python benchmarks/via_sd_quality.py TARGET --drafter DRAFT_MODEL --mask even:0.2 \\
         --gsm8k gsm8k-test.jsonl --humaneval humaneval.jsonl --out answers.jsonl
 
-Programs that models wrote are run: in a process of its own with limits on time, memory and files,
-without this environment's variables, and without network where `unshare` may take it away. Answers
-are added to --out as they come; engines whose answers are all there are not started again.
+Programs that models wrote are run, isolated by Bubblewrap or `unshare` (see `sandbox.py`); where
+neither works, only with --unsandboxed. Answers are added to --out as they come; engines whose
+answers are all there are not started again.
 """
 
 import argparse
@@ -16,11 +16,7 @@ import json
 import math
 import os
 import re
-import resource
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,9 +29,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import sandbox
 from measured import drafter_config, machine
 
-SECONDS, MEMORY = 10, 2 << 30  # of one program
 GSM8K = "\n\nReason step by step. End with a line '#### ' and the answer as a number."
 HUMANEVAL = "Complete this Python function. Answer with one code block that holds all of it.\n\n"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -69,14 +65,14 @@ def humaneval(path: Path) -> Iterator[Problem]:
 # --- Answers --------------------------------------------------------------------------------------
 
 
-def is_right(problem: Problem, answer: str) -> bool:
+def is_right(problem: Problem, answer: str, isolation: str) -> bool:
     """Whether the final number is the expected one, or the program passes its tests."""
     if problem.task == "gsm8k":
         return number_of(answer) == float(problem.key.replace(",", ""))
     stub = problem.prompt.removeprefix(HUMANEVAL)
     # What stands above the function (imports, helpers) is part of the task.
     above = stub[: stub.rindex("\ndef ") + 1] if "\ndef " in stub else ""
-    return passes(f"{above}\n{code_of(answer)}\n\n{problem.key}")
+    return sandbox.passes(f"{above}\n{code_of(answer)}\n\n{problem.key}", isolation)
 
 
 def number_of(answer: str) -> float | None:
@@ -90,36 +86,6 @@ def code_of(answer: str) -> str:
     """The first code block, or everything where there is none."""
     found = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, flags=re.DOTALL)
     return found.group(1) if found else answer
-
-
-def passes(program: str) -> bool:
-    """Runs a program that nobody has read."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
-    command = [*without_network(), sys.executable, "-I", "-c", program]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                command, cwd=folder, env={}, preexec_fn=limit, timeout=2 * SECONDS,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return False
-    return done.returncode == 0
-
-
-def without_network() -> list[str]:
-    """What to put before a command, empty where it is not allowed here."""
-    path = shutil.which("unshare")
-    command = [path, "--net", "--map-root-user"] if path else []
-    if command and subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
-        return []
-    return command
 
 
 # --- Engines, each in a process of its own --------------------------------------------------------
@@ -292,6 +258,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--unsandboxed", action="store_true", help="run programs with your rights")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines of answers")
     args = parser.parse_args()
     if args.rounds != "auto":
@@ -303,6 +270,14 @@ def main() -> None:
             problems += list(read(path))[: args.problems]
     if not problems:
         parser.error("give --gsm8k, --humaneval, or both")
+    isolation = sandbox.NONE
+    if args.humaneval:
+        # Before any engine starts, so that no hours end in a refusal.
+        try:
+            isolation = sandbox.choose(args.unsandboxed)
+        except RuntimeError as error:
+            parser.error(f"{error}; --unsandboxed runs them with your own rights")
+        print(sandbox.described(isolation))
     tasks = list(dict.fromkeys(problem.task for problem in problems))
     wanted = rules(args)
     missing = [r for r in wanted if any(recorded(args, r, task) is None for task in tasks)]
@@ -320,7 +295,7 @@ def main() -> None:
             record = recorded(args, rule, task)
             assert record is not None
             right = {
-                problem.name: is_right(problem, record["answers"][problem.name])
+                problem.name: is_right(problem, record["answers"][problem.name], isolation)
                 for problem in tqdm(
                     problems, desc=f"{task}, {rule.name}", disable=None, leave=False
                 )
