@@ -3,9 +3,11 @@
 alone whatever it finds."""
 
 import ast
+import importlib
 import importlib.metadata
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,11 +88,90 @@ def test_disable_switch_leaves_vllm_untouched() -> None:
     assert python(code, VLLM_NVIUM_DISABLE="1") == "False False False"
 
 
+COST = """
+import sys, time
+import vllm.plugins
+from vllm.config import VllmConfig
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+import json, resource
+before, seconds, megabytes = set(sys.modules), time.process_time(), resident()
+vllm.plugins.load_general_plugins()
+cost = time.process_time() - seconds, resident() - megabytes
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+heavy = [name for name in set(sys.modules) - before if name.startswith("vllm.")]
+print(json.dumps([*cost, sorted(heavy), "fastapi" in new]))
+"""
+
+
+def test_being_installed_costs_other_models_next_to_nothing() -> None:
+    # Without the plugins that vLLM brings itself.
+    runs = [json.loads(python(COST, VLLM_PLUGINS="nvium")) for _ in range(3)]
+    assert all(heavy == [] and not web for _, _, heavy, web in runs)
+    seconds, megabytes = (statistics.median(run[i] for run in runs) for i in (0, 1))
+    assert seconds <= 0.15 and megabytes <= 10, runs
+
+
+@pytest.mark.parametrize(
+    ("statement", "added"),
+    [
+        ("from transformers import AutoConfig", "AutoConfig.for_model('nvium').model_type"),
+        (
+            "from vllm.model_executor.models.registry import ModelRegistry",
+            "'NviumForCausalLM' in ModelRegistry.get_supported_archs()",
+        ),
+        (
+            "from vllm.model_executor.models.config import MODELS_CONFIG_MAP",
+            "'NviumForCausalLM' in MODELS_CONFIG_MAP",
+        ),
+        (
+            "from vllm.engine.arg_utils import EngineArgs",
+            "hasattr(EngineArgs.create_engine_config, '__vllm_nvium_original__')",
+        ),
+    ],
+    ids=["transformers", "registry", "checks", "patches"],
+)
+def test_what_is_added_is_there_as_soon_as_its_module_is(statement: str, added: str) -> None:
+    """Whether the plugin was loaded before that module was imported or after."""
+    module = statement.split()[1]
+    load = "from vllm_nvium import plugin; plugin.register()"
+    untouched = f"import sys; loader = sys.modules[{module!r}].__spec__.loader"
+    shown = f"print(bool({added}), 'exec_module' in vars(loader))"
+    for first, second in ((load, statement), (statement, load)):
+        assert python("\n".join([first, second, untouched, shown])) == "True False"
+
+
+def test_every_patch_is_applied_when_its_module_is_imported() -> None:
+    code = (
+        "import importlib; from vllm_nvium import patches, plugin; plugin.register();"
+        "rows = patches.all_patches(); [importlib.import_module(row.module) for row in rows];"
+        "print(len(rows) > 5, any(row.apply() for row in rows))"
+    )
+    assert python(code) == "True False"
+
+
+def test_a_fault_inside_an_import_is_logged_and_not_raised(
+    restored, monkeypatch, nvium_log, nvium_checkpoint: Path
+) -> None:
+    def fail(row: object) -> None:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(plugin, "_add_check", fail)
+    importlib.import_module(plugin.CHECKS)
+    monkeypatch.delitem(sys.modules, plugin.CHECKS)
+    plugin.register()
+    assert "did not register" not in nvium_log.text
+    importlib.import_module(plugin.CHECKS)
+    assert "did not register" in nvium_log.text
+    with pytest.raises(ValueError, match="did not register"):
+        engine_config(nvium_checkpoint)
+
+
 def test_never_raises(restored, monkeypatch, nvium_log) -> None:
     def fail() -> list[Hook]:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr(hooks, "check", fail)
+    monkeypatch.setattr(plugin, "why_not", fail)
     plugin.register()
     assert "did not register" in nvium_log.text
     monkeypatch.setattr(plugin, "_refuse_checkpoints", lambda reason: fail())
@@ -102,8 +183,12 @@ def test_missing_name_is_logged_and_refuses_nvium_only(
 ) -> None:
     gone = Hook("vllm.forward_context", "no_such_name", why="a test", breaks="catch-up is lost")
     monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, gone))
+    # The release that was tested is not searched again.
     plugin.register()
-    version = hooks.vllm_version()
+    assert nvium_log.text == ""
+    version = "0.32.7+cpu"
+    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
+    plugin.register()
     assert f"vLLM {version} has no vllm.forward_context:no_such_name" in nvium_log.text
     assert "catch-up is lost" in nvium_log.text
     assert "install vllm==0.32.*" in nvium_log.text
@@ -138,6 +223,24 @@ def test_stock_model_starts_as_without_the_plugin(dense_checkpoint: Path) -> Non
 )
 def test_tested_range(version: str | None, tested: bool) -> None:
     assert hooks.is_tested(version) is tested
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.32.0+cu130", True), ("0.32.7", False), ("0.33.0", False), (None, False)],
+)
+def test_exactly_tested_releases(version: str | None, tested: bool) -> None:
+    assert hooks.is_exactly_tested(version) is tested
+    assert hooks.is_exactly_tested(hooks.vllm_version()), "add it when the whole suite has passed"
+
+
+def test_looking_for_names_imports_nothing() -> None:
+    """Also where a module would import what it is asked for: `vllm.LLM` is half of vLLM."""
+    code = (
+        "import sys, vllm; from vllm_nvium import hooks; before = set(sys.modules);"
+        "print(hooks.check(), sorted(set(sys.modules) - before))"
+    )
+    assert python(code) == "[] []"
 
 
 @pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every name of vLLM that this package relies on, why, and what stops working without it.
-`check()` reads vLLM's source instead of importing it, so that it costs milliseconds in each of
-vLLM's processes and can never start a platform or a device early."""
+`check()` reads vLLM's source instead of importing it, so that it can never start a platform or a
+device early."""
 
 import importlib
 import importlib.metadata
@@ -11,8 +11,9 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
-from vllm_nvium.version import TESTED_VLLM
+from vllm_nvium.version import EXACTLY_TESTED_VLLM, TESTED_VLLM
 
 
 @dataclass(frozen=True)
@@ -425,17 +426,35 @@ HOOKS: tuple[Hook, ...] = (
         "overridden to build the GPU runner",
         "no N-vium on GPUs with Model Runner V1",
     ),
-    # VIA-SD: requests.
+    # Requests, of both methods.
+    Hook(
+        "vllm.entrypoints.openai.responses.serving",
+        "OpenAIServingResponses._generate_with_builtin_tools",
+        "wrapped to check per-request overrides before a streamed response has begun",
+        "a bad override of a streamed response would be answered with 200 and an error event",
+    ),
     Hook(
         "vllm.entrypoints.openai.completion.protocol",
         "CompletionRequest.to_beam_search_params",
-        "wrapped to refuse a beam search with options of VIA-SD",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
         "they are dropped without a word",
     ),
     Hook(
         "vllm.entrypoints.openai.chat_completion.protocol",
         "ChatCompletionRequest.to_beam_search_params",
-        "wrapped to refuse a beam search with options of VIA-SD",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
+        "they are dropped without a word",
+    ),
+    Hook(
+        "vllm.entrypoints.speech_to_text.transcription.protocol",
+        "TranscriptionRequest.to_beam_search_params",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
+        "they are dropped without a word",
+    ),
+    Hook(
+        "vllm.entrypoints.speech_to_text.translation.protocol",
+        "TranslationRequest.to_beam_search_params",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
         "they are dropped without a word",
     ),
     # VIA-SD: start-up.
@@ -732,6 +751,11 @@ def is_tested(version: str | None) -> bool:
     return match is not None and tuple(map(int, match.groups())) == TESTED_VLLM
 
 
+def is_exactly_tested(version: str | None) -> bool:
+    """Whether this package's tests ran with this very release, whatever it was built for."""
+    return (version or "").partition("+")[0] in EXACTLY_TESTED_VLLM
+
+
 def check() -> list[Hook]:
     """The rows of the table that the installed vLLM does not satisfy."""
     return [hook for hook in HOOKS if not is_present(hook)]
@@ -746,8 +770,9 @@ def is_present(hook: Hook) -> bool:
     module = sys.modules.get(hook.module)
     if module is not None and _has_attribute(module, hook.name):
         return True
-    # What instances get in `__init__`, and fields without a default, are no attributes of a class.
-    if module is not None and "." not in hook.name:
+    # What instances get in `__init__`, and fields without a default, are no attributes of a class;
+    # and asking a module for a name that it makes on demand would import what the name stands for.
+    if module is not None and "." not in hook.name and "__getattr__" not in vars(module):
         return False
     source = _source(hook.module)
     return source is not None and _defines(source, hook.name)
@@ -759,11 +784,18 @@ def is_importable(hook: Hook) -> str:
         module = importlib.import_module(hook.module)
     except Exception as error:  # noqa: BLE001 - a report on whatever a broken installation raises
         return f"{type(error).__name__}: {error}"
-    return "" if _has_attribute(module, hook.name) or is_present(hook) else "no such name"
+    if "." not in hook.name and hasattr(module, hook.name):
+        return ""
+    return "" if is_present(hook) else "no such name"
 
 
-def _has_attribute(owner: object, dotted: str) -> bool:
-    for part in dotted.split("."):
+def _has_attribute(module: ModuleType, dotted: str) -> bool:
+    """Whether it is there by now: nothing that a module would make on demand is made."""
+    first, *rest = dotted.split(".")
+    if first not in vars(module):
+        return False
+    owner = vars(module)[first]
+    for part in rest:
         if not hasattr(owner, part):
             return False
         owner = getattr(owner, part)

@@ -5,16 +5,23 @@ start."""
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm_nvium import hooks
+from vllm_nvium.after_import import after_import
 from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
 
 # Below "vllm", because vLLM configures that logger only and other INFO lines are lost.
 logger = logging.getLogger("vllm.nvium")
 
 DISABLE = "VLLM_NVIUM_DISABLE"
+# What is added to waits for these: all are slow to import, and some processes never do.
+CONFIGS = "transformers.models.auto.configuration_auto"
+MODELS = "vllm.model_executor.models"
+CHECKS = "vllm.model_executor.models.config"
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def register() -> None:
     """Register everything; called once per process by vLLM, harmless when called again.
 
-    It never raises: an exception here would stop vLLM for every model, not only for N-vium.
+    It never raises: an exception here would stop vLLM for every model, not only for N-vium. It
+    imports nothing of vLLM: what it adds is added when the module that takes it is imported.
     """
     if is_disabled():
         logger.info("vllm-nvium %s is switched off by %s", __version__, DISABLE)
@@ -54,8 +62,7 @@ def register() -> None:
         else:
             _register_all()
     except Exception as error:  # noqa: BLE001 - see the docstring
-        logger.exception("vllm-nvium %s did not register", __version__)
-        _try_to_refuse(f"vllm-nvium {__version__} did not register ({error!r})")
+        _failed(error)
 
 
 def is_disabled() -> bool:
@@ -72,7 +79,8 @@ def why_not() -> str:
             f"vLLM is {version or 'not installed'}, but vllm-nvium {__version__} was tested with "
             f"{TESTED_VLLM_TEXT} only; {remedy} or a newer vllm-nvium."
         )
-    missing = hooks.check()
+    # Reading all those files would cost every process of every model a second.
+    missing = [] if hooks.is_exactly_tested(version) else hooks.check()
     for hook in missing:
         logger.error("vLLM %s has no %s: %s", version, hook.path, hook.breaks)
     if missing:
@@ -85,20 +93,47 @@ def why_not() -> str:
 
 
 def _register_all() -> None:
-    from transformers import AutoConfig
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
     from vllm_nvium.patches import all_patches
 
     for row in ARCHITECTURES:
-        AutoConfig.register(row.model_type, load(row.config), exist_ok=True)
-        # A string, so that importing the model (and with it CUDA or OpenMP) waits until it runs.
-        if row.name not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(row.name, row.model)
-        MODELS_CONFIG_MAP[row.name] = load(row.startup)
+        _when_imported(CONFIGS, partial(_add_config, row))
+        _when_imported(MODELS, partial(_add_model, row))
+        _when_imported(CHECKS, partial(_add_check, row))
     for patch in all_patches():
-        patch.apply()
+        _when_imported(patch.module, patch.apply)
+
+
+def _when_imported(module: str, action: Callable[[], object]) -> None:
+    def guarded() -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - inside somebody's import, see `register`
+            _failed(error)
+
+    after_import(module, guarded)
+
+
+def _add_config(row: Architecture) -> None:
+    load(f"{CONFIGS}:AutoConfig").register(row.model_type, load(row.config), exist_ok=True)
+
+
+def _add_model(row: Architecture) -> None:
+    from vllm.model_executor.models import ModelRegistry
+
+    # A string, so that importing the model (and with it CUDA or OpenMP) waits until it runs.
+    if row.name not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(row.name, row.model)
+
+
+def _add_check(row: Architecture) -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    MODELS_CONFIG_MAP[row.name] = load(row.startup)
+
+
+def _failed(error: Exception) -> None:
+    logger.exception("vllm-nvium %s did not register", __version__)
+    _try_to_refuse(f"vllm-nvium {__version__} did not register ({error!r})")
 
 
 def _refuse_checkpoints(reason: str) -> None:
