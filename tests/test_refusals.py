@@ -42,6 +42,7 @@ def test_v2_keeps_vllms_worker(nvium_checkpoint: Path, monkeypatch) -> None:
 
 
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+NGRAM = SPECULATION
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
@@ -55,6 +56,12 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
         ({"enable_dbo": True}, ["--enable-dbo is True", "leave it off"]),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size is 1.0", "remove it"]),
         ({"async_scheduling": True}, ["--async-scheduling is True", "leave it off"]),
+        ({"cpu_offload_gb": 1.0}, ["--cpu-offload-gb is 1.0", "leave it at 0"]),
+        ({"offload_group_size": 2}, ["--offload-group-size is 2", "leave it at 0"]),
+        (
+            {"offload_group_size": 2, "offload_backend": "prefetch"},
+            ["--offload-group-size is 2", "leave it at 0"],
+        ),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ["--worker-cls is", CPU_WORKER]),
         ({"worker_cls": "no.such.Class"}, ["--worker-cls is 'no.such.Class'", CPU_WORKER]),
         ({"additional_config": {"nvium_sampling": "x"}}, ["--nvium-sampling", "'x'", "'mixture'"]),
@@ -113,3 +120,94 @@ def test_bad_checkpoint(
 def test_other_models_are_not_checked(dense_checkpoint: Path) -> None:
     config = start(dense_checkpoint, speculative_config=SPECULATION)
     assert config.parallel_config.worker_cls.startswith("vllm.")
+
+
+# ----------------------------------------------------------------------------- N-vium as a drafter
+
+DRAFTER = {"method": "draft_model", "num_speculative_tokens": 3}
+
+
+@pytest.mark.parametrize("via_sd", [{}, {"via_sd": True}], ids=["plain", "via_sd"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp", None])
+def test_an_nvium_drafter_is_refused_where_the_start_is_asked_for(
+    dense_checkpoint: Path, nvium_checkpoint: Path, method: str | None, via_sd: dict[str, Any]
+) -> None:
+    spec = {"method": method, "model": str(nvium_checkpoint), "num_speculative_tokens": 3}
+    message = refusal(dense_checkpoint, speculative_config=spec, additional_config=via_sd)
+    assert message.startswith(f"--speculative-config names {str(nvium_checkpoint)!r}"), message
+    assert "N-vium" in message and "name a dense model" in message
+    assert "--via-sd" not in message
+
+
+def test_an_nvium_drafter_of_another_vocabulary(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """vLLM would speak of the vocabularies, and whoever mended them would be refused then."""
+    from tiny_models import make_nvium
+
+    make_nvium(tmp_path / "nvium", vocab_size=128)
+    spec = DRAFTER | {"model": str(tmp_path / "nvium")}
+    assert "is an N-vium model" in refusal(dense_checkpoint, speculative_config=spec)
+
+
+def test_vllms_short_flags_name_an_nvium_drafter(
+    dense_checkpoint: Path, nvium_checkpoint: Path
+) -> None:
+    short = {"spec_method": "draft_model", "spec_model": str(nvium_checkpoint), "spec_tokens": 3}
+    assert "is an N-vium model" in refusal(dense_checkpoint, **short)
+
+
+@pytest.mark.parametrize("fields", [{"model_type": "llama"}, {"architectures": None}], ids=str)
+def test_what_names_nvium_in_a_drafter(
+    dense_checkpoint: Path, nvium_checkpoint: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    drafter = tmp_path / "drafter"
+    shutil.copytree(nvium_checkpoint, drafter)
+    config = json.loads((drafter / "config.json").read_text())
+    (drafter / "config.json").write_text(json.dumps(config | fields))
+    spec = DRAFTER | {"model": str(drafter)}
+    assert "is an N-vium model" in refusal(dense_checkpoint, speculative_config=spec)
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_a_drafter_that_vllm_had_to_fetch(
+    dense_checkpoint: Path, nvium_checkpoint: Path, method: str, monkeypatch
+) -> None:
+    """It is known only when vLLM has made its configuration, or failed to."""
+    from vllm_nvium import drafter
+
+    seen: list[str] = []
+    found = drafter._config_file
+
+    def later(model: str, revision: str | None) -> Path | None:
+        seen.append(model)
+        return found(model, revision) if seen.count(model) > 1 else None
+
+    monkeypatch.setattr(drafter, "_config_file", later)
+    spec = DRAFTER | {"method": method, "model": str(nvium_checkpoint)}
+    assert "is an N-vium model" in refusal(dense_checkpoint, speculative_config=spec)
+
+
+def test_an_nvium_model_with_an_nvium_drafter_is_told_about_the_model(
+    nvium_checkpoint: Path,
+) -> None:
+    spec = DRAFTER | {"model": str(nvium_checkpoint)}
+    message = refusal(nvium_checkpoint, speculative_config=spec)
+    assert message.startswith("--speculative-config is 'draft_model'") and "remove it" in message
+
+
+def test_what_a_worker_derives_for_a_drafter_is_not_checked(
+    dense_checkpoint: Path, nvium_checkpoint: Path
+) -> None:
+    """All options in it but the model are the target's."""
+    from vllm.config import ModelConfig
+    from vllm.config.utils import replace
+
+    config = start(dense_checkpoint, additional_config={"via_sd": True}, speculative_config=NGRAM)
+    draft = ModelConfig(model=str(nvium_checkpoint), runner="draft")
+    assert replace(config, model_config=draft).model_config is draft
+
+
+def test_dense_drafters_are_let_through(dense_checkpoint: Path, tmp_path: Path) -> None:
+    spec = DRAFTER | {"model": str(dense_checkpoint)}
+    assert start(dense_checkpoint, speculative_config=spec).speculative_config.model == str(
+        dense_checkpoint
+    )

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from test_mask import mask_file
 from trace_engine import Arrival, TraceEngine
 from via_sd_engine import NGRAM, ViaSDEngine
 
-from tiny_models import make_dense, save_character_tokenizer
+from tiny_models import make_dense, make_mimo, save_character_tokenizer
 from vllm_nvium import plugin
 from vllm_nvium.patches.input_processor import check as check_request
 from vllm_nvium.spec_decode import startup
@@ -283,10 +284,24 @@ def test_a_bad_option_is_refused_at_start(
         ),
         ({"pipeline_parallel_size": 2}, ["--pipeline-parallel-size is 2", "set it to 1"]),
         ({"tensor_parallel_size": 2}, ["--tensor-parallel-size is 2", "set it to 1"]),
-        (
-            {"enable_lora": True, "max_num_batched_tokens": 8192},
-            ["--enable-lora is True", "leave it off"],
+        # Also where vLLM has no room for a window in each request of a batch.
+        *(
+            ({"enable_lora": True, "max_num_batched_tokens": tokens}, ["--enable-lora is True"])
+            for tokens in (None, 600, 8192)
         ),
+        ({"async_scheduling": True}, ["--async-scheduling is True", "leave it off"]),
+        (
+            {
+                "speculative_config": NGRAM
+                | {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.5] * 4}
+            },
+            [DRAFTER, "rejection_sample_method 'synthetic'", "leave it out"],
+        ),
+        (
+            {"prefill_context_parallel_size": 2},
+            ["--prefill-context-parallel-size is 2", "set it to 1"],
+        ),
+        ({"watermark_config": {}}, ["--watermark-config is", "Model Runner V1", "remove it"]),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ["--worker-cls is", CPU_WORKER]),
         (
             {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
@@ -302,6 +317,32 @@ def test_a_start_that_cannot_work_is_refused(
 ) -> None:
     message = refusal(dense_checkpoint, **options)
     assert all(word in message for word in words), message
+
+
+def test_advice_of_vllm_about_the_window_names_its_flag(tmp_path: Path) -> None:
+    """vLLM knows the window as num_speculative_tokens, a number that nobody gave."""
+    make_mimo(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = config | {"num_nextn_predict_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mtp = {"method": "mtp", "num_speculative_tokens": 2}
+    start = {"speculative_config": mtp, "trust_remote_code": True}
+    message = refusal(tmp_path, {"window": 7}, **start)
+    assert (
+        message.startswith("--via-sd-window is 7") and "must be divisible by n_predict=2" in message
+    )
+    assert "give another window" in message
+    arguments(tmp_path, {"window": 8}, **start).create_engine_config()
+    # What is wrong in what was given is said as it was given.
+    with pytest.raises(ValueError, match="num_speculative_tokens:3 must be divisible"):
+        wrong = start | {"speculative_config": mtp | {"num_speculative_tokens": 3}}
+        arguments(tmp_path, {"window": 7}, **wrong).create_engine_config()
+
+
+def test_an_error_that_is_not_about_via_sd_stays_vllms(dense_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len") as error:
+        arguments(dense_checkpoint, max_model_len=10**6).create_engine_config()
+    assert "--via-sd" not in str(error.value)
 
 
 def test_rounds_that_a_drafter_has_no_answer_for_are_refused(dense_checkpoint: Path) -> None:
@@ -450,6 +491,67 @@ def test_a_kv_connector_is_refused(dense_checkpoint: Path) -> None:
     connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     message = refusal(dense_checkpoint, kv_transfer_config=connector)
     assert "--kv-transfer-config is ExampleConnector" in message and "remove it" in message
+
+
+def test_the_drafters_keys_may_have_dashes_as_vllms_may(dense_checkpoint: Path) -> None:
+    spec = {key.replace("_", "-"): value for key, value in NGRAM.items()}
+    config = arguments(dense_checkpoint, speculative_config=spec).create_engine_config()
+    assert config.speculative_config.num_speculative_tokens == 16
+
+
+class Cuda:
+    """This machine's platform, which says that it is CUDA where it is asked."""
+
+    def __init__(self, platform: Any) -> None:
+        self.real = platform
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("platform", ["CPU with Triton", "CUDA"])
+def test_model_runner_v1_is_chosen_where_v2_is_the_default(
+    dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    import vllm.platforms
+
+    monkeypatch.delenv(startup.V2_SWITCH, raising=False)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    worker = CPU_WORKER
+    if platform == "CUDA":
+        cuda = Cuda(vllm.platforms.current_platform)
+        monkeypatch.setattr(vllm.platforms, "current_platform", cuda)
+        worker = startup.GPU_WORKER
+    plain = arguments(dense_checkpoint, additional_config={})
+    config = arguments(dense_checkpoint).create_engine_config()
+    assert config.parallel_config.worker_cls == worker
+    assert not config.use_v2_model_runner
+    # In the processes that it is sent to, and for what workers derive from it.
+    assert not pickle.loads(pickle.dumps(config)).use_v2_model_runner
+    assert not copy.copy(config).use_v2_model_runner
+    # The next engine of this process chooses as if this one had not been.
+    assert startup.V2_SWITCH not in os.environ
+    assert plain.create_engine_config().use_v2_model_runner
+    with pytest.raises(ViaSDRefusal):
+        arguments(dense_checkpoint, pipeline_parallel_size=2).create_engine_config()
+    assert startup.V2_SWITCH not in os.environ
+    assert plain.create_engine_config().use_v2_model_runner
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_who_chose_a_model_runner_has_it(
+    dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    config = arguments(dense_checkpoint).create_engine_config()
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv(startup.V2_SWITCH, value)
+    assert config.use_v2_model_runner is bool(int(value))
 
 
 def test_model_runner_v2_is_refused(dense_checkpoint: Path, monkeypatch: Any) -> None:

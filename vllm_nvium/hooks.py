@@ -61,7 +61,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.config.vllm",
         "VllmConfig.use_v2_model_runner",
-        "says which of the two model runners a start will use",
+        "says which of the two model runners a start will use; wrapped for VIA-SD, which needs V1",
         "the wrong adapter would be chosen",
     ),
     Hook(

@@ -69,6 +69,18 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "a KV connector would move blocks whose deferred positions are not complete",
         "remove it",
     ),
+    Unsupported(
+        "--cpu-offload-gb",
+        lambda c: c.offload_config.uva.cpu_offload_gb or None,
+        "vLLM's offloading of weights never sees the layers of an N-vium model",
+        "leave it at 0",
+    ),
+    Unsupported(
+        "--offload-group-size",
+        lambda c: c.offload_config.prefetch.offload_group_size or None,
+        "vLLM's offloading of weights never sees the layers of an N-vium model",
+        "leave it at 0",
+    ),
     # Before the next: whoever removed the drafter would be told that --via-sd needs one.
     Unsupported(
         "--via-sd",
@@ -120,6 +132,10 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        # What a worker derives for a drafter: all other options in it are the target's. Such a
+        # drafter was refused by itself (`drafter.py`).
+        if vllm_config.model_config.runner_type == "draft":
+            return
         try:
             NviumOptions.from_vllm_config(vllm_config)
         except ValueError as error:

@@ -18,8 +18,8 @@ _MARK = "__vllm_nvium_original__"
 class Patch:
     """Replace `module:class_name.method` by `wrap(original)`.
 
-    `kind` is what the method is in its class (staticmethod, classmethod or a plain function), so
-    that it is put back as the same.
+    `kind` is what the method is in its class (staticmethod, classmethod, property or a plain
+    function), so that it is put back as the same.
     """
 
     module: str
@@ -34,7 +34,9 @@ class Patch:
         """Apply it; False when it was applied in this process before."""
         owner = getattr(importlib.import_module(self.module), self.class_name)
         original = owner.__dict__[self.method]
-        function = getattr(original, "__func__", original)
+        function: Any = getattr(original, "__func__", original)
+        if isinstance(original, property):
+            function = original.fget
         if hasattr(function, _MARK):
             return False
         wrapped = self.wrap(function)
@@ -53,7 +55,16 @@ def all_patches() -> tuple[Patch, ...]:
         input_processor,
         responses,
         stat_loggers,
+        vllm_config,
     )
 
-    modules = (engine_args, input_processor, async_llm, responses, beam_search, stat_loggers)
+    modules = (
+        engine_args,
+        vllm_config,
+        input_processor,
+        async_llm,
+        responses,
+        beam_search,
+        stat_loggers,
+    )
     return tuple(patch for module in modules for patch in module.PATCHES)

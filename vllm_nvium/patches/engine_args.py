@@ -3,12 +3,14 @@
 arguments, and refusals that read as one sentence. vLLM 0.32 offers plugins no way to add either. It
 loads them before its parser is built, and otherwise inside the first `EngineArgs`."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_nvium.drafter import NviumDrafterRefusal, check_drafter, refuse_nvium_drafter
 from vllm_nvium.flags import (
     ARCHITECTURE,
     KEYS,
@@ -20,7 +22,7 @@ from vllm_nvium.flags import (
 )
 from vllm_nvium.patches import Patch
 from vllm_nvium.spec_decode import options as via_sd
-from vllm_nvium.spec_decode.startup import check, prepared
+from vllm_nvium.spec_decode.startup import ViaSDRefusal, check, instead_of, prepared
 
 MODULE, CLASS = "vllm.engine.arg_utils", "EngineArgs"
 KEYWORDS = (*KEYS, *via_sd.KEYS)
@@ -66,31 +68,57 @@ def _with_flag_values(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_nvium_drafter(self)
+        # vLLM fills in defaults before it is done.
+        given = copy.copy(self)
+        given.additional_config = copy.copy(self.additional_config)
         try:
             with prepared(self):
                 vllm_config = original(self, *args, **kwargs)
-            check(vllm_config)
-        except ValidationError as error:
-            refusal = _own_refusal(error)
-            if refusal is None:
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            best = _best_refusal(error, given, lambda one: original(one, *args, **kwargs))
+            if best is error:
                 raise
-            raise refusal from None
-        given = additional_keys(vllm_config)
-        if given and vllm_config.model_config is not None and not is_nvium(vllm_config):
-            key, value = next(iter(given.items()))
-            raise ValueError(
-                f"--{key.replace('_', '-')} (additional_config {key!r}) is {value!r}, but "
-                f"{vllm_config.model_config.model} is a "
-                f"{vllm_config.model_config.architecture} and the option works on {ARCHITECTURE} "
-                "only; remove it."
-            )
+            raise best from None
+        check_drafter(vllm_config)
+        check(vllm_config)
+        _refuse_flags_of_nvium(vllm_config)
         return vllm_config
 
     return create_engine_config
 
 
-def _own_refusal(error: ValidationError) -> ValueError | None:
+def _best_refusal(error: Exception, given: Any, make: Callable[[Any], Any]) -> Exception:
+    """What says best why a start failed: a refusal of this package, whose sentence pydantic has
+    wrapped, or vLLM's error about what the user gave."""
+    if isinstance(error, ViaSDRefusal):
+        return error
+    if refusal := _own_refusal(error):
+        return refusal
+    try:
+        # By now vLLM has fetched a drafter that was not here.
+        refuse_nvium_drafter(given)
+    except NviumDrafterRefusal as refusal:
+        return refusal
+    other = instead_of(error, given, make)
+    return error if other is None else _own_refusal(other) or other
+
+
+def _refuse_flags_of_nvium(vllm_config: Any) -> None:
+    given = additional_keys(vllm_config)
+    if given and vllm_config.model_config is not None and not is_nvium(vllm_config):
+        key, value = next(iter(given.items()))
+        raise ValueError(
+            f"--{key.replace('_', '-')} (additional_config {key!r}) is {value!r}, but "
+            f"{vllm_config.model_config.model} is a {vllm_config.model_config.architecture} and "
+            f"the option works on {ARCHITECTURE} only; remove it."
+        )
+
+
+def _own_refusal(error: Exception) -> ValueError | None:
     """The ValueError of this package inside pydantic's wrapping, if that is what it is."""
+    if not isinstance(error, ValidationError):
+        return None
     for line in error.errors():
         cause = line.get("ctx", {}).get("error")
         if isinstance(cause, ValueError) and _raised_here(cause):

@@ -263,6 +263,11 @@ def additional_keys(additional_config: Any) -> dict[str, Any]:
     return picked(additional_config, is_own)
 
 
+def is_on(additional_config: Any) -> bool:
+    """Whether VIA-SD is on, whatever its other options are."""
+    return additional_keys(additional_config).get(KEY) is True
+
+
 def options_of(vllm_config: "VllmConfig") -> ViaSDOptions | None:
     """The options of an engine; None when VIA-SD is off."""
     return ViaSDOptions.from_config(vllm_config.additional_config)

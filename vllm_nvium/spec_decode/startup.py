@@ -3,13 +3,24 @@
 count and the classes of worker and scheduler are set, and after it what cannot work is refused with
 one sentence. Without `--via-sd` nothing here changes anything."""
 
+import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.spec_decode.options import NO_PENALTIES, PREFIX, ViaSDOptions, options_of
+from pydantic import ValidationError
+
+from vllm_nvium.given import shown
+from vllm_nvium.spec_decode.options import (
+    NO_PENALTIES,
+    PREFIX,
+    ViaSDOptions,
+    is_own,
+    options_of,
+)
 from vllm_nvium.unsupported import Unsupported, above_one, pooling_runner, rust_frontend
 
 if TYPE_CHECKING:
@@ -95,6 +106,26 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "each offloaded layer fetches the next one's weights, and the slim verifier skips layers",
         "use --cpu-offload-gb instead",
     ),
+    # What only Model Runner V2 has: with it vLLM would not go back to V1, or would refuse a runner
+    # that the user never chose.
+    Unsupported(
+        "--prefill-context-parallel-size",
+        lambda c: above_one(c.parallel_config.prefill_context_parallel_size),
+        "VIA-SD runs on Model Runner V1, which has no context parallelism of prefills",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--watermark-config",
+        lambda c: None if c.watermark_config is None else shown(c.watermark_config),
+        "VIA-SD runs on Model Runner V1, which draws without a watermark",
+        "remove it",
+    ),
+    Unsupported(
+        "--attention-config",
+        lambda c: c.attention_config.hisparse_config and "one with hisparse_config",
+        "VIA-SD runs on Model Runner V1, which has no HiSparse",
+        "remove hisparse_config",
+    ),
     Unsupported(
         "VLLM_USE_RUST_FRONTEND",
         rust_frontend,
@@ -133,6 +164,8 @@ def prepared(engine_args: Any) -> Iterator[None]:
             f"additional_config {DRAFTS!r} is {given[DRAFTS]!r}, but the drafter's count is "
             "num_speculative_tokens of --speculative-config; remove it."
         )
+    # vLLM's own checks see what is changed here, and would speak of numbers that nobody gave.
+    refuse_unsupported(_as_given(engine_args))
     names = ["additional_config", "speculative_config", "scheduler_cls", "worker_cls"]
     names += ["async_scheduling", *SHORT_FLAGS]
     before = {name: getattr(engine_args, name) for name in names}
@@ -168,10 +201,7 @@ def check(vllm_config: "VllmConfig") -> None:
     options = options_of(vllm_config)
     if options is None:
         return
-    for row in UNSUPPORTED:
-        value = row.value(vllm_config)
-        if value is not None and value is not False:
-            raise ViaSDRefusal(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+    refuse_unsupported(vllm_config)
     # With another scheduler the slim verifier would write into blocks of other requests.
     for flag, found, own in (
         ("--worker-cls", vllm_config.parallel_config.worker_cls, (CPU_WORKER, GPU_WORKER)),
@@ -210,8 +240,8 @@ def check(vllm_config: "VllmConfig") -> None:
             "where drafts can be checked before they are verified; unset it."
         )
     logger.info(
-        "VIA-SD: mode %s, the slim verifier skips %d of %d layers (%s), windows of at most %d "
-        "tokens, %d drafts at a time",
+        "VIA-SD on Model Runner V1: mode %s, the slim verifier skips %d of %d layers (%s), windows "
+        "of at most %d tokens, %d drafts at a time",
         options.mode,
         len(skipped),
         model.hf_text_config.num_hidden_layers,
@@ -219,6 +249,81 @@ def check(vllm_config: "VllmConfig") -> None:
         options.window,
         options.drafts,
     )
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise ViaSDRefusal for the first option in the table that is on.
+
+    Args:
+        config: a VllmConfig, or what has the same parts.
+    """
+    for row in UNSUPPORTED:
+        value = row.value(config)
+        if value is not None and value is not False:
+            raise ViaSDRefusal(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+
+
+def _as_given(engine_args: Any) -> Any:
+    """Engine arguments in the shape of the configuration that vLLM makes of them: most keep their
+    names, whichever part they go to."""
+    return SimpleNamespace(
+        parallel_config=engine_args,
+        scheduler_config=engine_args,
+        cache_config=engine_args,
+        attention_config=engine_args.attention_config,
+        model_config=SimpleNamespace(runner_type=engine_args.runner),
+        offload_config=SimpleNamespace(
+            offload_backend=engine_args.offload_backend, prefetch=engine_args
+        ),
+        kv_transfer_config=engine_args.kv_transfer_config,
+        watermark_config=engine_args.watermark_config,
+        lora_config=engine_args.enable_lora or None,
+    )
+
+
+def instead_of(
+    error: Exception, engine_args: Any, make: Callable[[Any], "VllmConfig"]
+) -> Exception | None:
+    """What to raise instead of an error of vLLM's own at a start with VIA-SD, whose words may be
+    about numbers that `prepared` put there; None for the error itself.
+
+    Args:
+        engine_args: as the user gave them.
+        make: vLLM's own way from engine arguments to a configuration.
+    """
+    options = ViaSDOptions.from_config(engine_args.additional_config)
+    if options is None:
+        return None
+    plain = copy.copy(engine_args)
+    plain.additional_config = {
+        key: value for key, value in engine_args.additional_config.items() if not is_own(key)
+    }
+    if plain.async_scheduling is None:
+        plain.async_scheduling = False
+    try:
+        vllm_config = make(plain)
+    except Exception as other:  # noqa: BLE001 - the same mistake, in terms of what was given
+        return other
+    try:
+        refuse_unsupported(vllm_config)
+        _check_architecture(vllm_config.model_config)
+        _check_drafter(vllm_config.speculative_config, options)
+    except ViaSDRefusal as refusal:
+        return refusal
+    changed = f"--via-sd-window is {options.window}, which is num_speculative_tokens to vLLM"
+    if vllm_config.use_v2_model_runner:
+        changed += ", on Model Runner V1"
+    return ViaSDRefusal(
+        f"{changed}, and vLLM refuses this start with it, not without --via-sd "
+        f"({_one_line(error)}); give another window or change what it says, or remove --via-sd."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, ValidationError):
+        text = "; ".join(line["msg"].removeprefix("Value error, ") for line in error.errors())
+    return (" ".join(text.split()) or type(error).__name__).rstrip(".")
 
 
 def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> None:
@@ -265,7 +370,9 @@ def _warn_of_penalties(defaults: Mapping[str, Any]) -> None:
 
 def _with_short_flags(engine_args: Any) -> dict[str, Any]:
     """`--speculative-config` with what `--spec-method`, `--spec-model` and `--spec-tokens` add."""
-    spec = dict(engine_args.speculative_config or {})
+    given = engine_args.speculative_config or {}
+    # As vLLM reads them.
+    spec = {key.replace("-", "_"): value for key, value in given.items()}
     for name, key in SHORT_FLAGS.items():
         value = getattr(engine_args, name)
         if value is None:
@@ -304,6 +411,8 @@ def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, An
             "--speculative-config has num_speculative_tokens_per_batch_size, but VIA-SD chooses "
             "the number of drafts itself; remove it."
         )
+    # Before vLLM compares the lengths of its rates with the window.
+    _check_rejection(spec.get("rejection_sample_method", "standard"))
     return spec | {"num_speculative_tokens": options.window}, drafts
 
 
@@ -313,10 +422,6 @@ def _worker_class() -> str:
     if current_platform.is_cpu():
         return CPU_WORKER
     if current_platform.is_cuda_alike():
-        # On GPUs vLLM would choose Model Runner V2, in this process and in those it spawns.
-        if V2_SWITCH not in os.environ:
-            os.environ[V2_SWITCH] = "0"
-            logger.info("VIA-SD runs on Model Runner V1: %s=0 is set", V2_SWITCH)
         return GPU_WORKER
     raise ViaSDRefusal(
         f"--via-sd is on, but VIA-SD has workers for CPU and CUDA only and this is "
@@ -343,16 +448,20 @@ def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
             f"--via-sd-rounds is {options.rounds}, but a drafter of method {spec.method!r} answers "
             "once per window; set it to auto, 1 or 0."
         )
-    if spec.rejection_sample_method != "standard":
-        raise ViaSDRefusal(
-            f"--speculative-config has rejection_sample_method {spec.rejection_sample_method!r}, "
-            "but VIA-SD's laws hold for 'standard'; leave it out."
-        )
+    _check_rejection(spec.rejection_sample_method)
     if spec.parallel_drafting:
         raise ViaSDRefusal(
             f"--speculative-config names {spec.model!r} with parallel_drafting, whose drafts come "
             "in one fixed number, but VIA-SD chooses the number of drafts itself; name a drafter "
             "without it."
+        )
+
+
+def _check_rejection(method: str) -> None:
+    if method != "standard":
+        raise ViaSDRefusal(
+            f"--speculative-config has rejection_sample_method {method!r}, but VIA-SD's laws hold "
+            "for 'standard'; leave it out."
         )
 
 
