@@ -5,10 +5,12 @@ the value and the remedy; what it can run with starts with the right worker."""
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_nvium.cuda_graphs import ASKED
 from vllm_nvium.startup import CPU_WORKER, UNSUPPORTED
 
 
@@ -211,3 +213,101 @@ def test_dense_drafters_are_let_through(dense_checkpoint: Path, tmp_path: Path) 
     assert start(dense_checkpoint, speculative_config=spec).speculative_config.model == str(
         dense_checkpoint
     )
+
+
+# ------------------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch, nvium_log: pytest.LogCaptureFixture) -> Any:
+    """The start-up check's answer to a CUDA platform, and what vLLM had chosen when it ran."""
+    from vllm_nvium import cuda_graphs
+
+    seen: list[Any] = []
+    switch_off = cuda_graphs.switch_off
+
+    def watched(vllm_config: Any) -> None:
+        seen.append(vllm_config.compilation_config.cudagraph_mode)
+        switch_off(vllm_config)
+        seen.append(vllm_config.compilation_config.cudagraph_mode)
+
+    def possible(config: Any) -> bool:
+        return not config.model_config.enforce_eager
+
+    monkeypatch.setattr(cuda_graphs, "_are_possible", possible)
+    monkeypatch.setattr(cuda_graphs, "switch_off", watched)
+    return seen
+
+
+def test_cuda_graphs_are_off_unless_asked_for(
+    nvium_checkpoint: Path, on_cuda: list[Any], nvium_log
+) -> None:
+    """And vLLM has not filled its own choice in by then, which would look like the user's."""
+    from vllm.config import CUDAGraphMode
+
+    config = start(nvium_checkpoint)
+    assert on_cuda == [None, CUDAGraphMode.NONE]
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    said = [record for record in nvium_log.records if "CUDA graphs are off" in record.getMessage()]
+    # Two handlers may have seen the same record.
+    assert len({id(record) for record in said}) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"enforce_eager": True}, {"compilation_config": {"cudagraph_mode": "NONE"}}],
+    ids=["eager", "none"],
+)
+def test_nothing_is_said_where_cuda_graphs_are_off_anyway(
+    nvium_checkpoint: Path, on_cuda: list[Any], nvium_log, options: dict[str, Any]
+) -> None:
+    start(nvium_checkpoint, **options)
+    assert on_cuda and "CUDA graphs" not in nvium_log.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+            ["--compilation-config is 'cudagraph_mode FULL_AND_PIECEWISE'", "set it to NONE"],
+        ),
+        (
+            {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
+            ["--compilation-config is 'cudagraph_mode PIECEWISE'", "set it to NONE"],
+        ),
+        ({"cudagraph_capture_sizes": [1, 2]}, ["--cudagraph-capture-sizes is [1, 2]", "leave it"]),
+        ({"max_cudagraph_capture_size": 8}, ["--max-cudagraph-capture-size is 8", "leave it out"]),
+    ],
+    ids=["full", "piecewise", "sizes", "largest"],
+)
+def test_cuda_graphs_that_were_asked_for_are_refused(
+    nvium_checkpoint: Path, on_cuda: list[Any], options: dict[str, Any], words: list[str]
+) -> None:
+    message = refusal(nvium_checkpoint, **options)
+    assert all(word in message for word in words), message
+    assert "have not been run on a GPU" in message
+
+
+@pytest.mark.parametrize(
+    ("cuda_alike", "eager", "possible"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_where_cuda_graphs_are_possible(
+    monkeypatch, cuda_alike: bool, eager: bool, possible: bool
+) -> None:
+    from vllm.platforms import current_platform
+
+    from vllm_nvium import cuda_graphs
+
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: cuda_alike)
+    config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager))
+    assert cuda_graphs._are_possible(config) is possible
+
+
+def test_every_flag_for_cuda_graphs_exists_in_vllm() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    known = EngineArgs.add_cli_args(FlexibleArgumentParser())._option_string_actions
+    assert [option.flag for option in ASKED if option.flag not in known] == []

@@ -122,6 +122,13 @@ HOOKS: tuple[Hook, ...] = (
         "nothing can be checked or run",
     ),
     *_each(
+        "vllm.config.compilation",
+        "CompilationConfig",
+        "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size",
+        "CUDA graphs are switched off, or refused where they were asked for",
+        "an N-vium model would run in CUDA graphs, which nobody has tried",
+    ),
+    *_each(
         "vllm.platforms",
         "",
         "current_platform",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_nvium import cuda_graphs
 from vllm_nvium.flags import NviumOptions
 from vllm_nvium.model_executor.models.checkpoint_layout import LayoutError, check_files
 from vllm_nvium.spec_decode import options as via_sd
@@ -142,6 +143,7 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
             raise NviumRefusal(str(error)) from None
         refuse_unsupported(vllm_config)
         refuse_mismatched_weights(vllm_config)
+        cuda_graphs.switch_off(vllm_config)
         if not vllm_config.use_v2_model_runner:
             choose_v1_worker(vllm_config)
 
@@ -151,7 +153,13 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
     for option in UNSUPPORTED:
         value = option.value(vllm_config)
         if value is not None:
-            raise NviumRefusal(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
+            raise _refusal(option, value)
+    if (asked := cuda_graphs.asked_for(vllm_config)) is not None:
+        raise _refusal(*asked)
+
+
+def _refusal(option: Unsupported, value: Any) -> NviumRefusal:
+    return NviumRefusal(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
 
 
 # The values of --load-format that read plain safetensors when there are any.
