@@ -27,6 +27,7 @@ def refusal(path: Path, **options: Any) -> str:
     # Not pydantic's stack of lines, which is a ValueError too.
     assert "\n" not in message and "validation error" not in message, message
     assert message.endswith("."), message
+    assert "1234567" not in message, "a secret"
     return message
 
 
@@ -58,6 +59,15 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
         ({"enable_dbo": True}, ["--enable-dbo is True", "leave it off"]),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size is 1.0", "remove it"]),
         ({"async_scheduling": True}, ["--async-scheduling is True", "leave it off"]),
+        ({"quantization": "experts_int8"}, ["--quantization is 'experts_int8'", "leave it out"]),
+        (
+            {"quantization": "int8_per_channel_weight_only"},
+            ["--quantization is 'int8_per_channel_weight_only'", "experts", "leave it out"],
+        ),
+        (
+            {"watermark_config": {"algorithm": "gumbel", "key": 1234567}},
+            ["--watermark-config is 'gumbel'", "remove it"],
+        ),
         ({"cpu_offload_gb": 1.0}, ["--cpu-offload-gb is 1.0", "leave it at 0"]),
         ({"offload_group_size": 2}, ["--offload-group-size is 2", "leave it at 0"]),
         (

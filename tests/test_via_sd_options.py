@@ -301,7 +301,10 @@ def test_a_bad_option_is_refused_at_start(
             {"prefill_context_parallel_size": 2},
             ["--prefill-context-parallel-size is 2", "set it to 1"],
         ),
-        ({"watermark_config": {}}, ["--watermark-config is", "Model Runner V1", "remove it"]),
+        (
+            {"watermark_config": {"algorithm": "gumbel", "key": 1234567}},
+            ["--watermark-config is gumbel, but", "Model Runner V1", "remove it"],
+        ),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ["--worker-cls is", CPU_WORKER]),
         (
             {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},

@@ -11,7 +11,13 @@ from vllm_nvium import cuda_graphs
 from vllm_nvium.flags import NviumOptions
 from vllm_nvium.model_executor.models.checkpoint_layout import LayoutError, check_files
 from vllm_nvium.spec_decode import options as via_sd
-from vllm_nvium.unsupported import Unsupported, above_one, pooling_runner, rust_frontend
+from vllm_nvium.unsupported import (
+    Unsupported,
+    above_one,
+    pooling_runner,
+    rust_frontend,
+    watermark,
+)
 from vllm_nvium.weights import weight_files
 
 if TYPE_CHECKING:
@@ -24,6 +30,10 @@ GPU_WORKER = "vllm_nvium.worker.gpu_worker.NviumGPUWorker"
 class NviumRefusal(ValueError):
     """A start that cannot work. A class of its own, so that it can be told apart inside pydantic's
     ValidationError and shown without it."""
+
+
+def _experts_only(model_config: Any) -> bool:
+    return model_config.quantization in ("experts_int8", "int8_per_channel_weight_only")
 
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
@@ -81,6 +91,18 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         lambda c: c.offload_config.prefetch.offload_group_size or None,
         "vLLM's offloading of weights never sees the layers of an N-vium model",
         "leave it at 0",
+    ),
+    Unsupported(
+        "--quantization",
+        lambda c: c.model_config.quantization if _experts_only(c.model_config) else None,
+        "it covers the experts of a mixture of experts, and an N-vium model has none",
+        "leave it out",
+    ),
+    Unsupported(
+        "--watermark-config",
+        watermark,
+        "an N-vium model draws exits and tokens with a sampler of its own, which marks nothing",
+        "remove it",
     ),
     # Before the next: whoever removed the drafter would be told that --via-sd needs one.
     Unsupported(

@@ -36,3 +36,12 @@ def rust_frontend(_: "VllmConfig") -> str | None:
     import vllm.envs as envs
 
     return "1" if envs.VLLM_USE_RUST_FRONTEND else None
+
+
+def watermark(config: Any) -> str | None:
+    """The algorithm of a watermark, where one was asked for: its key is a secret."""
+    given = config.watermark_config
+    if given is None:
+        return None
+    name = given.get("algorithm") if isinstance(given, dict) else getattr(given, "algorithm", None)
+    return str(name or "on")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from vllm_nvium.given import shown
 from vllm_nvium.spec_decode.options import (
     NO_PENALTIES,
     PREFIX,
@@ -21,7 +20,13 @@ from vllm_nvium.spec_decode.options import (
     is_own,
     options_of,
 )
-from vllm_nvium.unsupported import Unsupported, above_one, pooling_runner, rust_frontend
+from vllm_nvium.unsupported import (
+    Unsupported,
+    above_one,
+    pooling_runner,
+    rust_frontend,
+    watermark,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -116,7 +121,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--watermark-config",
-        lambda c: None if c.watermark_config is None else shown(c.watermark_config),
+        watermark,
         "VIA-SD runs on Model Runner V1, which draws without a watermark",
         "remove it",
     ),
