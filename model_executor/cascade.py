@@ -16,6 +16,7 @@ from vllm_nvium.model_executor.ops.head_rows import HeadRows
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights
 
 if TYPE_CHECKING:
+    from vllm_nvium.model_executor.layers.exit_head import Exit
     from vllm_nvium.model_executor.models.nvium import NviumForCausalLM
 
 UNDECIDED = -1
@@ -79,7 +80,8 @@ def run_cascade(
     heads: _NarrowHeads | _WideHeads = (
         _WideHeads(model, step) if wide else _NarrowHeads(model, step)
     )
-    state = model.segments[0](input_ids[: batch.num_rows], rows.positions)
+    # A module that runs as a captured graph returns as many rows as that was captured for.
+    state = model.segments[0](input_ids[: batch.num_rows], rows.positions)[: batch.num_rows]
     for k in range(len(model.exits)):
         undecided = heads.at_exit(k, rows, state)
         if may_stop and not undecided and catch_up.has_room(rows):
@@ -100,6 +102,21 @@ def _take(state: torch.Tensor, index: np.ndarray) -> torch.Tensor:
     return state.index_select(0, torch.from_numpy(index).to(state.device))
 
 
+def _leave(margins: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Who leaves at an exit: `e_k - c_k > threshold`, and whoever's margin is not a number. Its
+    hazard is none either, so no law says what comes next; see `_head_inputs`."""
+    return ~(margins <= thresholds)
+
+
+def _head_inputs(exit_: "Exit", normed: torch.Tensor, margins: np.ndarray) -> torch.Tensor:
+    """Inputs of the unembedding [n, H] of tokens that left with these margins [n]. Where a margin
+    is not a number these are none, so that vLLM sees it and treats it as it does in any model."""
+    inputs = exit_.head_input(normed)
+    if (broken := np.isnan(margins)).any():
+        inputs = inputs.masked_fill(torch.from_numpy(broken).to(inputs.device)[:, None], torch.nan)
+    return inputs
+
+
 class _NarrowHeads:
     """Every sampled row is spoken for by one head: the input of the unembedding is enough."""
 
@@ -111,7 +128,7 @@ class _NarrowHeads:
         self.leave: np.ndarray | None = None
         self.nobody_leaves = False
         if model.constant_margins is not None:
-            self.leave = model.constant_margins > step.sampling.thresholds  # [R, N-1]
+            self.leave = _leave(model.constant_margins, step.sampling.thresholds)  # [R, N-1]
             self.nobody_leaves = not self.leave.any()
 
     def _emit(self, requests: np.ndarray, head_inputs: torch.Tensor) -> None:
@@ -137,8 +154,10 @@ class _NarrowHeads:
         normed: torch.Tensor | None = None
         if self.leave is None:
             normed = exit_.norm(_take(state, rows.newest()))
-            leave = exit_.margins(normed).cpu().numpy() > step.sampling.thresholds[:, k]
+            margins = exit_.margins(normed).cpu().numpy()
+            leave = _leave(margins, step.sampling.thresholds[:, k])
         else:
+            margins = np.full(len(step.exits), self.model.constant_margins[k])
             leave = self.leave[:, k]
         leaving = np.flatnonzero(leave & (step.exits == UNDECIDED))
         if len(leaving) == 0:
@@ -148,7 +167,7 @@ class _NarrowHeads:
         else:
             normed = _take(normed, leaving)
         step.exits[leaving] = k
-        self._emit(leaving, exit_.head_input(normed))
+        self._emit(leaving, _head_inputs(exit_, normed, margins[leaving]))
         self.undecided -= len(leaving)
         return self.undecided
 
@@ -219,10 +238,11 @@ class _WideHeads:
         normed = exit_.norm(_take(state, rows.newest()))
         margins = exit_.margins(normed).cpu().numpy()
         open_ = (step.exits == UNDECIDED) & ~sampling.mixture
-        leaving = np.flatnonzero(open_ & (margins > sampling.thresholds[:, k]))
+        leaving = np.flatnonzero(open_ & _leave(margins, sampling.thresholds[:, k]))
         if len(leaving):
             step.exits[leaving] = k
-            self._emit(packed, leaving, k, exit_.head_input(_take(normed, leaving)))
+            inputs = _head_inputs(exit_, _take(normed, leaving), margins[leaving])
+            self._emit(packed, leaving, k, inputs)
         self._decide(k, packed)
         return int(np.count_nonzero(step.exits == UNDECIDED))
 

@@ -298,7 +298,8 @@ class CatchUp:
         if rows is not self._entered:
             self.enter_rows(rows)
             self._entered = rows
-        return forward(state, rows.positions)
+        # A module that runs as a captured graph returns as many rows as that was captured for.
+        return forward(state, rows.positions)[: len(rows.slots)]
 
     def _advance(self, slots: np.ndarray, states: torch.Tensor, depth: int) -> None:
         """States that stay in the side cache after one more segment."""

@@ -32,7 +32,11 @@ from vllm_nvium.model_executor.layers.exit_head import Adapter, Exit
 from vllm_nvium.model_executor.layers.side_cache import SideCache
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.ops.head_rows import MIXTURE, NO_TOKEN, unpack
-from vllm_nvium.model_executor.ops.mixture import mixture_log_probs
+from vllm_nvium.model_executor.ops.mixture import RunningMixture
+
+# Logits of one head that are in memory at a time where rows need several: 16 MiB. A dense model's
+# sampler takes several times [T, V]; this adds next to nothing to that.
+LOGITS_AT_A_TIME = 1 << 22
 
 
 class NviumAttention(LlamaAttention):
@@ -206,8 +210,9 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         self.heads_differ = config.exit_head == "own" or (
             config.exit_head == "embeddings" and not config.tie_word_embeddings
         )
-        # [N-1] margins of exits, when they are the same for every token; known once weights are.
+        # [N-1] margins of exits, when they are the same for every token.
         self.constant_margins: np.ndarray | None = None
+        self._constants_known = False
         self.may_decide_early = get_tensor_model_parallel_world_size() == 1
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -227,6 +232,8 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
     ) -> torch.Tensor:
         """See `run_cascade`; [T, H] or [T, W]."""
         if nvium_step is not None:
+            if not self._constants_known:
+                self._find_constants()
             return run_cascade(self, nvium_step, input_ids, positions)
         state = self.segments[0](input_ids, positions)
         for exit_, segment in zip(self.exits, self.segments[1:], strict=True):
@@ -257,34 +264,38 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         """
         if hidden_states.shape[1] == self.config.hidden_size:
             return self.head_logits(hidden_states, len(self.exits))
-        heads, log_weights, single, token = unpack(
-            hidden_states, self.num_heads, self.config.hidden_size
+        result = torch.empty(
+            len(hidden_states),
+            self.config.vocab_size,
+            device=hidden_states.device,
+            dtype=torch.float32,
         )
-        # Every head on the rows that need it, and on no others.
-        needed = (log_weights > -torch.inf) & (single == MIXTURE)[:, None]  # [T, N]
-        needed |= single[:, None] == torch.arange(self.num_heads, device=single.device)
-        logits: torch.Tensor | None = None  # [T, N, V]
+        step = max(1, LOGITS_AT_A_TIME // self.config.vocab_size)
+        for start in range(0, len(hidden_states), step):
+            rows = slice(start, start + step)
+            result[rows] = self._wide_logits(hidden_states[rows])
+        return result
+
+    def _wide_logits(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed `HeadRows` [T, W] -> [T, V] float32."""
+        heads, log_weights, single, token = unpack(packed, self.num_heads, self.config.hidden_size)
+        # A row that one head speaks for is a mixture in which that head has all the weight.
+        alone = single != MIXTURE
+        own = torch.full_like(log_weights, -torch.inf)
+        own[alone, single[alone].long()] = 0.0
+        mixture = RunningMixture(
+            torch.where(alone[:, None], own, log_weights), self.config.vocab_size
+        )
         for head in range(self.num_heads):
-            index = needed[:, head].nonzero().squeeze(1)
-            if len(index) == 0:
+            rows = mixture.rows_of(head)
+            if len(rows) == 0:
                 continue
-            some = self.head_logits(heads[index, head].contiguous(), head)
-            if some is None:  # not the rank that samples
-                continue
-            if logits is None:
-                logits = some.new_zeros(
-                    len(heads), self.num_heads, some.shape[1], dtype=torch.float32
-                )
-            logits[index, head] = some.float()
-        result = torch.zeros(
-            len(heads), self.config.vocab_size, device=heads.device, dtype=torch.float32
-        )
-        if logits is not None:
-            mixed = (single == MIXTURE) & (log_weights > -torch.inf).any(dim=1)
-            if mixed.any():
-                result[mixed] = mixture_log_probs(logits[mixed], log_weights[mixed])
-            alone = (single != MIXTURE).nonzero().squeeze(1)
-            result[alone] = logits[alone, single[alone].long()]
+            logits = self.head_logits(heads[rows, head].contiguous(), head)
+            if logits is not None:  # None where another rank samples
+                mixture.add(head, rows, logits)
+        result = mixture.logits()
+        # Rows that nothing is read from; a decided one follows.
+        result[~alone & (log_weights == -torch.inf).all(dim=1)] = 0.0
         decided = (token != NO_TOKEN).nonzero().squeeze(1)
         if len(decided):
             result[decided] = -torch.inf
@@ -294,10 +305,23 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the checkpoint layout that `nvium_reference.py` saves."""
         loader = AutoWeightsLoader(self)
-        loaded = loader.load_weights(self._note_constants(weights), mapper=self._weights_mapper())
-        margins = [exit_.router.constant_margin for exit_ in self.exits]
-        self.constant_margins = None if None in margins else np.array(margins)
+        loaded = loader.load_weights(self._note_identities(weights), mapper=self._weights_mapper())
+        # vLLM may finish loading a layer later than here, so they are looked at when first needed.
+        self._constants_known = False
         return loaded
+
+    def _find_constants(self) -> None:
+        """Notices routers whose result is the same for every token and need not be computed."""
+        margins: list[float | None] = []
+        for exit_ in self.exits:
+            head, constant = exit_.router.head, None
+            if not bool(head.weight.any()):
+                bias = head.bias.float()
+                constant = float(bias[1] - bias[0])
+            exit_.router.constant_margin = constant
+            margins.append(constant)
+        self.constant_margins = None if None in margins else np.array(margins)
+        self._constants_known = True
 
     def _weights_mapper(self) -> WeightsMapper:
         bounds = [0, *self.config.exit_layers, self.config.num_hidden_layers]
@@ -321,23 +345,17 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
             },
         )
 
-    def _note_constants(
+    def _note_identities(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Passes weights on, noticing maps of zeros whose result need not be computed."""
-        heads: dict[int, dict[str, torch.Tensor]] = {}
+        """Passes weights on, noticing adapters that add zeros. After loading it may be too late:
+        vLLM's CPU build frees the weights of linear layers that it has packed."""
         for name, weight in weights:
-            if match := re.fullmatch(r"exits\.(\d+)\.router\.head\.(weight|bias)", name):
-                heads.setdefault(int(match[1]), {})[match[2]] = weight
-            elif match := re.fullmatch(r"exits\.(\d+)\.adapter\.fc2\.weight", name):
+            if match := re.fullmatch(r"exits\.(\d+)\.adapter\.fc2\.weight", name):
                 self.exits[int(match[1])].adapter.is_identity = not bool(weight.any())
             elif name == "final_adapter.fc2.weight" and self.final_adapter is not None:
                 self.final_adapter.is_identity = not bool(weight.any())
             yield name, weight
-        for k, head in heads.items():
-            if not bool(head["weight"].any()):
-                bias = head["bias"].float()
-                self.exits[k].router.constant_margin = float(bias[1] - bias[0])
 
     @classmethod
     def get_model_state_cls(cls) -> type:

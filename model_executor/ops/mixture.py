@@ -64,6 +64,49 @@ def mixture_log_probs(head_logits: torch.Tensor, log_weights: torch.Tensor) -> t
     return torch.logsumexp(terms, dim=-2)
 
 
+class RunningMixture:
+    """Logits of the mixture of the heads, one head at a time, so that no `[T, N, V]` is needed.
+
+        logits(y) = log p_mix(y) + sum_k pi_k log sum_u exp(head_logits_k(u))
+
+    `log p_mix` plus one number per row, which makes them the logits of a head that has all the
+    weight, bit by bit. So what is not indifferent to such a number (a repetition penalty, raw
+    logits) does to a model whose hazards are zero what it does to a dense one.
+
+    Args:
+        log_weights: `[T, N]` float32, `log pi` as `exit_log_weights` returns it.
+        vocab_size: V.
+    """
+
+    def __init__(self, log_weights: torch.Tensor, vocab_size: int) -> None:
+        self._log_weights = log_weights
+        num_rows = len(log_weights)
+        self._log_probs = log_weights.new_full((num_rows, vocab_size), -torch.inf)  # [T, V]
+        self._constant = log_weights.new_zeros(num_rows)  # [T]
+
+    def rows_of(self, head: int) -> torch.Tensor:
+        """`[n]` int64: the rows that a head has weight in. Where one head has a log-weight of
+        exactly 0 the weights of the others are below the smallest float32."""
+        has_all = (self._log_weights == 0.0).any(dim=1)
+        own = self._log_weights[:, head]
+        # A NaN is neither: it has to reach the result.
+        return ((own != -torch.inf) & (~has_all | (own == 0.0))).nonzero().squeeze(1)
+
+    def add(self, head: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Adds `logits [n, V]` of a head at `rows_of(head)`."""
+        log_weight = self._log_weights[rows, head]  # [n]
+        logits = _at_least_float32(logits)
+        log_sum = torch.logsumexp(logits, dim=-1)  # [n]
+        log_sum = log_sum.masked_fill(log_weight == 0.0, 0.0)
+        self._constant[rows] += log_weight.exp() * log_sum
+        terms = logits + (log_weight - log_sum).unsqueeze(-1)  # [n, V]
+        self._log_probs[rows] = torch.logaddexp(self._log_probs[rows], terms)
+
+    def logits(self) -> torch.Tensor:
+        """`[T, V]` float32, of all heads that were added."""
+        return self._log_probs.add_(self._constant.unsqueeze(-1))
+
+
 def expected_depth(
     log_weights: torch.Tensor, exit_layers: Sequence[int], num_layers: int
 ) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
 from vllm_nvium.flags import NviumOptions
 from vllm_nvium.model_executor.cascade import Step
@@ -40,10 +41,16 @@ class NviumModelRunnerMixin:
             NviumOptions.from_vllm_config(config),
             config.model_config.seed,
             num_exits=len(model.exits),
-            always_full=bool(config.model_config.logits_processors),
+            always_full=self._nvium_has_custom_processors(),
             decide_early=model.may_decide_early,
             greedy_margin=model.config.greedy_margin,
         )
+
+    def _nvium_has_custom_processors(self) -> bool:
+        """Whether something of the user's own changes logits: named with --logits-processors, or
+        installed as an entry point. What vLLM has built tells, and nothing else does."""
+        batch: Any = self.input_batch  # type: ignore[attr-defined]
+        return any(type(own) not in BUILTIN_LOGITS_PROCESSORS for own in batch.logitsprocs.all)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
 
+# Where vLLM's own logits processors are defined.
+BUILTIN_PROCESSORS = "vllm.v1.worker.gpu.sample."
+
+
 class HostBlockTable:
     """What Model Runner V2 keeps on the device only: which blocks every request holds.
 
@@ -78,7 +82,6 @@ class NviumModelState(DefaultModelState):
             NviumOptions.from_vllm_config(vllm_config),
             vllm_config.model_config.seed,
             num_exits=len(model.exits),  # type: ignore[arg-type]
-            always_full=bool(vllm_config.model_config.logits_processors),
             decide_early=bool(model.may_decide_early),
             greedy_margin=model.config.greedy_margin,  # type: ignore[union-attr,arg-type]
         )
@@ -107,6 +110,15 @@ class NviumModelState(DefaultModelState):
             max_rows=self.vllm_config.scheduler_config.max_num_batched_tokens,
             max_ranges=self.vllm_config.scheduler_config.max_num_seqs,
         )
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        """vLLM's own sampler stays; it tells whether something of the user's own changes logits,
+        named with --logits-processors or installed as an entry point."""
+        self.requests.always_full = any(
+            not type(own).__module__.startswith(BUILTIN_PROCESSORS)
+            for own in sampler.logits_processors
+        )
+        return super().custom_sampler(sampler)
 
     def add_request(self, req_index: int, new_req_data: "NewRequestData") -> None:
         """A new request, or a preempted one that is back: in both cases its blocks are new."""
