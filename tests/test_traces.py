@@ -6,7 +6,9 @@ every emitted token are the reference model's at the exit it was scripted to lea
 import os
 import random
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
@@ -16,6 +18,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine, check_against_reference, forced_thresholds
 
 from tiny_models import make_nvium
+from vllm_nvium.model_executor.catch_up import IN_FLIGHT, Batch, CatchUpError
 from vllm_nvium.worker import requests as nvium_requests
 
 VOCABULARY = 256
@@ -36,6 +39,11 @@ def arrivals(draw: st.DrawFn) -> Arrival:
         extra_args=draw(
             st.sampled_from([None, None, {"nvium_max_deferred": 0}, {"nvium_max_deferred": 3}])
         ),
+        # Either leaves the prefix cache unread, so that blocks come to be there twice.
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        skip_reading_prefix_cache=draw(st.sampled_from([None, None, None, True])),
+        # A greedy choice of the drawn head: equal requests get equal tokens, whatever their seeds.
+        top_k=draw(st.sampled_from([0, 0, 1])),
     )
     return Arrival(
         step=draw(st.integers(0, 12)),
@@ -57,6 +65,18 @@ def traces(draw: st.DrawFn, max_size: int = 7) -> list[Arrival]:
             arrival.continues = draw(st.sampled_from(earlier))
             arrival.step = trace[arrival.continues].step + draw(st.integers(20, 80))
             arrival.prompt = draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=3))
+            # Whole blocks of an answer, which the cache then has as somebody's prompt too.
+            arrival.take = draw(st.sampled_from([180, 180, 32, 64, 96]))
+            if draw(st.booleans()):
+                arrival.prompt = []
+        elif number and draw(st.integers(0, 3)) == 0:  # the same request again, at once or later
+            twin = trace[draw(st.integers(0, number - 1))]
+            arrival.prompt, arrival.continues, arrival.take = (
+                list(twin.prompt),
+                twin.continues,
+                twin.take,
+            )
+            arrival.step = max(arrival.step, twin.step)
     return trace
 
 
@@ -80,16 +100,23 @@ def served(tmp_path_factory):
 @given(
     trace=traces(),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
+    resets=st.sampled_from([(), (), (15,), (40, 41)]),
+    chunk=st.sampled_from([0, 0, 1, 7]),
 )
-def test_logits_are_the_references(served, trace, hazards):
-    play(served, trace, hazards)
+def test_logits_are_the_references(served, trace, hazards, resets, chunk):
+    config = served[1].scheduler.scheduler_config
+    config.long_prefill_token_threshold = chunk
+    try:
+        play(served, trace, hazards, resets)
+    finally:
+        config.long_prefill_token_threshold = 0
 
 
-def play(served, trace: list[Arrival], hazards: list[float]) -> None:
+def play(served, trace: list[Arrival], hazards: list[float], resets: tuple[int, ...] = ()) -> None:
     reference, engine = served
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvium_requests, "margin_thresholds", forced_thresholds(hazards))
-        emitted = engine.run(trace)
+        emitted = engine.run(trace, resets=resets)
     for number, arrival in enumerate(trace):
         seen = emitted.get(str(number))
         if seen is None:
@@ -140,3 +167,123 @@ def test_prefix_hits_on_positions_that_wait(served, hazards):
             trace.append(Arrival(step, prompt, params, continues=0))
         play(served, trace, hazards)
     assert engine.unfinished_hits > hits
+
+
+GREEDY = {"temperature": 1.0, "top_k": 1, "ignore_eos": True}
+
+
+def whole(emitted: dict, trace: list[Arrival], number: int) -> list[int]:
+    return trace[number].prompt + emitted[str(number)].tokens
+
+
+@pytest.fixture(scope="module", params=[32, 64])
+def roomy(request, served):
+    """An engine in which no block has to make room for another."""
+    path = served[1].engine.vllm_config.model_config.model
+    # A pass of 48 rows at most, so that what waits in two blocks takes several.
+    return served[0], TraceEngine(path, num_gpu_blocks_override=40, block_size=request.param)
+
+
+def played(roomy, trace: list[Arrival], hazards: list[float]) -> dict:
+    play(roomy, trace, hazards)
+    return roomy[1].emitted
+
+
+@pytest.mark.parametrize("beside", [0, 1])
+def test_scoring_an_answer_leaves_complete_blocks_behind_waiting_ones(roomy, beside):
+    """Generate; score the text, which reads no prefix cache; go on from it."""
+    engine = roomy[1]
+    size, rising = engine.runner.nvium_catch_up.block_size, engine.rising_marks
+    one = [
+        Arrival(
+            0, [11 + beside, 12, 13, 14, 15], SamplingParams(max_tokens=size + 8, seed=1, **GREEDY)
+        )
+    ]
+    text = whole(played(roomy, one, [1.0, 0.0, 0.0]), one, 0) + [20 + i for i in range(size - 2)]
+    scored = SamplingParams(max_tokens=1, seed=1, prompt_logprobs=0, **GREEDY)
+    played(roomy, [Arrival(0, list(text), scored)], [0.0, 0.0, 0.0])
+    after = [Arrival(3, [*text, 77], SamplingParams(max_tokens=6, seed=1, **GREEDY))]
+    after += [Arrival(0, [60] * 20, SamplingParams(max_tokens=20, seed=1, **GREEDY))] * beside
+    played(roomy, after, [0.0, 0.0, 0.0])
+    assert engine.rising_marks > rising
+
+
+def test_two_equal_requests_at_once(roomy):
+    """One ends just behind a block's end, so that the oldest copy of each block is its."""
+    engine = roomy[1]
+    size, rising = engine.runner.nvium_catch_up.block_size, engine.rising_marks
+    prompt = [31, 12, 13, 14, 15]
+    both = [
+        Arrival(0, list(prompt), SamplingParams(max_tokens=count, seed=0, **GREEDY))
+        for count in (size - 3, 2 * size + 16)
+    ]
+    # A prompt makes a full pass, which completes what of these still runs.
+    both.append(Arrival(size + 20, [50, 51, 52], SamplingParams(max_tokens=9, seed=3, **GREEDY)))
+    text = whole(played(roomy, both, [1.0, 0.0, 0.0]), both, 1)
+    played(
+        roomy,
+        [Arrival(0, [*text[: 2 * size], 77], SamplingParams(max_tokens=6, seed=1, **GREEDY))],
+        [0.0, 0.0, 0.0],
+    )
+    assert engine.rising_marks > rising
+
+
+def test_a_prompt_that_is_whole_blocks_of_an_answer(roomy):
+    """vLLM computes the last block of such a prompt anew, and has it twice from then on."""
+    engine = roomy[1]
+    size, rising = engine.runner.nvium_catch_up.block_size, engine.rising_marks
+    first = [
+        Arrival(0, [41, 12, 13, 14, 15], SamplingParams(max_tokens=size + 8, seed=0, **GREEDY))
+    ]
+    text = whole(played(roomy, first, [1.0, 0.0, 0.0]), first, 0)
+    prompt = Arrival(
+        0,
+        text[:size],
+        SamplingParams(temperature=1.0, seed=5, max_tokens=size + 8, ignore_eos=True),
+    )
+    text = whole(played(roomy, [prompt], [0.0, 0.0, 0.0]), [prompt], 0)
+    after = Arrival(0, [*text[: 2 * size], 77], SamplingParams(max_tokens=6, seed=1, **GREEDY))
+    played(roomy, [after], [0.0, 0.0, 0.0])
+    assert engine.rising_marks > rising
+
+
+def test_more_waits_than_fits_into_a_pass(roomy):
+    engine = roomy[1]
+    catch_up, passes = engine.runner.nvium_catch_up, []
+    enter = catch_up.enter_rows
+    splits = catch_up.split_passes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catch_up, "enter_rows", lambda rows: (passes.append(rows), enter(rows)))
+        params = SamplingParams(max_tokens=50, seed=1, **GREEDY)
+        trace = [Arrival(i, [90 + i, 3, 4], params) for i in range(3)]
+        play(roomy, [*trace, Arrival(40, [7, 8], params)], [1.0, 0.0, 0.0])
+    assert catch_up.split_passes > splits
+    assert max(len(rows.slots) for rows in passes) <= 48
+
+
+def test_marks_that_cannot_be_are_an_error_before_anything_is_written(roomy):
+    engine = roomy[1]
+    catch_up = engine.runner.nvium_catch_up
+    cache = catch_up.side_cache
+    size = catch_up.block_size
+    batch = Batch(
+        query_start=np.array([0, 1], dtype=np.int32),
+        first=np.array([2]),
+        last=np.array([2]),
+        complete=np.array([0]),
+        block_table=np.array([[39]], dtype=np.int32),
+        block_table_device=torch.tensor([[39]], dtype=torch.int32),
+        slots_device=torch.tensor([39 * size + 2]),
+    )
+    before = cache.marks.copy(), cache.states.clone()
+    slots = np.arange(39 * size, 39 * size + 2)
+    for wrong in (0, 5, IN_FLIGHT):
+        cache.marks[slots] = wrong
+        rows = catch_up.start(batch, torch.tensor([2]))
+        with pytest.raises(CatchUpError, match=f"position 0 .* mark is {wrong}"):
+            catch_up.run(batch, rows, torch.zeros(1, 64), 1, lambda state, positions: state)
+        assert torch.equal(cache.states, before[1])
+    batch.slots_device = torch.tensor([-1])
+    with pytest.raises(CatchUpError, match="slots -1"):
+        catch_up.start(batch, torch.tensor([2]))
+    cache.marks[:] = before[0]

@@ -4,7 +4,7 @@ reference model. Both model runners are driven by the same code.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Arrival:
         abort_after: steps after arrival at which it is aborted; None to let it finish.
         continues: number of an arrival whose tokens so far come before `prompt`, so that this one
             hits blocks in which positions wait. `prompt` is the whole once it has arrived.
+        take: of an arrival that is continued, so many tokens of its prompt and answer.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Arrival:
     params: SamplingParams
     abort_after: int | None = None
     continues: int | None = None
+    take: int = 180
 
 
 @dataclass
@@ -100,6 +102,7 @@ class TraceEngine:
         self.preemptions = 0
         self.catch_up_passes = 0
         self.unfinished_hits = 0
+        self.rising_marks = 0
         self._watched: CatchUp | None = None
         model_ = self.runner.model
         compute_logits, run = model_.compute_logits, model_.forward
@@ -146,6 +149,7 @@ class TraceEngine:
             slots = slots_of(batch.block_table, sequence, positions, catch_up.block_size)
             marks = catch_up.side_cache.marks[slots]
             self.unfinished_hits += bool((marks < catch_up.num_segments).any())
+            self.rising_marks += bool((np.diff(marks.astype(int)) > 0).any())
 
     def _record(self, logits: torch.Tensor) -> None:
         step, self._step = self._step, None
@@ -156,8 +160,14 @@ class TraceEngine:
             seen.logits[position] = logits[row].clone()
             seen.exits[position] = int(step.exits[row])
 
-    def run(self, trace: list[Arrival], max_steps: int = 2000) -> dict[str, Emitted]:
-        """Plays a trace to its end and returns what was emitted for every request."""
+    def run(
+        self, trace: list[Arrival], max_steps: int = 2000, resets: Sequence[int] = ()
+    ) -> dict[str, Emitted]:
+        """Plays a trace to its end and returns what was emitted for every request.
+
+        Args:
+            resets: steps before which the prefix cache is emptied, while requests run.
+        """
         self.emitted, self.outputs, self.depths = {}, {}, []
         waiting = sorted(enumerate(trace), key=lambda item: item[1].step)
         abort_at: dict[int, list[str]] = {}
@@ -171,7 +181,9 @@ class TraceEngine:
                         trace[arrival.continues],
                         self.emitted.get(str(arrival.continues), Emitted()),
                     )
-                    arrival.prompt = (before.prompt + so_far.tokens)[:180] + arrival.prompt
+                    arrival.prompt = (before.prompt + so_far.tokens)[
+                        : arrival.take
+                    ] + arrival.prompt
                 self.engine.add_request(
                     request_id, {"prompt_token_ids": arrival.prompt}, arrival.params
                 )
@@ -180,6 +192,8 @@ class TraceEngine:
             self.engine.abort_request(abort_at.pop(step, []))
             if not waiting and not abort_at and not self.engine.has_unfinished_requests():
                 return self.emitted
+            if step in resets:
+                assert self.engine.reset_prefix_cache(reset_running_requests=True)
             outputs = self.engine.step()
             step += 1
             waits = self.engine.has_unfinished_requests() and not self.scheduler.running
