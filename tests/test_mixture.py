@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_nvium.model_executor.ops.mixture import (
+    RunningMixture,
     exit_log_weights,
     expected_depth,
     mixture_log_probs,
@@ -121,3 +122,37 @@ def test_expected_depth_is_the_mean_share_of_layers() -> None:
 def test_expected_depth_refuses_another_number_of_exits() -> None:
     with pytest.raises(ValueError, match="3 columns, and 1 exits need 2"):
         expected_depth(torch.zeros(3), [6], 24)
+
+
+def running(head_logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
+    """`[T, V]` of `[T, N, V]` and `[T, N]`, one head at a time."""
+    mixture = RunningMixture(log_weights, head_logits.shape[-1])
+    for head in range(head_logits.shape[1]):
+        rows = mixture.rows_of(head)
+        mixture.add(head, rows, head_logits[rows, head])
+    return mixture.logits()
+
+
+def test_one_head_at_a_time_gives_the_same_law() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 5 * torch.randn(6, 4, 50, generator=generator)
+    log_weights = exit_log_weights(torch.randn(6, 3, generator=generator))
+    got = torch.log_softmax(running(logits, log_weights), dim=-1)
+    torch.testing.assert_close(got, mixture_log_probs(logits, log_weights))
+
+
+@pytest.mark.parametrize("margins", [[-1e4] * 3, [-torch.inf] * 3, [-1e4, 1e4, 0.0]])
+def test_logits_of_a_head_that_has_all_the_weight_are_its_own(margins: list[float]) -> None:
+    """So a repetition penalty, which divides logits, does what it does to a dense model."""
+    logits = 20 + 5 * torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(4))
+    log_weights = exit_log_weights(torch.tensor([margins, margins]))
+    head = int(log_weights[0].argmax())
+    assert torch.equal(running(logits, log_weights), logits[:, head])
+
+
+def test_what_is_not_a_number_reaches_the_logits() -> None:
+    logits = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(5))
+    log_weights = exit_log_weights(torch.tensor([[0.0], [torch.nan], [0.0]]))
+    logits[2, 1, 4] = torch.nan
+    got = running(logits, log_weights)
+    assert got[0].isfinite().all() and got[1:].isnan().all()

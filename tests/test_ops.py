@@ -25,7 +25,7 @@ from vllm_nvium.model_executor.ops.head_rows import (
     row_width,
     unpack,
 )
-from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
+from vllm_nvium.model_executor.ops.ragged import passes_of, ragged_ranges, range_starts, slots_of
 from vllm_nvium.worker.requests import RequestTable, is_ancestral, is_plain_greedy
 
 # ---------------------------------------------------------------------------------------- draws
@@ -154,6 +154,46 @@ def test_slots(pairs: list[tuple[int, int]], block_size: int, random: Any) -> No
         int(table[s, p // block_size]) * block_size + p % block_size
         for s, p in zip(sequence, positions, strict=True)
     ]
+
+
+positions_of_sequences = st.lists(
+    st.sets(st.integers(0, 12), max_size=9), min_size=1, max_size=4
+).filter(any)
+
+
+def rows_of(sequences: list[set[int]]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(s, p) for s, own in enumerate(sequences) for p in sorted(own)]
+    return np.array([s for s, _ in rows]), np.array([p for _, p in rows])
+
+
+@given(positions_of_sequences)
+@settings(deadline=None)
+def test_ranges_begin_where_a_row_does_not_follow_the_last(sequences: list[set[int]]) -> None:
+    sequence, positions = rows_of(sequences)
+    rows = set(zip(sequence.tolist(), positions.tolist(), strict=True))
+    starts = range_starts(sequence, positions).tolist()
+    assert starts == [
+        i
+        for i, (s, p) in enumerate(zip(sequence, positions, strict=True))
+        if (s, p - 1) not in rows
+    ]
+
+
+@given(positions_of_sequences, st.integers(1, 6), st.integers(1, 4))
+@settings(deadline=None)
+def test_passes_hold_each_row_once_behind_all_lower_positions(
+    sequences: list[set[int]], max_rows: int, max_ranges: int
+) -> None:
+    sequence, positions = rows_of(sequences)
+    passes = passes_of(sequence, positions, max_rows, max_ranges)
+    assert sorted(np.concatenate(passes)) == list(range(len(positions)))
+    for chosen in passes:
+        assert len(chosen) <= max_rows
+        assert len(range_starts(sequence[chosen], positions[chosen])) <= max_ranges
+        assert (np.diff(chosen) > 0).all()
+    highest = [positions[chosen].max() for chosen in passes]
+    lowest = [positions[chosen].min() for chosen in passes]
+    assert all(before <= after for before, after in zip(highest, lowest[1:], strict=False))
 
 
 # ------------------------------------------------------------------------------------ head rows

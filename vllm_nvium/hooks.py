@@ -538,6 +538,12 @@ HOOKS: tuple[Hook, ...] = (
         "the tokens and the sampling law that a window starts from",
         "no VIA-SD",
     ),
+    Hook(
+        "vllm.v1.sample.logits_processor",
+        "BUILTIN_LOGITS_PROCESSORS",
+        "tells vLLM's own logits processors from those of the user",
+        "a request whose logits others change would be taken for a plain one",
+    ),
     *_each(
         "vllm.v1.sample.metadata",
         "SamplingMetadata",
