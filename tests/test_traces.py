@@ -287,3 +287,27 @@ def test_marks_that_cannot_be_are_an_error_before_anything_is_written(roomy):
     with pytest.raises(CatchUpError, match="slots -1"):
         catch_up.start(batch, torch.tensor([2]))
     cache.marks[:] = before[0]
+
+
+def test_blocks_of_a_victim_that_never_ran_are_not_hit(served):
+    """Under the priority policy vLLM may preempt a request whose rows it has just planned, after it
+    entered their blocks into the prefix cache."""
+    path = served[1].engine.vllm_config.model_config.model
+    engine = TraceEngine(
+        path, num_gpu_blocks_override=6, scheduling_policy="priority", max_model_len=96
+    )
+    engine.scheduler.scheduler_config.long_prefill_token_threshold = 7
+    # In step 9 the victim computes positions 63 to 69, which fill its second block, and takes the
+    # last of six; then the one that came in step 5 needs its second. One more keeps chunks short.
+    params = SamplingParams(max_tokens=3, seed=0, **GREEDY)
+    busy = SamplingParams(max_tokens=20, seed=0, **GREEDY)
+    trace = [
+        Arrival(0, _TEXTS[0][:80], params, abort_after=10, priority=1),
+        Arrival(0, [200, 201], busy),
+        Arrival(5, _TEXTS[1][:40], params),
+        Arrival(30, [*_TEXTS[0][:64], 9], params),
+    ]
+    preemptions = engine.preemptions
+    play((served[0], engine), trace, [0.0, 0.0, 0.0])
+    assert engine.preemptions > preemptions
+    assert engine.outputs["3"].num_cached_tokens == 32

@@ -43,6 +43,7 @@ class Arrival:
     abort_after: int | None = None
     continues: int | None = None
     take: int = 180
+    priority: int = 0
 
 
 @dataclass
@@ -155,6 +156,8 @@ class TraceEngine:
         step, self._step = self._step, None
         assert len(logits) == step.batch.num_requests
         for row, request_id in enumerate(step.request_ids):
+            if step.sampling.all_rows[row] and step.sampling.mixture[row]:
+                continue  # a prompt that goes on: this row is for its log-probabilities only
             seen = self.emitted.setdefault(_public(request_id), Emitted())
             position = int(step.batch.last[row])
             seen.logits[position] = logits[row].clone()
@@ -185,7 +188,10 @@ class TraceEngine:
                         : arrival.take
                     ] + arrival.prompt
                 self.engine.add_request(
-                    request_id, {"prompt_token_ids": arrival.prompt}, arrival.params
+                    request_id,
+                    {"prompt_token_ids": arrival.prompt},
+                    arrival.params,
+                    priority=arrival.priority,
                 )
                 if arrival.abort_after is not None:
                     abort_at.setdefault(step + arrival.abort_after, []).append(request_id)

@@ -539,6 +539,19 @@ HOOKS: tuple[Hook, ...] = (
         "no VIA-SD",
     ),
     Hook(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._preempt_request",
+        "wrapped to take back blocks that were planned and never computed",
+        "under --scheduling-policy priority a prefix hit may read such a block",
+    ),
+    *_each(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager",
+        "get_blocks evict_blocks",
+        "find and take back those blocks",
+        "as above",
+    ),
+    Hook(
         "vllm.v1.sample.logits_processor",
         "BUILTIN_LOGITS_PROCESSORS",
         "tells vLLM's own logits processors from those of the user",

@@ -54,6 +54,7 @@ def all_patches() -> tuple[Patch, ...]:
         engine_args,
         input_processor,
         responses,
+        scheduler,
         stat_loggers,
         vllm_config,
     )
@@ -65,6 +66,7 @@ def all_patches() -> tuple[Patch, ...]:
         async_llm,
         responses,
         beam_search,
+        scheduler,
         stat_loggers,
     )
     return tuple(patch for module in modules for patch in module.PATCHES)
