@@ -156,7 +156,8 @@ class TraceEngine:
         step, self._step = self._step, None
         assert len(logits) == step.batch.num_requests
         for row, request_id in enumerate(step.request_ids):
-            if step.sampling.all_rows[row] and step.sampling.mixture[row]:
+            table = getattr(self.runner, "nvium_requests", None) or self.runner.model_state.requests
+            if step.sampling.mixture[row] and not table.requests[request_id].mixture:
                 continue  # a prompt that goes on: this row is for its log-probabilities only
             seen = self.emitted.setdefault(_public(request_id), Emitted())
             position = int(step.batch.last[row])

@@ -88,7 +88,7 @@ def engine(request: Any, model: tuple[str, NviumForCausalLM]) -> Iterator[V2Engi
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    trace=st.lists(arrivals(), min_size=1, max_size=6),
+    trace=st.lists(arrivals(top_k=False), min_size=1, max_size=6),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
 )
 def test_traces(
