@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -68,6 +69,24 @@ def test_offline_requests_repeat_with_the_engines_seed() -> None:
     assert unseeded(OFFLINE[::-1]) == unseeded(AGAIN[::-1])
     # What an engine warms up with changes nothing.
     assert unseeded(["_warmup_0_", *OFFLINE])[1:] == unseeded(OFFLINE)
+
+
+def test_data_parallel_engines_draw_apart(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TraceEngine(str(checkpoint))
+    config = engine.runner.vllm_config
+    monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)  # it has its model
+    seeds = []
+    for index in range(3):
+        monkeypatch.setattr(config.parallel_config, "data_parallel_index", index)
+        engine.runner.load_model()
+        table = engine.runner.nvium_requests
+        table.add("7-1f0c9a2b", SamplingParams(temperature=1.0))
+        seeds.append(table.requests["7-1f0c9a2b"].seed)
+    assert len(set(seeds)) == 3
+    # Alone, an engine goes by `--seed` itself.
+    assert seeds[0] == unseeded(["7-1f0c9a2b"], config.model_config.seed)[0]
 
 
 def test_a_named_seed_counts_alone() -> None:

@@ -19,6 +19,7 @@ from vllm_nvium.model_executor.catch_up import (
     CatchUp,
     enter_rows,
 )
+from vllm_nvium.worker.request_seeds import engine_seed
 from vllm_nvium.worker.requests import RequestTable
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class NviumModelRunnerMixin:
         config = self.vllm_config  # type: ignore[attr-defined]
         self.nvium_requests = RequestTable(
             NviumOptions.from_vllm_config(config),
-            config.model_config.seed,
+            engine_seed(config),
             num_exits=len(model.exits),
             always_full=self._nvium_has_custom_processors(),
             decide_early=model.may_decide_early,

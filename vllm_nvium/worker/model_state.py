@@ -20,6 +20,7 @@ from vllm_nvium.model_executor.catch_up import (
     CatchUp,
     enter_rows,
 )
+from vllm_nvium.worker.request_seeds import engine_seed
 from vllm_nvium.worker.requests import RequestTable
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class NviumModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.requests = RequestTable(
             NviumOptions.from_vllm_config(vllm_config),
-            vllm_config.model_config.seed,
+            engine_seed(vllm_config),
             num_exits=len(model.exits),  # type: ignore[arg-type]
             decide_early=bool(model.may_decide_early),
             greedy_margin=model.config.greedy_margin,  # type: ignore[union-attr,arg-type]
