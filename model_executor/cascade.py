@@ -14,6 +14,7 @@ import torch
 from vllm_nvium.model_executor.catch_up import Batch, CatchUp, Rows
 from vllm_nvium.model_executor.ops.head_rows import HeadRows
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights
+from vllm_nvium.model_executor.ranks import of_first_rank
 
 if TYPE_CHECKING:
     from vllm_nvium.model_executor.layers.exit_head import Exit
@@ -281,7 +282,7 @@ class _WideHeads:
                 total = self.summed.get(request)
                 self.summed[request] = term if total is None else total + term
             top = self.summed[request].topk(2)
-            lead = float(top.values[0] - top.values[1])
+            lead = float(of_first_rank(top.values[0] - top.values[1]))
             if lead > 1.0 - self.mass[request] + LEAD_TOLERANCE:
                 newest = int(step.batch.query_start[request + 1]) - 1
                 packed.fields[newest, 1] = top.indices[0].int()

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm_nvium.model_executor.layers.layernorm import FusedRMSNorm
 from vllm_nvium.model_executor.layers.router import Router
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.ranks import of_first_rank
 
 
 class Adapter(nn.Module):
@@ -75,8 +76,9 @@ class Exit(nn.Module):
         return normed if self.adapter is None else self.adapter(normed)
 
     def margins(self, normed: torch.Tensor) -> torch.Tensor:
-        """Normed states [T, H] -> `e_k - c_k`, the logits of the hazards, [T] float32."""
+        """Normed states [T, H] -> `e_k - c_k`, the logits of the hazards, [T] float32, the same on
+        all tensor-parallel ranks."""
         constant = self.router.constant_margin
         if constant is None:
-            return self.router(normed)
+            return of_first_rank(self.router(normed))
         return torch.full((len(normed),), constant, dtype=torch.float32, device=normed.device)
