@@ -552,6 +552,12 @@ HOOKS: tuple[Hook, ...] = (
         "as above",
     ),
     Hook(
+        "vllm.distributed",
+        "get_tp_group",
+        "one tensor-parallel rank decides who leaves, for all",
+        "ranks could leave at different exits",
+    ),
+    Hook(
         "vllm.v1.sample.logits_processor",
         "BUILTIN_LOGITS_PROCESSORS",
         "tells vLLM's own logits processors from those of the user",
