@@ -2,6 +2,7 @@
 """A real `vllm serve` process on a tiny N-vium checkpoint: completions and chat, plain and
 streamed, per-request overrides, and the examples as written."""
 
+import contextlib
 import json
 import os
 import socket
@@ -45,16 +46,16 @@ def vllm_command(*arguments: str) -> list[str]:
     return [str(VLLM), *arguments]
 
 
-@pytest.fixture(scope="module")
-def server(nvium_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Base URL of a server that is up; stopped at the end of the module."""
+@contextlib.contextmanager
+def running_server(model: Path, log: Path, *arguments: str, **environment: str) -> Iterator[str]:
+    """Base URL of a server that is up; it must be up at the end too, and is stopped there."""
     port = free_port()
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = vllm_command("serve", str(nvium_checkpoint), "--port", str(port))
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256"]
-    command += ["--enforce-eager", "--nvium-max-deferred", "8", "--served-model-name", "tiny"]
+    command = vllm_command("serve", str(model), "--port", str(port), "--host", "127.0.0.1")
+    command += ["--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny", *arguments]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+        )
     url = f"http://127.0.0.1:{port}/v1"
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     try:
@@ -76,6 +77,14 @@ def server(nvium_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(nvium_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    arguments = ("--max-model-len", "256", "--nvium-max-deferred", "8")
+    with running_server(nvium_checkpoint, log, *arguments) as url:
+        yield url
 
 
 @pytest.fixture
@@ -133,6 +142,9 @@ def test_seed_reproduces(client: openai.OpenAI) -> None:
         ({"nvium_sampling": "greedy"}, ["nvium_sampling", "greedy", "routed", "mixture"]),
         ({"nvium_max_deferred": -1}, ["nvium_max_deferred", "-1", "0..2147483647"]),
         ({"nvium_max_deferred": "many"}, ["nvium_max_deferred", "many", "0..2147483647"]),
+        ({"nvium_max_deferred": 2**63}, ["nvium_max_deferred", "9223372036854775808"]),
+        ({"nvium_max_deferred": [3]}, ["nvium_max_deferred", "[3]", "0..2147483647"]),
+        ({"via_sd": "off"}, ["'via_sd' is 'off'", "VIA-SD is off", "remove it."]),
         ({"nvium_maximum": 3}, ["nvium_maximum", "nvium_max_deferred"]),
     ],
 )
@@ -155,6 +167,24 @@ def test_bad_override_is_a_400(
         assert error.value.status_code == 400
         assert all(word in str(error.value.body) for word in words), error.value.body
     assert complete(client) == before
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_override_of_a_beam_search_is_a_400(client: openai.OpenAI, route: str) -> None:
+    body = {"model": "tiny", "use_beam_search": True, "n": 2, "max_tokens": 2, "prompt": PROMPT}
+    body |= {"messages": [{"role": "user", "content": PROMPT}]}
+    body["vllm_xargs"] = {"nvium_max_deferred": 3}
+    with pytest.raises(openai.BadRequestError, match="'nvium_max_deferred' is 3, but use_beam"):
+        client.post(f"/{route}", body=body, cast_to=object)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_override_of_a_response_is_a_400(client: openai.OpenAI, stream: bool) -> None:
+    for xargs in ({"nvium_max_deferred": 2**63}, {"via_sd": "off"}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(xargs))):
+            client.responses.create(
+                model="tiny", input=PROMPT, stream=stream, extra_body={"vllm_xargs": xargs}
+            )
 
 
 def test_streaming_example(server: str) -> None:
