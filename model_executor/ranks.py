@@ -2,7 +2,7 @@
 """What tensor-parallel ranks have to agree on to the last bit."""
 
 import torch
-from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 
 
 def of_first_rank(values: torch.Tensor) -> torch.Tensor:

@@ -552,7 +552,7 @@ HOOKS: tuple[Hook, ...] = (
         "as above",
     ),
     Hook(
-        "vllm.distributed",
+        "vllm.distributed.parallel_state",
         "get_tp_group",
         "one tensor-parallel rank decides who leaves, for all",
         "ranks could leave at different exits",
