@@ -216,6 +216,10 @@ def test_in_an_engine(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0][0][1][:96] == [1] * 96
 
 
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM's FP8 KV cache needs AVX-512 or AMX",
+)
 def test_quantised_kv_cache_leaves_states_alone(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
