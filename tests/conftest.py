@@ -57,6 +57,15 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def read_environment() -> None:
+    """vLLM remembers environment variables once an engine has run in this process: for tests that
+    set them."""
+    import vllm.envs
+
+    vllm.envs.disable_envs_cache()
+
+
+@pytest.fixture
 def nvium_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """`caplog` that sees the plugin's logger: vLLM stops its loggers from reaching the root."""
     logger = logging.getLogger("vllm.nvium")

@@ -13,6 +13,8 @@ import pytest
 from vllm_nvium.cuda_graphs import ASKED
 from vllm_nvium.startup import CPU_WORKER, UNSUPPORTED
 
+pytestmark = pytest.mark.usefixtures("read_environment")
+
 
 def start(path: Path, **options: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs

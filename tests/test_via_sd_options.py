@@ -38,6 +38,8 @@ from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
 from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, ViaSDRefusal, check
 from vllm_nvium.weights import fingerprint
 
+pytestmark = pytest.mark.usefixtures("read_environment")
+
 # ------------------------------------------------------------------------------------------- flags
 
 
