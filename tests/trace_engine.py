@@ -129,6 +129,7 @@ class TraceEngine:
             logits = compute_logits(hidden_states)
             if self._step is not None:
                 self._record(logits)
+                self._step = None
             return logits
 
         model_.compute_logits, model_.forward = record, record_step
@@ -153,16 +154,20 @@ class TraceEngine:
             self.rising_marks += bool((np.diff(marks.astype(int)) > 0).any())
 
     def _record(self, logits: torch.Tensor) -> None:
-        step, self._step = self._step, None
+        step = self._step
         assert len(logits) == step.batch.num_requests
         for row, request_id in enumerate(step.request_ids):
-            table = getattr(self.runner, "nvium_requests", None) or self.runner.model_state.requests
-            if step.sampling.mixture[row] and not table.requests[request_id].mixture:
-                continue  # a prompt that goes on: this row is for its log-probabilities only
+            if self._is_for_prompt_logprobs(row, request_id):
+                continue
             seen = self.emitted.setdefault(_public(request_id), Emitted())
             position = int(step.batch.last[row])
             seen.logits[position] = logits[row].clone()
             seen.exits[position] = int(step.exits[row])
+
+    def _is_for_prompt_logprobs(self, row: int, request_id: str) -> bool:
+        """Whether the newest row of a prompt that goes on is nothing but one of its prompt rows."""
+        table = getattr(self.runner, "nvium_requests", None) or self.runner.model_state.requests
+        return self._step.sampling.mixture[row] and not table.requests[request_id].mixture
 
     def run(
         self, trace: list[Arrival], max_steps: int = 2000, resets: Sequence[int] = ()
