@@ -126,10 +126,11 @@ class _NarrowHeads:
         self.result: torch.Tensor | None = None
         self.undecided = step.batch.num_requests
         # Hazards that are the same for every token need no states: all draws are made at once.
+        self.constant = model.constant_margins  # [N-1]
         self.leave: np.ndarray | None = None
         self.nobody_leaves = False
-        if model.constant_margins is not None:
-            self.leave = _leave(model.constant_margins, step.sampling.thresholds)  # [R, N-1]
+        if self.constant is not None:
+            self.leave = _leave(self.constant, step.sampling.thresholds)  # [R, N-1]
             self.nobody_leaves = not self.leave.any()
 
     def _emit(self, requests: np.ndarray, head_inputs: torch.Tensor) -> None:
@@ -153,12 +154,12 @@ class _NarrowHeads:
             return self.undecided
         step, exit_ = self.step, self.model.exits[k]
         normed: torch.Tensor | None = None
-        if self.leave is None:
+        if self.constant is None or self.leave is None:
             normed = exit_.norm(_take(state, rows.newest()))
             margins = exit_.margins(normed).cpu().numpy()
             leave = _leave(margins, step.sampling.thresholds[:, k])
         else:
-            margins = np.full(len(step.exits), self.model.constant_margins[k])
+            margins = np.full(len(step.exits), self.constant[k])
             leave = self.leave[:, k]
         leaving = np.flatnonzero(leave & (step.exits == UNDECIDED))
         if len(leaving) == 0:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, make_nvium, save_tokenizer
-from vllm_nvium.convert import ConvertError, checkpoint
+from vllm_nvium.convert import checkpoint
 from vllm_nvium.convert.command import add_arguments, convert, run
 from vllm_nvium.convert.dense import DenseOptions, evenly_spaced, hazard_margin
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
@@ -241,7 +242,7 @@ def test_gguf(tmp_path: Path) -> None:
 def test_gguf_needs_two_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConvertError, match="pip install gguf accelerate"):
+    with pytest.raises(UserError, match="pip install gguf accelerate"):
         convert(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
@@ -249,7 +250,7 @@ def test_gguf_that_cannot_be_read(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConvertError, match="transformers cannot read"):
+    with pytest.raises(UserError, match="transformers cannot read"):
         convert(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
@@ -408,7 +409,7 @@ def test_damaged_sources(
     make_dense(tmp_path / "dense")
     damage(tmp_path / "dense")
     capsys.readouterr()
-    with pytest.raises(ConvertError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         convert(tmp_path / "dense", tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert command(tmp_path / "dense", tmp_path / "out") == 2
@@ -438,7 +439,7 @@ def test_sliding_windows_are_refused(
 ) -> None:
     make_dense(tmp_path / "dense", kind)
     change_config(tmp_path / "dense", **fields)
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(UserError, match=message):
         convert(tmp_path / "dense", tmp_path / "out")
 
 
@@ -477,7 +478,7 @@ def test_unreadable_flags_stop_the_parser(flags: list[str]) -> None:
     [("./nowhere", "does not exist"), ("no.gguf", "does not exist"), ("a/b/c", "does not exist")],
 )
 def test_sources_that_are_not_there(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(UserError, match=message):
         convert(name, tmp_path / "out")
 
 
@@ -486,13 +487,13 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
         raise ConnectionError("no route\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ConvertError, match=r"cannot be fetched from the hub \(no route\)"):
+    with pytest.raises(UserError, match=r"cannot be fetched from the hub \(no route\)"):
         convert("someone/model", tmp_path / "out")
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_text("")
-    with pytest.raises(ConvertError, match="is a file, and a folder, a hub id or a .gguf file"):
+    with pytest.raises(UserError, match="is a file, and a folder, a hub id or a .gguf file"):
         convert(tmp_path / "weights.bin", tmp_path / "out")
 
 
@@ -502,7 +503,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 def test_a_full_folder_is_kept_without_force(tmp_path: Path) -> None:
     make_dense(tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "out")
-    with pytest.raises(ConvertError, match="is not empty; pass --force to replace it"):
+    with pytest.raises(UserError, match="is not empty; pass --force to replace it"):
         convert(tmp_path / "dense", tmp_path / "out")
     (tmp_path / "out/stale").write_text("")
     assert command(tmp_path / "dense", tmp_path / "out", "--force", "--num-exits", "1") == 0
@@ -514,7 +515,7 @@ def test_force_replaces_checkpoints_only(tmp_path: Path) -> None:
     make_dense(tmp_path / "dense")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/diary").write_text("")
-    with pytest.raises(ConvertError, match="has no config.json, so --force does not replace it"):
+    with pytest.raises(UserError, match="has no config.json, so --force does not replace it"):
         convert(tmp_path / "dense", tmp_path / "home", force=True)
     assert (tmp_path / "home/diary").exists()
 
@@ -530,7 +531,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["dense", "."])
 def test_the_source_is_never_replaced(tmp_path: Path, out: str) -> None:
     make_dense(tmp_path / "dense")
-    with pytest.raises(ConvertError, match="contains the checkpoint to convert"):
+    with pytest.raises(UserError, match="contains the checkpoint to convert"):
         convert(tmp_path / "dense", tmp_path / out, force=True)
     assert (tmp_path / "dense/model.safetensors").exists()
 
@@ -538,7 +539,7 @@ def test_the_source_is_never_replaced(tmp_path: Path, out: str) -> None:
 def test_out_is_a_file(tmp_path: Path) -> None:
     make_dense(tmp_path / "dense")
     (tmp_path / "out").write_text("")
-    with pytest.raises(ConvertError, match="is a file, and OUT must be a folder"):
+    with pytest.raises(UserError, match="is a file, and OUT must be a folder"):
         convert(tmp_path / "dense", tmp_path / "out", force=True)
 
 
@@ -546,7 +547,7 @@ def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.Monkey
     make_dense(tmp_path / "dense")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConvertError, match=r"0\.00 GB free, and the checkpoint needs"):
+    with pytest.raises(UserError, match=r"0\.00 GB free, and the checkpoint needs"):
         convert(tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
 
@@ -564,7 +565,7 @@ def test_an_interrupted_write_leaves_what_was_there(
         raise error
 
     monkeypatch.setattr(checkpoint, "save_torch_state_dict", fail)
-    expected = ConvertError if isinstance(error, OSError) else KeyboardInterrupt
+    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
     for out in ("out", "new"):
         with pytest.raises(expected):
             convert(tmp_path / "dense", tmp_path / out, force=True)
@@ -585,7 +586,7 @@ def test_a_failed_swap_puts_the_old_folder_back(
         replace(old, new)
 
     monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(ConvertError, match="could not be written"):
+    with pytest.raises(UserError, match="could not be written"):
         convert(tmp_path / "dense", tmp_path / "out", force=True)
     monkeypatch.undo()
     assert load(tmp_path / "out") and not leftovers(tmp_path)
@@ -761,7 +762,7 @@ def test_the_yaml_is_not_found_further_up(tmp_path: Path) -> None:
     fields = experiment()
     folder = tmp_path / "run/checkpoints/last/model"
     write_release(folder, fields, release_tensors(fields), 3)
-    with pytest.raises(ConvertError, match=r"has no \.hydra/config\.yaml"):
+    with pytest.raises(UserError, match=r"has no \.hydra/config\.yaml"):
         convert(folder, tmp_path / "out")
 
 
@@ -888,7 +889,7 @@ def test_broken_releases(
     tensors = release_tensors(fields)
     damage(tensors)
     write_release(tmp_path / "release", fields, tensors)
-    with pytest.raises(ConvertError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         convert(tmp_path / "release", tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
@@ -923,7 +924,7 @@ def test_broken_yaml(tmp_path: Path, text: str, message: str) -> None:
     fields = experiment()
     write_release(tmp_path / "release", fields, release_tensors(fields))
     (tmp_path / "release/.hydra/config.yaml").write_text(text)
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(UserError, match=message):
         convert(tmp_path / "release", tmp_path / "out")
 
 
@@ -940,5 +941,5 @@ def test_flags_for_dense_models_are_refused(tmp_path: Path, capsys: pytest.Captu
 
 def test_an_nvium_checkpoint_is_not_converted_again(tmp_path: Path) -> None:
     make_nvium(tmp_path / "nvium")
-    with pytest.raises(ConvertError, match="is an N-vium checkpoint already"):
+    with pytest.raises(UserError, match="is an N-vium checkpoint already"):
         convert(tmp_path / "nvium", tmp_path / "out")

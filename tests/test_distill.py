@@ -14,7 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, make_nvium
-from vllm_nvium.training import TrainingError, data, distill
+from vllm_nvium.errors import UserError
+from vllm_nvium.training import data, distill
 from vllm_nvium.training.distill import Files, read_prompts, recover, schedule, self_distill
 
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10"]
@@ -118,7 +119,7 @@ def test_file_of_another_run_is_refused(
     options = {"tokens": 10} | OPTIONS
     self_distill(dense_checkpoint, out, **options)
     before = out.stat().st_mtime_ns
-    with pytest.raises(TrainingError, match=rf"a.jsonl was sampled with {next(iter(change))}"):
+    with pytest.raises(UserError, match=rf"a.jsonl was sampled with {next(iter(change))}"):
         self_distill(dense_checkpoint, out, **(options | change))
     assert out.stat().st_mtime_ns == before
 
@@ -130,7 +131,7 @@ def test_samples_of_another_model_are_refused(
     out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
     header = Files(out).header
     header.write_text(header.read_text().replace(str(dense_checkpoint.resolve()), "/other"))
-    with pytest.raises(TrainingError, match="was sampled with parent = /other"):
+    with pytest.raises(UserError, match="was sampled with parent = /other"):
         self_distill(dense_checkpoint, out, 10, **OPTIONS)
 
 
@@ -139,7 +140,7 @@ def test_file_without_header_is_refused(
 ) -> None:
     out = tmp_path / "a.jsonl"
     out.write_text("precious\n")
-    with pytest.raises(TrainingError, match=r"exists without a.jsonl.header.json"):
+    with pytest.raises(UserError, match=r"exists without a.jsonl.header.json"):
         self_distill(dense_checkpoint, out, 10, **OPTIONS)
     assert out.read_text() == "precious\n"
 
@@ -168,14 +169,14 @@ def test_refused_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = {"parent": dense_checkpoint, "out": "a.jsonl", "tokens": 10} | OPTIONS | change
-    with pytest.raises(TrainingError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         self_distill(**options)
     assert not list(tmp_path.iterdir())
 
 
 def test_nvium_parent_is_refused(tmp_path: Path, no_engine: None) -> None:
     make_nvium(tmp_path / "nvium")
-    with pytest.raises(TrainingError, match="is an N-vium checkpoint"):
+    with pytest.raises(UserError, match="is an N-vium checkpoint"):
         self_distill(tmp_path / "nvium", tmp_path / "a.jsonl", 10, **OPTIONS)
 
 
@@ -183,7 +184,7 @@ def test_engine_that_fails(
     dense_checkpoint: Path, tmp_path: Path, child: Callable[[int], dict[str, Any]]
 ) -> None:
     child(3)
-    with pytest.raises(TrainingError, match="stopped with status 3 .* the same command goes on"):
+    with pytest.raises(UserError, match="stopped with status 3 .* the same command goes on"):
         self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
     assert not (tmp_path / "a.jsonl").exists()
 
@@ -219,7 +220,7 @@ def test_prompt_files(tmp_path: Path) -> None:
 )
 def test_refused_prompt_files(tmp_path: Path, name: str, text: str, sentence: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(TrainingError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         read_prompts([str(tmp_path / name)])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vllm_nvium import cli, demo, doctor, hooks, setup_cpu
+from vllm_nvium.errors import UserError
 from vllm_nvium.hooks import Hook
 
 
@@ -123,7 +124,7 @@ def test_demo_converts_a_dense_folder_once(
 
 def test_demo_takes_an_nvium_folder_as_it_is(nvium_checkpoint: Path) -> None:
     assert demo.prepare(str(nvium_checkpoint)) == nvium_checkpoint
-    with pytest.raises(demo.DemoError, match="--exits and --hazards"):
+    with pytest.raises(UserError, match="--exits and --hazards"):
         demo.prepare(str(nvium_checkpoint), exits=[1])
 
 
@@ -133,8 +134,3 @@ def test_demo_generates(nvium_checkpoint: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "> w4 w5" in result.stdout and "tokens/s" in result.stdout
-
-
-@pytest.mark.parametrize(("layers", "exits"), [(30, [8, 15, 23]), (48, [12, 24, 36]), (2, [1])])
-def test_quarters(layers: int, exits: list[int]) -> None:
-    assert demo.quarters(layers) == exits

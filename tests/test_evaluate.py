@@ -21,9 +21,10 @@ from tiny_models import make_dense, make_nvium, save_tokenizer
 from vllm_nvium import cli
 from vllm_nvium.convert.command import convert
 from vllm_nvium.convert.dense import DenseOptions
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.training import TrainingError
 from vllm_nvium.training.evaluate import (
     Comparison,
     DenseEvaluation,
@@ -41,7 +42,7 @@ from vllm_nvium.training.evaluate import (
     sampled_shares,
     top_tokens,
 )
-from vllm_nvium.training.evaluate_command import parse_texts, write_beside
+from vllm_nvium.training.evaluate_command import parse_texts
 from vllm_nvium.training.plots import HistoryPoint, draw, read_history
 
 # One layer: q, k, v, o 4 * 16, three MLP matrices 3 * 32, two norms 2 * 4: 168 weights.
@@ -269,7 +270,7 @@ def test_modes_and_gradients_are_left_as_they_were(tmp_path: Path) -> None:
 
 
 def test_no_block_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no whole block"):
+    with pytest.raises(UserError, match="no whole block"):
         evaluate(make_nvium(tmp_path), blocks_of(0, 8))
 
 
@@ -354,7 +355,7 @@ def test_history_keeps_the_last_word_on_every_step(tmp_path: Path) -> None:
 def test_history_refusals(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "history.jsonl").write_text(content)
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(UserError, match=message):
         read_history(tmp_path)
 
 
@@ -389,10 +390,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         partial.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(TrainingError, match="could not be written .No space left"):
-        write_beside(path, fail)
+    with pytest.raises(UserError, match="could not be written .No space left"):
+        write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_beside(path, lambda partial: partial.write_text("new"))
+    write_atomically(path, lambda partial: partial.write_text("new"))
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -421,7 +422,7 @@ def test_texts_with_and_without_names(tmp_path: Path) -> None:
     ],
 )
 def test_refused_texts(words: list[str], message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_texts(words)
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, Gemma3Config, LlamaConfig, MistralConfig
 
 from tiny_models import SIZES, make_dense
+from vllm_nvium.errors import UserError
 from vllm_nvium.spec_decode.mask import (
     Calibration,
-    MaskError,
     MaskFile,
     ModelIdentity,
     even_layers,
@@ -142,7 +142,7 @@ def test_a_list_is_short() -> None:
     ],
 )
 def test_refused(spec: str, num_layers: int, message: str) -> None:
-    with pytest.raises(MaskError, match=message.replace("(", r"\(").replace(")", r"\)")) as refusal:
+    with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")) as refusal:
         skipped_layers(spec, num_layers, None)
     assert "\n" not in str(refusal.value) and str(refusal.value).endswith(".")
     assert f"--via-sd-mask is {spec!r}" in str(refusal.value)
@@ -171,10 +171,10 @@ def test_a_file_of_before_weights_were_looked_at_is_read(tmp_path: Path) -> None
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mask.json"
     write_mask_file(path, mask_file())
-    with pytest.raises(MaskError, match=r"made for 'llama' with 4 layers, and the target has 5"):
+    with pytest.raises(UserError, match=r"made for 'llama' with 4 layers, and the target has 5"):
         skipped_layers(str(path), 5, None)
     other = ModelIdentity.from_config(LlamaConfig(**SIZES | {"hidden_size": 128}))
-    with pytest.raises(MaskError, match="hidden_size is 64 there and 128 here.*search-mask") as no:
+    with pytest.raises(UserError, match="hidden_size is 64 there and 128 here.*search-mask") as no:
         skipped_layers(str(path), 4, other)
     assert str(no.value).startswith(f"--via-sd-mask is {str(path)!r}, which was made for 'llama'")
     assert skipped_layers(str(path), 4, None) == (1, 2)
@@ -199,7 +199,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_refused_contents(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     path = tmp_path / "mask.json"
     path.write_text(json.dumps(mask_file().model_dump(mode="json") | changes))
-    with pytest.raises(MaskError) as refusal:
+    with pytest.raises(UserError) as refusal:
         skipped_layers(str(path), 4, IDENTITY)
     assert str(refusal.value).startswith(f"--via-sd-mask is {str(path)!r}, which is no mask file")
     assert reason in str(refusal.value) and "\n" not in str(refusal.value)
@@ -209,18 +209,18 @@ def test_refused_contents(tmp_path: Path, changes: dict[str, Any], reason: str) 
 def test_refused_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mask.json"
     path.write_bytes(content)
-    with pytest.raises(MaskError, match="which is no mask file of this version") as refusal:
+    with pytest.raises(UserError, match="which is no mask file of this version") as refusal:
         skipped_layers(str(path), 4, None)
     assert "\n" not in str(refusal.value)
 
 
 def test_unreadable_and_unwritable_files(tmp_path: Path) -> None:
-    with pytest.raises(MaskError, match="cannot be read .No such file or directory."):
+    with pytest.raises(UserError, match="cannot be read .No such file or directory."):
         skipped_layers(str(tmp_path / "none.json"), 4, None)
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(MaskError, match="cannot be read .Is a directory."):
+    with pytest.raises(UserError, match="cannot be read .Is a directory."):
         skipped_layers(str(tmp_path / "folder.json"), 4, None)
-    with pytest.raises(MaskError, match="could not be written"):
+    with pytest.raises(UserError, match="could not be written"):
         write_mask_file(tmp_path / "none" / "mask.json", mask_file())
 
 
@@ -284,7 +284,7 @@ def test_identity_of_a_model_of_several_parts() -> None:
 
 
 def test_a_configuration_without_layers_is_refused() -> None:
-    with pytest.raises(MaskError, match=r"model_type 'gpt2'\) has num_hidden_layers = None"):
+    with pytest.raises(UserError, match=r"model_type 'gpt2'\) has num_hidden_layers = None"):
         ModelIdentity.from_config({"model_type": "gpt2", "n_layer": 12, "hidden_size": 8})
 
 

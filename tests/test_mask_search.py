@@ -29,6 +29,7 @@ from transformers import (
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, save_tokenizer
 from vllm_nvium.cli import main
+from vllm_nvium.errors import UserError
 from vllm_nvium.spec_decode import mask_search, search_command
 from vllm_nvium.spec_decode.mask import even_layers, read_mask_file, skipped_layers
 from vllm_nvium.spec_decode.mask_search import (
@@ -50,7 +51,6 @@ from vllm_nvium.spec_decode.mask_search import (
     without_layers,
 )
 from vllm_nvium.spec_decode.search_command import WEIGHTS, best_so_far
-from vllm_nvium.training import TrainingError
 from vllm_nvium.weights import fingerprint
 
 LAYERS = 8
@@ -195,9 +195,9 @@ def test_what_is_not_finite_is_refused(objective: str) -> None:
     score = TeacherForcing(model, blocks, objective)
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(math.inf)
-    with pytest.raises(TrainingError, match="Without layers 1-2 .* not finite in torch.float32"):
+    with pytest.raises(UserError, match="Without layers 1-2 .* not finite in torch.float32"):
         score((1, 2))
-    with pytest.raises(TrainingError, match="^TARGET's predictions are not finite"):
+    with pytest.raises(UserError, match="^TARGET's predictions are not finite"):
         TeacherForcing(model, blocks, objective)
 
 
@@ -427,7 +427,7 @@ def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a").write_text(content)
-    with pytest.raises(TrainingError, match="is no record of a search: move it away"):
+    with pytest.raises(UserError, match="is no record of a search: move it away"):
         Journal.resume(tmp_path / "a", {})
 
 
@@ -470,7 +470,7 @@ def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: st
     assert options["speculative_config"].get("model") == drafter
     assert sampling.temperature == 0 and sampling.ignore_eos
     worker[0] = "vllm.v1.worker.cpu_worker.CPUWorker"
-    with pytest.raises(TrainingError, match="VLLM_PLUGINS leaves vllm-nvium out"):
+    with pytest.raises(UserError, match="VLLM_PLUGINS leaves vllm-nvium out"):
         mask_search._generate(run, [1])
 
 
@@ -515,7 +515,7 @@ def test_an_engine_on_a_cpu_leaves_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_an_engine_that_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child(monkeypatch, tmp_path, "raise SystemExit('one\\nno memory.')")
-    with pytest.raises(TrainingError, match=r"status 1 .* without layers 1,3 .* \(no memory\)\.$"):
+    with pytest.raises(UserError, match=r"status 1 .* without layers 1,3 .* \(no memory\)\.$"):
         measure_speed(RUN, (1, 3))
 
 
@@ -533,9 +533,9 @@ def test_why_an_engine_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "m.main(sys.argv[1:])\n"
     )
     child(monkeypatch, tmp_path, code)
-    with pytest.raises(TrainingError, match=r"status 1 .* without layers 1 .* \(no memory\)\.$"):
+    with pytest.raises(UserError, match=r"status 1 .* without layers 1 .* \(no memory\)\.$"):
         measure_speed(RUN, (1,))
-    with pytest.raises(TrainingError, match=r"\(Input should be a valid integer"):
+    with pytest.raises(UserError, match=r"\(Input should be a valid integer"):
         measure_speed(RUN, (2,))
 
 
@@ -627,7 +627,7 @@ def test_a_first_trial_that_fails_leaves_nothing(
     """The corrected command would be refused because of its record."""
 
     def stop(run: SpeedRun, skipped: tuple[int, ...]) -> float:
-        raise TrainingError("vLLM stopped.")
+        raise UserError("vLLM stopped.")
 
     monkeypatch.setattr(mask_search, "measure_speed", stop)
     out = tmp_path / "mask.json"

@@ -17,7 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, save_tokenizer
-from vllm_nvium.training import TrainingError, data
+from vllm_nvium.errors import UserError
+from vllm_nvium.training import data
 from vllm_nvium.training.data import check_disk_space, check_tokenizer, load_blocks, pack
 
 VOCABULARY = 256
@@ -326,7 +327,7 @@ def test_refused_sources(tokenizer: Any, tmp_path: Path, source: str, words_of_i
     (tmp_path / "others.jsonl").write_text('{"input_ids": [3, 256]}\n')
     (tmp_path / "short.txt").write_text("w3")
     path = str(tmp_path / source)
-    with pytest.raises(TrainingError) as refusal:
+    with pytest.raises(UserError) as refusal:
         load_blocks([path], tokenizer, 8)
     assert str(refusal.value).startswith(words_of_it.format(path))
 
@@ -336,19 +337,19 @@ def test_refused_dataset(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         raise FileNotFoundError("no such dataset\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(TrainingError, match=r"cannot load its split 'train' \(no such dataset\)"):
+    with pytest.raises(UserError, match=r"cannot load its split 'train' \(no such dataset\)"):
         load_blocks(["owner/name"], tokenizer, 8)
 
 
 def test_refused_arguments(tokenizer: Any, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", [{"text": "w3 w4"}])
-    with pytest.raises(TrainingError, match="No text was given"):
+    with pytest.raises(UserError, match="No text was given"):
         load_blocks([], tokenizer, 8)
-    with pytest.raises(TrainingError, match="block size is 1"):
+    with pytest.raises(UserError, match="block size is 1"):
         load_blocks([source], tokenizer, 1)
-    with pytest.raises(TrainingError, match="At most 4 tokens .* one block of 8"):
+    with pytest.raises(UserError, match="At most 4 tokens .* one block of 8"):
         load_blocks([source], tokenizer, 8, max_tokens=4)
-    with pytest.raises(TrainingError, match=r"no usable field \(body\), only text"):
+    with pytest.raises(UserError, match=r"no usable field \(body\), only text"):
         load_blocks([source], tokenizer, 8, text_field="body")
 
 
@@ -357,26 +358,26 @@ def test_refused_tokenizers(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     chat = write_rows(tmp_path / "a.jsonl", [{"messages": [{"role": "user"}]}])
     tokenizer.chat_template = "{{ raise_exception('only users') }}"
-    with pytest.raises(TrainingError, match="line 1 holds messages that .* not take .only users"):
+    with pytest.raises(UserError, match="line 1 holds messages that .* not take .only users"):
         load_blocks([chat], tokenizer, 8)
     tokenizer.chat_template = None
-    with pytest.raises(TrainingError, match="line 1 holds messages and .* no chat template"):
+    with pytest.raises(UserError, match="line 1 holds messages and .* no chat template"):
         load_blocks([chat], tokenizer, 8)
     tokenizer.eos_token = None
-    with pytest.raises(TrainingError, match="no eos token"):
+    with pytest.raises(UserError, match="no eos token"):
         load_blocks([chat], tokenizer, 8)
 
 
 def test_tokenizer_must_fit_the_model(tokenizer: Any) -> None:
     check_tokenizer(tokenizer, VOCABULARY)
     check_tokenizer(tokenizer, VOCABULARY + 20)
-    with pytest.raises(TrainingError, match="ids up to 255 and the model's vocab_size is 255"):
+    with pytest.raises(UserError, match="ids up to 255 and the model's vocab_size is 255"):
         check_tokenizer(tokenizer, VOCABULARY - 1)
-    with pytest.raises(TrainingError, match="256 tokens and the model's vocab_size is 512"):
+    with pytest.raises(UserError, match="256 tokens and the model's vocab_size is 512"):
         check_tokenizer(tokenizer, 2 * VOCABULARY)
 
 
 def test_disk_space(tmp_path: Path) -> None:
     check_disk_space(tmp_path / "not" / "there", 1, "A checkpoint")
-    with pytest.raises(TrainingError, match=r"A checkpoint needs about 1048576.00 GiB in .* free"):
+    with pytest.raises(UserError, match=r"A checkpoint needs about 1048576.00 GiB in .* free"):
         check_disk_space(tmp_path / "not" / "there", 2**50, "A checkpoint")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import make_nvium
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.training import TrainingError
 from vllm_nvium.training.controller import BetaController, DenseCurve
 from vllm_nvium.training.loss import (
     head_target_log_probs,
@@ -211,9 +211,9 @@ def test_dense_curve(tmp_path: Path) -> None:
 
 
 def test_dense_curve_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="history.jsonl of a dense run"):
+    with pytest.raises(UserError, match="history.jsonl of a dense run"):
         DenseCurve(tmp_path / "missing.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    with pytest.raises(TrainingError, match="no line of it holds"):
+    with pytest.raises(UserError, match="no line of it holds"):
         DenseCurve(empty)

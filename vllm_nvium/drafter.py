@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvium.errors import UserError
 from vllm_nvium.flags import ARCHITECTURE, PREFIX, is_nvium
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-class NviumDrafterRefusal(ValueError):
-    """A start that cannot work; its message is for the user."""
 
 
 def refuse_nvium_drafter(engine_args: Any) -> None:
@@ -21,7 +18,7 @@ def refuse_nvium_drafter(engine_args: Any) -> None:
     of its own (vocabulary, method) that speak of other things.
 
     Raises:
-        NviumDrafterRefusal: one sentence.
+        UserError: one sentence.
     """
     spec = engine_args.speculative_config
     if not isinstance(spec, dict):
@@ -38,7 +35,7 @@ def check_drafter(vllm_config: "VllmConfig") -> None:
     """The same, of a configuration, for drafters that vLLM had to fetch first.
 
     Raises:
-        NviumDrafterRefusal: one sentence.
+        UserError: one sentence.
     """
     spec = vllm_config.speculative_config
     drafter = spec.draft_model_config if spec is not None else None
@@ -48,8 +45,8 @@ def check_drafter(vllm_config: "VllmConfig") -> None:
         raise _refusal(drafter.model)
 
 
-def _refusal(drafter: str) -> NviumDrafterRefusal:
-    return NviumDrafterRefusal(
+def _refusal(drafter: str) -> UserError:
+    return UserError(
         f"--speculative-config names {drafter!r}, which is an N-vium model, but a drafter has to "
         "run all of its layers for each token; name a dense model, or remove it."
     )

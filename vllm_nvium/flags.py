@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvium.errors import UserError
 from vllm_nvium.given import (
     LARGEST_COUNT,
     Remembered,
@@ -45,7 +46,7 @@ class NviumOptions:
         """Read and check the keys `nvium_*` of `additional_config`.
 
         Raises:
-            ValueError: a key is unknown or a value is out of range; one sentence.
+            UserError: a key is unknown or a value is out of range; one sentence.
         """
         return cls.from_config(vllm_config.additional_config)
 
@@ -73,7 +74,7 @@ class NviumRequestOptions:
         """Read `SamplingParams.extra_args` (HTTP: `vllm_xargs`); what is absent is the engine's.
 
         Raises:
-            ValueError: a key is unknown or a value is out of range; one sentence.
+            UserError: a key is unknown or a value is out of range; one sentence.
         """
         return cls(**_read(picked_of_request(extra_args, is_own), defaults, in_config=False))
 
@@ -112,19 +113,19 @@ def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
     """`additional_config` with the flags added.
 
     Raises:
-        ValueError: the same option is given twice with different values.
+        UserError: the same option is given twice with different values.
     """
     if not flags:
         return additional_config
     if not isinstance(additional_config, dict):
-        raise ValueError(
+        raise UserError(
             f"--additional-config is a {type(additional_config).__name__}, and {_flag(min(flags))} "
             "can only be added to a JSON object."
         )
     for key, value in flags.items():
         other = additional_config.get(key)
         if other is not None and other != value:
-            raise ValueError(
+            raise UserError(
                 f"{_flag(key)} is {value!r} but --additional-config says {key} = {shown(other)}; "
                 "give one of them."
             )
@@ -151,7 +152,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     """Check one request; called in the process that answers the client.
 
     Raises:
-        ValueError: one sentence, sent to the client with status 400.
+        UserError: one sentence, sent to the client with status 400.
     """
     extra_args = sampling_params.extra_args
     if is_nvium(vllm_config):
@@ -159,7 +160,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
         NviumRequestOptions.from_extra_args(extra_args, engine)
         return
     for key, value in picked_of_request(extra_args, is_own).items():
-        raise ValueError(
+        raise UserError(
             f"vllm_xargs {shown(key)} is {shown(value)}, but the model is a "
             f"{vllm_config.model_config.architecture} and the option works on {ARCHITECTURE} only; "
             "remove it."
@@ -180,15 +181,13 @@ def _read(given: Mapping[str, Any], defaults: NviumOptions, *, in_config: bool) 
         name = key.removeprefix(PREFIX)
         if name not in values:
             known = ", ".join(PREFIX + option for option in values)
-            raise ValueError(
-                f"{source} {shown(key)} is not an option of N-vium; there are {known}."
-            )
+            raise UserError(f"{source} {shown(key)} is not an option of N-vium; there are {known}.")
         where = f"{_flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
         if name == "sampling" and not is_one_of(value, SAMPLING_LAWS):
             laws = " or ".join(map(repr, SAMPLING_LAWS))
-            raise ValueError(f"{where} is {shown(value)}; it must be {laws}.")
+            raise UserError(f"{where} is {shown(value)}; it must be {laws}.")
         if name == "max_deferred" and not is_count(value, 0):
-            raise ValueError(
+            raise UserError(
                 f"{where} is {shown(value)}; it must be an integer in 0..{LARGEST_COUNT}, or "
                 "absent for no limit."
             )

@@ -6,6 +6,8 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+from vllm_nvium.errors import UserError
+
 T = TypeVar("T")
 
 # No option counts anything that has more. What is larger may not fit the arrays it ends in, and an
@@ -33,10 +35,10 @@ def picked_of_request(extra_args: Any, is_own: Callable[[str], bool]) -> dict[st
     """`picked` of `SamplingParams.extra_args` (HTTP: `vllm_xargs`).
 
     Raises:
-        ValueError: it is no mapping, which would end the engine core; one sentence.
+        UserError: it is no mapping, which would end the engine core; one sentence.
     """
     if extra_args is not None and not isinstance(extra_args, Mapping):
-        raise ValueError(
+        raise UserError(
             f"extra_args is {shown(extra_args)}; it must be a mapping of names to values."
         )
     return picked(extra_args, is_own)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_nvium import cuda_graphs
+from vllm_nvium.errors import UserError
 from vllm_nvium.flags import NviumOptions
-from vllm_nvium.model_executor.models.checkpoint_layout import LayoutError, check_files
+from vllm_nvium.model_executor.models.checkpoint_layout import check_files
 from vllm_nvium.spec_decode import options as via_sd
 from vllm_nvium.unsupported import (
     Unsupported,
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 
 CPU_WORKER = "vllm_nvium.worker.cpu_worker.NviumCPUWorker"
 GPU_WORKER = "vllm_nvium.worker.gpu_worker.NviumGPUWorker"
-
-
-class NviumRefusal(ValueError):
-    """A start that cannot work. A class of its own, so that it can be told apart inside pydantic's
-    ValidationError and shown without it."""
 
 
 def _experts_only(model_config: Any) -> bool:
@@ -159,10 +155,7 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
         # drafter was refused by itself (`drafter.py`).
         if vllm_config.model_config.runner_type == "draft":
             return
-        try:
-            NviumOptions.from_vllm_config(vllm_config)
-        except ValueError as error:
-            raise NviumRefusal(str(error)) from None
+        NviumOptions.from_vllm_config(vllm_config)
         refuse_unsupported(vllm_config)
         refuse_mismatched_weights(vllm_config)
         cuda_graphs.switch_off(vllm_config)
@@ -171,7 +164,7 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
 
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Raise NviumRefusal for the first option in the table that is on."""
+    """Raise UserError for the first option in the table that is on."""
     for option in UNSUPPORTED:
         value = option.value(vllm_config)
         if value is not None:
@@ -180,8 +173,8 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
         raise _refusal(*asked)
 
 
-def _refusal(option: Unsupported, value: Any) -> NviumRefusal:
-    return NviumRefusal(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
+def _refusal(option: Unsupported, value: Any) -> UserError:
+    return UserError(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
 
 
 # The values of --load-format that read plain safetensors when there are any.
@@ -189,7 +182,7 @@ SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instantt
 
 
 def refuse_mismatched_weights(vllm_config: "VllmConfig") -> None:
-    """Raise NviumRefusal when the checkpoint's tensors are not those its configuration describes.
+    """Raise UserError when the checkpoint's tensors are not those its configuration describes.
 
     vLLM would find out in the engine's process, after seconds, from inside a layer. Weights that
     are not here yet, or not in the checkpoint's own shapes (quantised, dummy), are not looked at.
@@ -197,11 +190,8 @@ def refuse_mismatched_weights(vllm_config: "VllmConfig") -> None:
     model, load = vllm_config.model_config, vllm_config.load_config
     if load.load_format not in SAFETENSORS_FORMATS or model.quantization is not None:
         return
-    try:
-        if files := weight_files(model.model, model.revision, load.download_dir):
-            check_files(model.hf_config, files)
-    except LayoutError as error:
-        raise NviumRefusal(str(error)) from None
+    if files := weight_files(model.model, model.revision, load.download_dir):
+        check_files(model.hf_config, files)
 
 
 def choose_v1_worker(vllm_config: "VllmConfig") -> None:
@@ -218,14 +208,14 @@ def choose_v1_worker(vllm_config: "VllmConfig") -> None:
     elif current_platform.is_cuda_alike():
         worker = GPU_WORKER
     else:
-        raise NviumRefusal(
+        raise UserError(
             f"Model Runner V1 is in use on {current_platform.device_name!r}, but N-vium has a V1 "
             "worker for CPU and CUDA only; set VLLM_USE_V2_MODEL_RUNNER=1."
         )
     # The front ends of a data-parallel start may build a configuration from one built before.
     if parallel.worker_cls not in ("auto", worker):
         if not _is_subclass(parallel.worker_cls, worker):
-            raise NviumRefusal(
+            raise UserError(
                 f"--worker-cls is {_shown(parallel.worker_cls)}, but on Model Runner V1 an N-vium "
                 f"model needs {worker}; leave it at 'auto' or derive the class from that one."
             )
@@ -234,7 +224,7 @@ def choose_v1_worker(vllm_config: "VllmConfig") -> None:
     # With asynchronous scheduling V1 plans a step before the last one's tokens are known on the
     # host, and the exit draw reads them there.
     if scheduler.async_scheduling:
-        raise NviumRefusal(
+        raise UserError(
             "--async-scheduling is True, but an N-vium model on Model Runner V1 draws its exits on "
             "the host and needs each step's tokens first; leave it off."
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vllm_nvium.model_executor.models.checkpoint_layout import LayoutError, indexed_files
+from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.models.checkpoint_layout import indexed_files
 
 # What a fingerprint is taken of: rows of a projection that every decoder here has, where fine-tunes
 # and other models differ from the first row on. Quantised checkpoints have no such plain numbers.
@@ -26,7 +27,7 @@ def weight_files(
         model: a folder, or an id of the hub, whose cache is looked into.
 
     Raises:
-        LayoutError: a folder's index is not one, or names a file that is not there.
+        UserError: a folder's index is not one, or names a file that is not there.
     """
     if Path(model).is_dir():
         return _local_files(Path(model))
@@ -48,7 +49,7 @@ def fingerprint(
         files = weight_files(model, revision, cache_dir)
         layers = sorted({0, num_layers // 2, num_layers - 1})
         parts = _first_rows(files, [TENSOR.format(layer) for layer in layers])
-    except (LayoutError, SafetensorError, OSError):
+    except (UserError, SafetensorError, OSError):
         return None
     return hashlib.sha256(b"".join(parts)).hexdigest() if parts else None
 
@@ -98,7 +99,7 @@ def _cached_files(model: str, revision: str | None, cache_dir: str | None) -> li
     folder = Path(config).parent
     try:
         files = indexed_files(folder)
-    except LayoutError:  # a part is still to be downloaded
+    except UserError:  # a part is still to be downloaded
         return []
     single = folder / "model.safetensors"
     return ([single] if single.is_file() else []) if files is None else files

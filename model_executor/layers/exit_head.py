@@ -51,6 +51,8 @@ class Exit(nn.Module):
     def __init__(self, config: NviumConfig, prefix: str) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
+        inner, size = config.router_intermediate_size, config.router_hidden_size
+        assert inner is not None and size is not None  # the configuration fills them in
         self.norm = FusedRMSNorm(hidden, eps=eps)
         self.adapter = (
             Adapter(hidden, config.exit_adapter_size, f"{prefix}.adapter")
@@ -59,8 +61,8 @@ class Exit(nn.Module):
         )
         self.router = Router(
             hidden,
-            config.router_intermediate_size,
-            config.router_hidden_size,
+            inner,
+            size,
             config.router_num_blocks,
             eps,
             f"{prefix}.router",

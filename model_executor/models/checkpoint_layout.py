@@ -14,14 +14,11 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
-
-
-class LayoutError(ValueError):
-    """A checkpoint that cannot be read or does not fit; the message is one sentence."""
 
 
 class Dim(NamedTuple):
@@ -101,7 +98,7 @@ def indexed_files(folder: Path) -> list[Path] | None:
     """The weight files that the folder's index names, or None when it has no index.
 
     Raises:
-        LayoutError: the index is not one, or names a file that is not there.
+        UserError: the index is not one, or names a file that is not there.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -110,10 +107,10 @@ def indexed_files(folder: Path) -> list[Path] | None:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / name for name in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LayoutError(f"{index} is not a valid index of weight files.") from error
+        raise UserError(f"{index} is not a valid index of weight files.") from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise LayoutError(f"{index} names {missing[0]}, which is not in the folder.")
+        raise UserError(f"{index} names {missing[0]}, which is not in the folder.")
     return files
 
 
@@ -121,21 +118,21 @@ def read_shapes(file: Path) -> dict[str, Shape]:
     """The shape of every tensor in a `.safetensors` file; its data is not touched.
 
     Raises:
-        LayoutError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         with safe_open(file, framework="pt") as handle:
             names = handle.keys()
             return {name: tuple(handle.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
-        raise LayoutError(f"{file} cannot be read as safetensors ({error}).") from error
+        raise UserError(f"{file} cannot be read as safetensors ({error}).") from error
 
 
 def check_files(config: NviumConfig, files: Iterable[Path]) -> None:
     """Refuse weight files that do not hold what the configuration asks for.
 
     Raises:
-        LayoutError: a tensor is missing, has another shape, or has no place in the model.
+        UserError: a tensor is missing, has another shape, or has no place in the model.
     """
     found: dict[str, Shape] = {}
     where: dict[str, Path] = {}
@@ -150,14 +147,14 @@ def check_files(config: NviumConfig, files: Iterable[Path]) -> None:
     if missing:
         name = missing[0]
         shape = [dim.size for dim in expected[name]]
-        raise LayoutError(
+        raise UserError(
             f"{folder} has no tensor {name}{_others(missing)}, but config.json asks for one of "
             f"shape {shape} ({_governed_by(config, name)}); {_REMEDY}"
         )
     unexpected = [name for name in found if name not in expected and not _is_ignored(config, name)]
     if unexpected:
         name = unexpected[0]
-        raise LayoutError(
+        raise UserError(
             f"{where[name]} has a tensor {name}{_others(unexpected)} of shape "
             f"{list(found[name])}, but config.json has no place for one "
             f"({_governed_by(config, name)}); {_REMEDY}"
@@ -184,7 +181,7 @@ def _check_shapes(
     disagree = [
         dim.why for i, dim in enumerate(dims) if len(dims) != len(shape) or dim.size != shape[i]
     ]
-    raise LayoutError(
+    raise UserError(
         f"{name}{_others(wrong)} in {where[name]} has shape {list(shape)}, but config.json asks "
         f"for {[dim.size for dim in dims]} ({', '.join(disagree)}); {_REMEDY}"
     )

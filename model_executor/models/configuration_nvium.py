@@ -9,6 +9,8 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from vllm_nvium.errors import UserError
+
 EXIT_HEADS = ("final", "embeddings", "own")
 
 
@@ -45,7 +47,7 @@ class NviumConfig(PretrainedConfig):
       find that exits speak well alone only where their routers are surer than that.
 
     Raises:
-        ValueError: a field has a value that no N-vium model can have; the message is one sentence
+        UserError: a field has a value that no N-vium model can have; the message is one sentence
             with the field, its value and what would be right.
     """
 
@@ -92,7 +94,7 @@ class NviumConfig(PretrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
+                raise UserError(
                     f"hidden_size is {self.hidden_size}, and without head_dim it must be a "
                     f"multiple of num_attention_heads = {self.num_attention_heads}."
                 )
@@ -142,22 +144,22 @@ class NviumConfig(PretrainedConfig):
             if value is None and may_be_none:
                 continue
             if not _is_int(value) or value < smallest:
-                raise ValueError(f"{field} is {value!r}, and an integer >= {smallest} is needed.")
+                raise UserError(f"{field} is {value!r}, and an integer >= {smallest} is needed.")
 
     def _validate_attention(self) -> None:
         if self.hidden_act != "silu":
-            raise ValueError(
+            raise UserError(
                 f"hidden_act is {self.hidden_act!r}, and only 'silu' is implemented for N-vium."
             )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         assert kv_heads is not None and self.head_dim is not None  # filled in just before
         if heads % kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads is {heads}, and it must be a multiple of "
                 f"num_key_value_heads = {kv_heads}."
             )
         if self.head_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"head_dim is {self.head_dim}, and rotary embeddings need an even number."
             )
 
@@ -168,13 +170,13 @@ class NviumConfig(PretrainedConfig):
         layer_types = kwargs.pop("layer_types", None)
         kwargs.pop("max_window_layers", None)
         if in_use and window is not None:
-            raise ValueError(
+            raise UserError(
                 f"sliding_window is {window!r}, and N-vium attends to the whole context, so it "
                 "must be null (or use_sliding_window false)."
             )
         other = sorted({str(kind) for kind in layer_types or ()} - {"full_attention"})
         if other:
-            raise ValueError(
+            raise UserError(
                 f"layer_types contains {other[0]!r}, and every layer of N-vium must be "
                 "'full_attention'."
             )
@@ -182,29 +184,29 @@ class NviumConfig(PretrainedConfig):
     def _validate_exits(self) -> None:
         layers, last = self.exit_layers, self.num_hidden_layers - 1
         if not isinstance(layers, list | tuple) or not all(_is_int(layer) for layer in layers):
-            raise ValueError(f"exit_layers is {layers!r}, and a list of integers is needed.")
+            raise UserError(f"exit_layers is {layers!r}, and a list of integers is needed.")
         if not layers:
-            raise ValueError("exit_layers is empty, and at least one early exit is needed.")
+            raise UserError("exit_layers is empty, and at least one early exit is needed.")
         for layer in layers:
             if not 1 <= layer <= last:
-                raise ValueError(
+                raise UserError(
                     f"exit_layers contains {layer}, and with num_hidden_layers = "
                     f"{self.num_hidden_layers} every exit must lie in 1..{last}."
                 )
         if list(layers) != sorted(set(layers)):
-            raise ValueError(
+            raise UserError(
                 f"exit_layers is {list(layers)}, and it must be strictly increasing, as in "
                 f"{sorted(set(layers))}."
             )
         self.exit_layers = list(layers)
         if self.exit_head not in EXIT_HEADS:
-            raise ValueError(
+            raise UserError(
                 f"exit_head is {self.exit_head!r}, and it must be one of "
                 f"{', '.join(map(repr, EXIT_HEADS))}."
             )
         margin = self.greedy_margin
         if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
-            raise ValueError(f"greedy_margin is {margin!r}, and a number is needed.")
+            raise UserError(f"greedy_margin is {margin!r}, and a number is needed.")
         self.greedy_margin = float(margin)
 
     def _validate_rope_is_whole_head(self) -> None:
@@ -212,7 +214,7 @@ class NviumConfig(PretrainedConfig):
         # would disagree without a word.
         partial = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         if partial != 1.0:
-            raise ValueError(
+            raise UserError(
                 f"rope_parameters.partial_rotary_factor is {partial!r}, and N-vium rotates whole "
                 "heads, so it must be 1.0 or absent."
             )

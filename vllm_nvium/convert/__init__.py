@@ -3,7 +3,3 @@
 authors released (`authors.py`). `command.py` is `vllm-nvium convert`, and its `convert()` does the
 same from Python. Importing this package imports neither torch nor transformers.
 """
-
-
-class ConvertError(ValueError):
-    """What the user gave cannot be converted; the message is one sentence that says why."""

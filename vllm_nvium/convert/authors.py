@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from vllm_nvium.convert import ConvertError
 from vllm_nvium.convert.checkpoint import Source, TensorPlan
 from vllm_nvium.convert.dense import dense_fields, make_config
+from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -61,14 +61,14 @@ def find_yaml(folder: Path) -> Path:
     """`.hydra/config.yaml` in the folder, its parent, or its grandparent.
 
     Raises:
-        ConvertError: there is none.
+        UserError: there is none.
     """
     folder = folder.resolve()
     for place in (folder, *folder.parents[:2]):
         path = place / ".hydra" / "config.yaml"
         if path.is_file():
             return path
-    raise ConvertError(
+    raise UserError(
         f"{folder} has no .hydra/config.yaml, and neither has its parent or grandparent; the "
         "authors' layout keeps early_layer_idx there."
     )
@@ -78,15 +78,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The experiment's fields: the mapping that has `early_layer_idx`, at the top or below it.
 
     Raises:
-        ConvertError: the file is not YAML, or the field is nowhere in it.
+        UserError: the file is not YAML, or the field is nowhere in it.
     """
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ConvertError(f"{path} is not valid YAML ({first_line}).") from error
+        raise UserError(f"{path} is not valid YAML ({first_line(error)}).") from error
     level = [content]
     while level:
         for mapping in level:
@@ -99,17 +98,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
             for value in mapping.values()
             if isinstance(value, dict)
         ]
-    raise ConvertError(f"{path} has no field early_layer_idx, the layers run at each exit.")
+    raise UserError(f"{path} has no field early_layer_idx, the layers run at each exit.")
 
 
 def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     """The configuration of the N-vium model, how to make its tensors, and notes for the user.
 
     Raises:
-        ConvertError: the YAML or a tensor is missing, contradictory or of another shape.
+        UserError: the YAML or a tensor is missing, contradictory or of another shape.
     """
     if source.folder is None:
-        raise ConvertError(f"{source.name} is not a folder, and the authors' layout is one.")
+        raise UserError(f"{source.name} is not a folder, and the authors' layout is one.")
     path = find_yaml(source.folder)
     yaml_fields = read_yaml(path)
     source = _without_compiled_prefix(source)
@@ -155,7 +154,7 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
         tensors[name] = _loader(source, theirs, scale if head else 1.0)
     for name in sorted(set(source.shapes) - used):
         if not name.endswith("rotary_emb.inv_freq"):
-            raise ConvertError(
+            raise UserError(
                 f"{source.name} has a tensor {name}, for which {path} and config.json have no "
                 "place."
             )
@@ -184,7 +183,7 @@ def _exit_layers(fields: dict[str, Any], path: Path) -> list[int]:
     value = fields["early_layer_idx"]
     layers = value if isinstance(value, list) else [value]
     if not layers or not all(type(layer) is int for layer in layers):
-        raise ConvertError(
+        raise UserError(
             f"early_layer_idx in {path} is {value!r}, and an integer or a list of them is needed."
         )
     return sorted(layers)  # the release sorts too: exit k is the k-th from below
@@ -195,7 +194,7 @@ def _section(fields: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConvertError(f"{name} in {path} is {value!r}, and a mapping is needed.")
+        raise UserError(f"{name} in {path} is {value!r}, and a mapping is needed.")
     return value
 
 
@@ -203,7 +202,7 @@ def _tying(fields: dict[str, Any], path: Path, name: str, default: bool) -> bool
     """A switch of the `tying` section; the defaults are the release's own."""
     value = _section(fields, path, "tying").get(name, default)
     if not isinstance(value, bool):
-        raise ConvertError(f"tying.{name} in {path} is {value!r}, and true or false is needed.")
+        raise UserError(f"tying.{name} in {path} is {value!r}, and true or false is needed.")
     return value
 
 
@@ -236,7 +235,7 @@ def _with_unembeddings(source: Source, num_exits: int, tied: bool, exit_head: st
         present = [name for name in names if name in source.shapes]
         for other in present[1:]:
             if not _equal(source, present[0], other):
-                raise ConvertError(
+                raise UserError(
                     f"{other} in {source.name} differs from {present[0]}, and the tying fields of "
                     ".hydra/config.yaml say that they are one matrix."
                 )
@@ -256,7 +255,7 @@ def _equal(source: Source, one: str, other: str) -> bool:
 def _router_blocks(source: Source, router: dict[str, Any], path: Path) -> int:
     kind = router.get("router_type", "simple_mlp")
     if kind not in ("simple_mlp", "simple_deep_mlp"):
-        raise ConvertError(
+        raise UserError(
             f"router.router_type in {path} is {kind!r}, and simple_mlp and simple_deep_mlp can be "
             "converted."
         )
@@ -267,7 +266,7 @@ def _router_blocks(source: Source, router: dict[str, Any], path: Path) -> int:
     # The release builds one block for simple_mlp whatever num_layers says.
     allowed = {declared, 1} if kind == "simple_mlp" else {declared}
     if type(declared) is int and count not in allowed:
-        raise ConvertError(
+        raise UserError(
             f"{source.name} has {count} blocks in router_layers.0, and router.num_layers in {path} "
             f"is {declared}."
         )
@@ -282,15 +281,15 @@ def _adapter_size(
     present = first in source.shapes
     enabled = adapter.get("enabled", present)
     if not isinstance(enabled, bool):
-        raise ConvertError(f"{section}.enabled in {path} is {enabled!r}, not true or false.")
+        raise UserError(f"{section}.enabled in {path} is {enabled!r}, not true or false.")
     if not enabled:
         if present:
-            raise ConvertError(
+            raise UserError(
                 f"{source.name} has a tensor {first}, and {section}.enabled in {path} is false."
             )
         return 0
     if not present:
-        raise ConvertError(
+        raise UserError(
             f"{source.name} has no tensor {first}, and {section}.enabled in {path} is true."
         )
     return _size(adapter.get("dim"), source, first)
@@ -302,7 +301,7 @@ def _size(declared: Any, source: Source, name: str) -> int:
         return declared
     shape = source.shapes.get(name)
     if shape is None:
-        raise ConvertError(f"{source.name} has no tensor {name}.")
+        raise UserError(f"{source.name} has no tensor {name}.")
     return int(shape[0])
 
 
@@ -310,9 +309,7 @@ def _router_scale(router: dict[str, Any], path: Path) -> tuple[float, list[str]]
     """What to multiply the routers' heads with, and what to tell the user about it."""
     value = router.get("router_temp", 1.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ConvertError(
-            f"router.router_temp in {path} is {value!r}, and a number >= 0 is needed."
-        )
+        raise UserError(f"router.router_temp in {path} is {value!r}, and a number >= 0 is needed.")
     if value == 0:
         return 1.0, [
             "router_temp is 0 (leave when p > 0.5), a choice made while decoding: the learnt "
@@ -335,9 +332,9 @@ def _authors_name(name: str) -> str:
 def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
     got = source.shapes.get(name)
     if got is None:
-        raise ConvertError(f"{source.name} has no tensor {name}, expected of shape {list(shape)}.")
+        raise UserError(f"{source.name} has no tensor {name}, expected of shape {list(shape)}.")
     if tuple(got) != shape:
-        raise ConvertError(
+        raise UserError(
             f"{name} in {source.name} has shape {list(got)}, and {list(shape)} is expected."
         )
 

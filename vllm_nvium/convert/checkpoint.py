@@ -4,12 +4,9 @@ all. Both kinds of conversion go through here and differ only in the tensors the
 """
 
 import json
-import os
 import pickle
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,12 +15,12 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
-from vllm_nvium.convert import ConvertError
+from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.checkpoint_layout import (
-    LayoutError,
     Shape,
     expected_shapes,
     indexed_files,
@@ -75,17 +72,17 @@ def open_folder(folder: Path, name: str) -> Source:
     """Open a Hugging Face folder: one or several `.safetensors` files, or `pytorch_model*.bin`.
 
     Raises:
-        ConvertError: no readable configuration or no weights.
+        UserError: no readable configuration or no weights.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ConvertError(f"{name} has no config.json, so it is not a Hugging Face checkpoint.")
+        raise UserError(f"{name} has no config.json, so it is not a Hugging Face checkpoint.")
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
-        raise ConvertError(f"{config_file} is not valid JSON ({error}).") from error
+        raise UserError(f"{config_file} is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise ConvertError(f"{config_file} holds {type(config).__name__}, not an object of fields.")
+        raise UserError(f"{config_file} holds {type(config).__name__}, not an object of fields.")
     shapes, load = _open_weights(folder, name)
 
     def load_config() -> Any:
@@ -94,8 +91,9 @@ def open_folder(folder: Path, name: str) -> Source:
         try:
             return AutoConfig.from_pretrained(folder)
         except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise ConvertError(f"transformers cannot read {config_file}: {first_line}") from error
+            raise UserError(
+                f"transformers cannot read {config_file}: {first_line(error)}"
+            ) from error
 
     return Source(
         name=name,
@@ -117,10 +115,7 @@ def _open_weights(
     shapes: dict[str, Shape] = {}
     where: dict[str, Path] = {}
     for file in files:
-        try:
-            found = read_shapes(file)
-        except LayoutError as error:
-            raise ConvertError(str(error)) from error
+        found = read_shapes(file)
         shapes.update(found)
         where.update(dict.fromkeys(found, file))
 
@@ -133,10 +128,7 @@ def _open_weights(
 
 def _safetensors_files(folder: Path) -> list[Path]:
     """The files that the index names, else `model.safetensors`, else every `.safetensors` file."""
-    try:
-        indexed = indexed_files(folder)
-    except LayoutError as error:
-        raise ConvertError(str(error)) from error
+    indexed = indexed_files(folder)
     if indexed is not None:
         return indexed
     single = folder / "model.safetensors"
@@ -148,13 +140,13 @@ def _open_bin_weights(
 ) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
     files = sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ConvertError(f"{name} has no weights: no .safetensors and no pytorch_model.bin.")
+        raise UserError(f"{name} has no weights: no .safetensors and no pytorch_model.bin.")
     state: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise ConvertError(f"{file} cannot be read as PyTorch weights.") from error
+            raise UserError(f"{file} cannot be read as PyTorch weights.") from error
     return {key: tuple(value.shape) for key, value in state.items()}, state.__getitem__
 
 
@@ -177,7 +169,7 @@ def source_dtype(source: Source, dtype: str) -> torch.dtype:
         if name.endswith("embed_tokens.weight"):
             found = source.load(name).dtype
             if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise ConvertError(
+                raise UserError(
                     f"{name} in {source.name} is {found}, and a plain float checkpoint is needed."
                 )
             return torch.float32 if found == torch.float64 else found
@@ -196,7 +188,7 @@ def write_checkpoint(
     """Write weights, configuration and companions to `out`, atomically.
 
     Raises:
-        ConvertError: `out` may not be written (see `staged_folder`), or the disk is too full.
+        UserError: `out` may not be written (see `staged_folder`), or the disk is too full.
     """
     shapes = expected_shapes(config)
     missing = sorted(set(shapes) ^ set(plan))
@@ -218,80 +210,3 @@ def write_checkpoint(
         source.copy_companions(stage)
         config.dtype = dtype
         config.save_pretrained(stage)
-
-
-@contextmanager
-def staged_folder(out: Path, force: bool, size: int, source: Path | None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends without an error.
-
-    Args:
-        force: replace a checkpoint that is already there.
-        size: bytes that will be written.
-        source: a folder that must survive.
-
-    Raises:
-        ConvertError: `out` is not free, would swallow the source, or there is no room for it.
-    """
-    out = Path(os.path.abspath(out))
-    _check_target(out, force, source)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target and not in /tmp, because only a rename within a filesystem is atomic.
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise ConvertError(f"{out} cannot be written ({error.strerror}).") from error
-    try:
-        free = shutil.disk_usage(out.parent).free
-        if free < size:
-            raise ConvertError(
-                f"{out.parent} has {free / 1e9:.2f} GB free, and the checkpoint needs "
-                f"{size / 1e9:.2f} GB."
-            )
-        yield stage
-        stage.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would keep a server's user out
-        _take_place(stage, out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConvertError(f"{out} could not be written ({reason}).") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _check_target(out: Path, force: bool, source: Path | None) -> None:
-    if source is not None:
-        here, there = out.resolve(), source.resolve()
-        if here == there or here in there.parents:
-            raise ConvertError(f"{out} contains the checkpoint to convert, so choose another OUT.")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConvertError(f"{out} is a file, and OUT must be a folder.")
-    if not any(out.iterdir()):
-        return
-    if not force:
-        raise ConvertError(f"{out} is not empty; pass --force to replace it.")
-    if not (out / "config.json").is_file():
-        raise ConvertError(
-            f"{out} is not empty and has no config.json, so --force does not replace it."
-        )
-
-
-def _take_place(stage: Path, out: Path) -> None:
-    """Put `stage` at `out`. A folder cannot be renamed onto a full one, so that one steps aside."""
-    if not out.exists() or not any(out.iterdir()):
-        os.replace(stage, out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    os.replace(out, aside)
-    try:
-        os.replace(stage, out)
-    except OSError:
-        os.replace(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

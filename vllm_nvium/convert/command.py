@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.convert import ConvertError
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import from_hub
 
 if TYPE_CHECKING:
     from vllm_nvium.convert.checkpoint import Source
@@ -25,15 +26,6 @@ DENSE_FLAGS = {
     "router_size": "--router-size",
     "seed": "--seed",
 }
-HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    ".hydra/config.yaml",
-]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: value for name in DENSE_FLAGS if (value := getattr(args, name)) is not None}
     try:
         if "exit_layers" in given and "num_exits" in given:
-            raise ConvertError("--exit-layers and --num-exits exclude each other.")
+            raise UserError("--exit-layers and --num-exits exclude each other.")
         # `None` when no flag was given: those flags make no sense for an authors' checkpoint.
         options = DenseOptions(**given) if given else None
         for note in convert(
@@ -123,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             exits=args.exits,
         ):
             print(f"vllm-nvium convert: {note}")
-    except ConvertError as error:
+    except UserError as error:
         print(f"vllm-nvium convert: error: {error}", file=sys.stderr)
         return 2
     print(f"vllm-nvium convert: wrote {args.out}")
@@ -153,7 +145,7 @@ def convert(
         Notes for the user, one sentence each; mostly none.
 
     Raises:
-        ConvertError: what was given cannot be converted; nothing was written.
+        UserError: what was given cannot be converted; nothing was written.
     """
     from vllm_nvium.convert import authors
     from vllm_nvium.convert import dense as dense_models
@@ -163,14 +155,14 @@ def convert(
     source = open_source(str(dense), dtype)
     if exits is not None:
         if options is not None:
-            raise ConvertError(
+            raise UserError(
                 f"--exits holds exits that are given, so {', '.join(DENSE_FLAGS.values())} do not "
                 "apply."
             )
         config, plan, notes = trained_exits.plan(source, Path(exits))
     elif authors.is_authors_layout(source):
         if options is not None:
-            raise ConvertError(
+            raise UserError(
                 f"{dense} is a checkpoint of the N-vium authors, whose exits are given, so "
                 f"{', '.join(DENSE_FLAGS.values())} do not apply."
             )
@@ -186,7 +178,7 @@ def open_source(name: str, dtype: str = "auto") -> "Source":
     """Opens a folder, hub id or `.gguf` file to convert from.
 
     Raises:
-        ConvertError: there is no such thing, or it cannot be read.
+        UserError: there is no such thing, or it cannot be read.
     """
     from vllm_nvium.convert.checkpoint import open_folder
     from vllm_nvium.convert.dense import open_gguf
@@ -196,25 +188,13 @@ def open_source(name: str, dtype: str = "auto") -> "Source":
         return open_folder(path, name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ConvertError(f"{name} does not exist.")
+            raise UserError(f"{name} does not exist.")
         return open_gguf(path, dtype)
     if path.exists():
-        raise ConvertError(f"{name} is a file, and a folder, a hub id or a .gguf file is needed.")
+        raise UserError(f"{name} is a file, and a folder, a hub id or a .gguf file is needed.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConvertError(f"{name} does not exist.")
-    return open_folder(_download(name), name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # noqa: BLE001 - the client's errors share no base class
-        reason = str(error).strip().split("\n")[0]
-        raise ConvertError(
-            f"{name} is no local folder and cannot be fetched from the hub ({reason})."
-        ) from error
+        raise UserError(f"{name} does not exist.")
+    return open_folder(from_hub(name), name)
 
 
 def comma_separated(kind: type) -> Callable[[str], list[Any]]:

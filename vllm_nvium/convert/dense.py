@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from vllm_nvium.convert import ConvertError
 from vllm_nvium.convert.checkpoint import Source, TensorPlan
+from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -77,10 +77,10 @@ def evenly_spaced(num_exits: int, num_layers: int) -> list[int]:
     """Exits after `k L / N` layers, rounded down: `[6, 12, 18]` of 24 for three exits.
 
     Raises:
-        ConvertError: there are too few layers for so many exits.
+        UserError: there are too few layers for so many exits.
     """
     if not 1 <= num_exits < num_layers:
-        raise ConvertError(
+        raise UserError(
             f"--num-exits is {num_exits}, and a model of {num_layers} layers takes 1 to "
             f"{num_layers - 1}."
         )
@@ -102,13 +102,13 @@ def open_gguf(path: Path, dtype: str) -> Source:
             their own.
 
     Raises:
-        ConvertError: the optional packages are missing, or transformers cannot read the file.
+        UserError: the optional packages are missing, or transformers cannot read the file.
     """
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ConvertError(
+        raise UserError(
             f"reading GGUF needs the package {error.name!r}: pip install gguf accelerate."
         ) from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -122,8 +122,7 @@ def open_gguf(path: Path, dtype: str) -> Source:
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # noqa: BLE001 - its readers raise whatever the content trips over
-        first_line = str(error).strip().split("\n")[0]
-        raise ConvertError(f"transformers cannot read {path}: {first_line}") from error
+        raise UserError(f"transformers cannot read {path}: {first_line(error)}") from error
     state = model.state_dict()
 
     def copy_companions(out: Path) -> None:
@@ -146,19 +145,19 @@ def dense_fields(source: Source) -> dict[str, Any]:
     """The fields of `NviumConfig` that a dense configuration answers.
 
     Raises:
-        ConvertError: a family or a feature that N-vium does not have.
+        UserError: a family or a feature that N-vium does not have.
     """
     model_type = source.config.get("model_type")
     if model_type == NviumConfig.model_type:
-        raise ConvertError(f"{source.name} is an N-vium checkpoint already.")
+        raise UserError(f"{source.name} is an N-vium checkpoint already.")
     if model_type not in FAMILIES:
-        raise ConvertError(
+        raise UserError(
             f"model_type of {source.name} is {model_type!r}, and {', '.join(FAMILIES)} can be "
             "converted."
         )
     if source.config.get("quantization_config"):
         method = source.config["quantization_config"].get("quant_method", "unknown")
-        raise ConvertError(
+        raise UserError(
             f"{source.name} is quantised ({method}), and only plain float weights can be converted."
         )
     config = source.load_config()
@@ -173,30 +172,30 @@ def dense_fields(source: Source) -> dict[str, Any]:
 def _refuse_sliding_window(source: Source, config: Any) -> None:
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", window is not None) and window is not None:
-        raise ConvertError(
+        raise UserError(
             f"sliding_window of {source.name} is {window}, and N-vium attends to the whole context."
         )
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
     if kinds:
-        raise ConvertError(
+        raise UserError(
             f"layer_types of {source.name} contains {min(kinds)!r}, and every layer of N-vium is "
             "'full_attention'."
         )
 
 
 def make_config(fields: dict[str, Any]) -> NviumConfig:
-    """`NviumConfig` of these fields, its refusals turned into `ConvertError`."""
+    """`NviumConfig` of these fields; what transformers refuses in them is a `UserError`, too."""
     try:
         return NviumConfig(**fields)
     except ValueError as error:
-        raise ConvertError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan]:
     """The configuration of the N-vium model, and how to make each of its tensors.
 
     Raises:
-        ConvertError: the source or the options cannot be converted.
+        UserError: the source or the options cannot be converted.
     """
     fields = dense_fields(source)
     exit_layers = (
@@ -232,7 +231,7 @@ def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
         shapes: what the N-vium checkpoint holds.
 
     Raises:
-        ConvertError: a tensor is missing, has another shape, or has no place in the model.
+        UserError: a tensor is missing, has another shape, or has no place in the model.
     """
     wanted = {
         name: shape
@@ -242,9 +241,9 @@ def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in wanted.items():
         got = source.shapes.get(name)
         if got is None:
-            raise ConvertError(f"{source.name} has no tensor {name}, which its config.json needs.")
+            raise UserError(f"{source.name} has no tensor {name}, which its config.json needs.")
         if tuple(got) != shape:
-            raise ConvertError(
+            raise UserError(
                 f"{name} in {source.name} has shape {list(got)}, and its config.json says "
                 f"{list(shape)}."
             )
@@ -252,7 +251,7 @@ def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
         # Old checkpoints store the rotary frequencies, and tied ones may repeat the embeddings.
         if name in wanted or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
             continue
-        raise ConvertError(
+        raise UserError(
             f"{source.name} has a tensor {name}, for which its config.json has no place."
         )
 
@@ -260,12 +259,12 @@ def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
 def _one_per_exit(hazards: Sequence[float], num_exits: int) -> list[float]:
     values = list(hazards) * num_exits if len(hazards) == 1 else list(hazards)
     if len(values) != num_exits:
-        raise ConvertError(
+        raise UserError(
             f"--hazards has {len(values)} values, and {num_exits} exits need 1 or {num_exits}."
         )
     for value in values:
         if not 0.0 <= value <= 1.0:
-            raise ConvertError(f"--hazards contains {value}, and a hazard lies in 0..1.")
+            raise UserError(f"--hazards contains {value}, and a hazard lies in 0..1.")
     return values
 
 

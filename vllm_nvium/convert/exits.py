@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_nvium.convert import ConvertError
 from vllm_nvium.convert.checkpoint import Source, TensorPlan
 from vllm_nvium.convert.dense import check_backbone, dense_fields, make_config
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -74,14 +74,14 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
         its configuration, how to make each of its tensors, and notes for the user.
 
     Raises:
-        ConvertError: the folder cannot be read, or belongs to a model of another shape.
+        UserError: the folder cannot be read, or belongs to a model of another shape.
     """
     weights, scale = _read_weights(folder)
     config = _read_config(folder)
     for name, value in make_config(dense_fields(source) | _exit_fields(config)).to_dict().items():
         ours = config.to_dict().get(name)
         if ours != value and name not in ("dtype", "transformers_version", "use_cache"):
-            raise ConvertError(
+            raise UserError(
                 f"--exits {folder} was made for a model whose {name} is {ours!r}, and "
                 f"{source.name} has {value!r}."
             )
@@ -92,7 +92,7 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
     for name in shapes:
         if name.startswith(OWN):
             if name not in weights:
-                raise ConvertError(f"{folder / WEIGHTS} has no tensor {name}.")
+                raise UserError(f"{folder / WEIGHTS} has no tensor {name}.")
             tensors[name] = _given(weights[name])
         elif name in changed:
             down, up = weights[f"lora.{name}.A"], weights[f"lora.{name}.B"]
@@ -100,7 +100,7 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
         else:
             tensors[name] = _taken_over(source, name)
     if unknown := sorted(changed - set(shapes)):
-        raise ConvertError(f"{folder / WEIGHTS} changes {unknown[0]}, which the model has not.")
+        raise UserError(f"{folder / WEIGHTS} changes {unknown[0]}, which the model has not.")
     return config, tensors, _notes(source, folder)
 
 
@@ -124,7 +124,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
             scale = float((file.metadata() or {}).get("lora_scale", "1.0"))
             return {name: file.get_tensor(name) for name in file.keys()}, scale  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ConvertError(
+        raise UserError(
             f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read ({error})."
         ) from error
 
@@ -133,7 +133,7 @@ def _read_config(folder: Path) -> NviumConfig:
     try:
         return NviumConfig(**json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ConvertError(
+        raise UserError(
             f"--exits is {str(folder)!r}, and config.json in it is not that of an N-vium model "
             f"({error})."
         ) from error

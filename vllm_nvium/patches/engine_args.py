@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_nvium.drafter import NviumDrafterRefusal, check_drafter, refuse_nvium_drafter
+from vllm_nvium.drafter import check_drafter, refuse_nvium_drafter
+from vllm_nvium.errors import UserError
 from vllm_nvium.flags import (
     ARCHITECTURE,
     KEYS,
@@ -22,7 +23,7 @@ from vllm_nvium.flags import (
 )
 from vllm_nvium.patches import Patch
 from vllm_nvium.spec_decode import options as via_sd
-from vllm_nvium.spec_decode.startup import ViaSDRefusal, check, instead_of, prepared
+from vllm_nvium.spec_decode.startup import check, instead_of, prepared
 
 MODULE, CLASS = "vllm.engine.arg_utils", "EngineArgs"
 KEYWORDS = (*KEYS, *via_sd.KEYS)
@@ -91,14 +92,14 @@ def _with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
 def _best_refusal(error: Exception, given: Any, make: Callable[[Any], Any]) -> Exception:
     """What says best why a start failed: a refusal of this package, whose sentence pydantic has
     wrapped, or vLLM's error about what the user gave."""
-    if isinstance(error, ViaSDRefusal):
+    if isinstance(error, UserError):
         return error
     if refusal := _own_refusal(error):
         return refusal
     try:
         # By now vLLM has fetched a drafter that was not here.
         refuse_nvium_drafter(given)
-    except NviumDrafterRefusal as refusal:
+    except UserError as refusal:
         return refusal
     other = instead_of(error, given, make)
     return error if other is None else _own_refusal(other) or other
@@ -108,33 +109,22 @@ def _refuse_flags_of_nvium(vllm_config: Any) -> None:
     given = additional_keys(vllm_config)
     if given and vllm_config.model_config is not None and not is_nvium(vllm_config):
         key, value = next(iter(given.items()))
-        raise ValueError(
+        raise UserError(
             f"--{key.replace('_', '-')} (additional_config {key!r}) is {value!r}, but "
             f"{vllm_config.model_config.model} is a {vllm_config.model_config.architecture} and "
             f"the option works on {ARCHITECTURE} only; remove it."
         )
 
 
-def _own_refusal(error: Exception) -> ValueError | None:
-    """The ValueError of this package inside pydantic's wrapping, if that is what it is."""
+def _own_refusal(error: Exception) -> UserError | None:
+    """The refusal of this package inside pydantic's wrapping, if that is what it is."""
     if not isinstance(error, ValidationError):
         return None
     for line in error.errors():
         cause = line.get("ctx", {}).get("error")
-        if isinstance(cause, ValueError) and _raised_here(cause):
+        if isinstance(cause, UserError):
             return cause.with_traceback(None)
     return None
-
-
-def _raised_here(error: ValueError) -> bool:
-    """Whether the innermost frame belongs to this package: also true of `NviumConfig`, which is
-    plain transformers code and raises plain ValueErrors."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(
-        "vllm_nvium."
-    )
 
 
 PATCHES = (

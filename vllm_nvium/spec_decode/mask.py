@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vllm_nvium.training import TrainingError, write_beside
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
 
 FLAG = "--via-sd-mask"
 FORMS = "even:RATIO, layers such as 3,5,8-12, or the path of a mask file (.json)"
@@ -21,10 +22,6 @@ FEWEST_LAYERS_FOR_EVEN = 3
 
 MISTRAL = "MistralForCausalLM"
 Objective = Literal["divergence", "agreement", "speed"]
-
-
-class MaskError(ValueError):
-    """A mask that cannot be used; the message is one sentence."""
 
 
 # ---- which model a mask is for
@@ -61,7 +58,7 @@ class ModelIdentity(BaseModel):
                 a model of several parts, the language model's `text_config` counts.
 
         Raises:
-            MaskError: it lacks one of the sizes.
+            UserError: it lacks one of the sizes.
         """
         found = dict(config if isinstance(config, Mapping) else config.to_dict())
         if isinstance(found.get("text_config"), Mapping):
@@ -81,7 +78,7 @@ class ModelIdentity(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             name = ".".join(map(str, error.errors()[0]["loc"]))
-            raise MaskError(
+            raise UserError(
                 f"The target's configuration (model_type {found.get('model_type')!r}) has "
                 f"{name} = {fields.get(name)!r}, and masks are for models of plain layers."
             ) from error
@@ -113,7 +110,7 @@ def skipped_layers(
         indices in ascending order; at least one layer is skipped and at least one is kept.
 
     Raises:
-        MaskError: the value cannot be used with this target.
+        UserError: the value cannot be used with this target.
     """
     text = spec.strip()
     if text.startswith("even:"):
@@ -122,7 +119,7 @@ def skipped_layers(
         return _from_file(Path(text), num_layers, identity)
     if re.fullmatch(r"[-\d,\s]+", text):
         return _from_list(spec, text, num_layers)
-    raise MaskError(f"{FLAG} is {spec!r}, and it must be {FORMS}.")
+    raise UserError(f"{FLAG} is {spec!r}, and it must be {FORMS}.")
 
 
 def skip_count(ratio: float, num_layers: int) -> int:
@@ -156,17 +153,17 @@ def _even(spec: str, ratio_text: str, num_layers: int) -> tuple[int, ...]:
     except ValueError:
         ratio = math.nan
     if not 0 < ratio < 1:
-        raise MaskError(
+        raise UserError(
             f"{FLAG} is {spec!r}, and its ratio must be greater than 0 and less than 1."
         )
     if num_layers < FEWEST_LAYERS_FOR_EVEN:
-        raise MaskError(
+        raise UserError(
             f"{FLAG} is {spec!r}, which keeps the first and the last layer, and the target has "
             f"{num_layers}: name the layers to skip."
         )
     count = skip_count(ratio, num_layers)
     if not 1 <= count <= num_layers - 2:
-        raise MaskError(
+        raise UserError(
             f"{FLAG} is {spec!r}, which skips {count} of {num_layers} layers, and from 1 to "
             f"{num_layers - 2} can be skipped when the first and the last are kept: give a ratio "
             f"from {1 / num_layers:.3g} to {(num_layers - 2) / num_layers:.3g}."
@@ -180,13 +177,13 @@ def _from_list(spec: str, text: str, num_layers: int) -> tuple[int, ...]:
         found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
-            raise MaskError(
+            raise UserError(
                 f"{FLAG} is {spec!r}, in which {part.strip()!r} is neither a layer nor a range: "
                 "give layers such as 3,5,8-12."
             )
         # Before the range is filled in: a slip of the finger can make it long.
         if last >= num_layers:
-            raise MaskError(
+            raise UserError(
                 f"{FLAG} is {spec!r}, which names layer {last}, and the target's {num_layers} "
                 f"layers are 0 to {num_layers - 1}."
             )
@@ -194,9 +191,9 @@ def _from_list(spec: str, text: str, num_layers: int) -> tuple[int, ...]:
     layers.sort()
     for one, next_one in pairwise(layers):
         if one == next_one:
-            raise MaskError(f"{FLAG} is {spec!r}, which names layer {one} twice: name it once.")
+            raise UserError(f"{FLAG} is {spec!r}, which names layer {one} twice: name it once.")
     if len(layers) == num_layers:
-        raise MaskError(
+        raise UserError(
             f"{FLAG} is {spec!r}, which skips all {num_layers} layers of the target: keep at least "
             "one."
         )
@@ -208,11 +205,11 @@ def _from_file(path: Path, num_layers: int, identity: ModelIdentity | None) -> t
     what = f"{FLAG} is {str(path)!r}, which was made for {mask.model!r}"
     remedy = "search a mask for this target with `vllm-nvium search-mask`"
     if mask.num_layers != num_layers:
-        raise MaskError(
+        raise UserError(
             f"{what} with {mask.num_layers} layers, and the target has {num_layers}: {remedy}."
         )
     if identity is not None and (difference := identity.difference(mask.identity)):
-        raise MaskError(f"{what}, another model ({difference}): {remedy}.")
+        raise UserError(f"{what}, another model ({difference}): {remedy}.")
     return mask.skipped
 
 
@@ -298,7 +295,7 @@ def mask_file_of(spec: str) -> MaskFile | None:
     """The mask file that a value of `--via-sd-mask` names; None when it names none.
 
     Raises:
-        MaskError: see `read_mask_file`.
+        UserError: see `read_mask_file`.
     """
     text = spec.strip()
     return read_mask_file(Path(text)) if text.endswith(".json") else None
@@ -308,13 +305,13 @@ def read_mask_file(path: Path) -> MaskFile:
     """Read a file of `write_mask_file`.
 
     Raises:
-        MaskError: it cannot be read, or is no mask file.
+        UserError: it cannot be read, or is no mask file.
     """
     path = path.expanduser()
     try:
         return MaskFile.model_validate(json.loads(path.read_text()))
     except OSError as error:
-        raise MaskError(
+        raise UserError(
             f"{FLAG} is {str(path)!r}, which cannot be read ({error.strerror or error})."
         ) from error
     except ValidationError as error:
@@ -323,7 +320,7 @@ def read_mask_file(path: Path) -> MaskFile:
         reason = f"{where}: {first['msg']}" if where else first["msg"]
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         reason = str(error)
-    raise MaskError(
+    raise UserError(
         f"{FLAG} is {str(path)!r}, which is no mask file of this version ({reason}): write one "
         "with `vllm-nvium search-mask`."
     )
@@ -333,10 +330,7 @@ def write_mask_file(path: Path, mask: MaskFile) -> None:
     """Write a mask as JSON; a file that is there already is replaced as a whole or not at all.
 
     Raises:
-        MaskError: it cannot be written.
+        UserError: it cannot be written.
     """
     text = json.dumps(mask.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
-    try:
-        write_beside(path, lambda beside: beside.write_text(text))
-    except TrainingError as error:
-        raise MaskError(str(error)) from error
+    write_atomically(path, lambda beside: beside.write_text(text))

@@ -31,9 +31,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from vllm_nvium.console import Progress
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
 from vllm_nvium.spec_decode.mask import even_layers, layer_list
 from vllm_nvium.spec_decode.options import ViaSDOptions
-from vllm_nvium.training import TrainingError, write_beside
 
 # Skipped layers in ascending order -> what such a slim verifier is worth.
 Score = Callable[[tuple[int, ...]], float]
@@ -159,7 +160,7 @@ class TeacherForcing:
         """The score of a mask.
 
         Raises:
-            TrainingError: the slim verifier's predictions are not finite.
+            UserError: the slim verifier's predictions are not finite.
         """
         total = 0.0
         with without_layers(self.model, skipped):
@@ -167,7 +168,7 @@ class TeacherForcing:
                 total += float(self._compare(full, logits).double().sum())
         if not math.isfinite(total):
             where = f"Without layers {layer_list(skipped)} " if skipped else ""
-            raise TrainingError(
+            raise UserError(
                 f"{where}TARGET's predictions are not finite in {self.model.dtype}: use --dtype "
                 "float32, or another checkpoint."
             )
@@ -239,7 +240,7 @@ def measure_speed(run: SpeedRun, skipped: tuple[int, ...]) -> float:
     """Tokens per second that VIA-SD generates greedily with a mask, all prompts at once.
 
     Raises:
-        TrainingError: the engine stopped.
+        UserError: the engine stopped.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -257,7 +258,7 @@ def measure_speed(run: SpeedRun, skipped: tuple[int, ...]) -> float:
         if "tokens_per_second" not in found:
             last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
             why = found.get("error") or last
-            raise TrainingError(
+            raise UserError(
                 f"vLLM stopped with status {child.returncode} while the speed without layers "
                 f"{layer_list(skipped)} was measured ({why.rstrip('.')})."
             )
@@ -286,7 +287,7 @@ def _generate(run: SpeedRun, skipped: Sequence[int]) -> float:
         | {f"via_sd_{name}": value for name, value in options.items()},
     )
     if not llm.llm_engine.vllm_config.parallel_config.worker_cls.startswith("vllm_nvium."):
-        raise TrainingError("VLLM_PLUGINS leaves vllm-nvium out, and without it there is no VIA-SD")
+        raise UserError("VLLM_PLUGINS leaves vllm-nvium out, and without it there is no VIA-SD")
     sampling = SamplingParams(temperature=0.0, max_tokens=run.new_tokens, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in run.prompts]
     llm.generate(prompts, sampling, use_tqdm=False)
@@ -522,9 +523,9 @@ class Journal:
         """Begin a file.
 
         Raises:
-            TrainingError: it cannot be written.
+            UserError: it cannot be written.
         """
-        write_beside(path, lambda beside: beside.write_text(_line({"told": told})))
+        write_atomically(path, lambda beside: beside.write_text(_line({"told": told})))
         return cls(path)
 
     @classmethod
@@ -538,12 +539,12 @@ class Journal:
             unknown: names whose value may not be known, then or now, which is no difference.
 
         Raises:
-            TrainingError: it cannot be read, or belongs to a search that was told something else.
+            UserError: it cannot be read, or belongs to a search that was told something else.
         """
         try:
             lines = path.read_text().splitlines(keepends=True)
         except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(f"{path} cannot be read ({error}).") from error
+            raise UserError(f"{path} cannot be read ({error}).") from error
         whole = [line for line in lines if line.endswith("\n")]
         journal = cls(path)
         try:
@@ -551,19 +552,19 @@ class Journal:
             for line in whole[1:]:
                 journal._take(json.loads(line))
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise TrainingError(
+            raise UserError(
                 f"{path} is no record of a search: move it away, or give another -o."
             ) from error
         for name, value in json.loads(json.dumps(told)).items():
             if name in unknown and None in (value, began.get(name)):
                 continue
             if began.get(name) != value:
-                raise TrainingError(
+                raise UserError(
                     f"{name} is {value!r}, and the search in {path} was begun with "
                     f"{began.get(name)!r}: use that, or another -o."
                 )
         if len(whole) < len(lines):
-            write_beside(path, lambda beside: beside.write_text("".join(whole)))
+            write_atomically(path, lambda beside: beside.write_text("".join(whole)))
         return journal
 
     def add(self, trial: Trial) -> None:
@@ -591,7 +592,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise TrainingError(
+            raise UserError(
                 f"{self.path} could not be written ({error.strerror or error})."
             ) from error
 

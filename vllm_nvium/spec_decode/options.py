@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from vllm_nvium.errors import UserError
 from vllm_nvium.flags import is_nvium
 from vllm_nvium.given import (
     LARGEST_COUNT,
@@ -68,27 +69,25 @@ class ViaSDOptions:
         """Read and check the keys `via_sd*`; None when VIA-SD is off.
 
         Raises:
-            ValueError: a key is unknown, a value is out of range, or options are given while it is
+            UserError: a key is unknown, a value is out of range, or options are given while it is
                 off; one sentence.
         """
         given = additional_keys(additional_config)
         switch = given.pop(KEY, False)
         if not isinstance(switch, bool):
-            raise ValueError(
+            raise UserError(
                 f"--via-sd (additional_config 'via_sd') is {shown(switch)}; give a bool."
             )
         if not switch:
             if given:
                 key, value = next(iter(given.items()))
-                raise ValueError(
-                    f"{_flag(key)} is {shown(value)}, but VIA-SD is off; add --via-sd."
-                )
+                raise UserError(f"{_flag(key)} is {shown(value)}, but VIA-SD is off; add --via-sd.")
             return None
         values = {key.removeprefix(PREFIX): value for key, value in given.items()}
         known = [field.name for field in fields(cls)]
         for name, value in values.items():
             if name not in known:
-                raise ValueError(
+                raise UserError(
                     f"additional_config {shown(PREFIX + name)} is not an option of VIA-SD; there "
                     f"are {', '.join(PREFIX + option for option in known if option != 'drafts')}."
                 )
@@ -97,7 +96,7 @@ class ViaSDOptions:
         _check_thresholds("--via-sd-", options.accept, options.escalate)
         for name in THRESHOLDS:
             if name in values and options.mode != "paper" and not options.allow_paper_mode:
-                raise ValueError(
+                raise UserError(
                     f"--via-sd-{name} is {values[name]}, but the mode is lossless and has no "
                     "thresholds; remove it, or add --via-sd-mode paper or "
                     "--via-sd-allow-paper-mode."
@@ -106,7 +105,7 @@ class ViaSDOptions:
         # A round of slim checks ends with a token of the slim verifier's own.
         needed = options.drafts + int(options.rounds != 0)
         if needed > options.window:
-            raise ValueError(
+            raise UserError(
                 f"--via-sd-window is {options.window}, and the drafter's num_speculative_tokens is "
                 f"{options.drafts}: a window must hold the drafts of one round and a token of the "
                 f"slim verifier, so give at least {needed}."
@@ -138,7 +137,7 @@ class ViaSDRequestOptions:
         """Read `SamplingParams.extra_args` (HTTP: `vllm_xargs`); what is absent is the engine's.
 
         Raises:
-            ValueError: a key is unknown, a value is out of range, or the paper's rule is asked for
+            UserError: a key is unknown, a value is out of range, or the paper's rule is asked for
                 where it is not allowed; one sentence.
         """
         given = picked_of_request(extra_args, is_own)
@@ -152,7 +151,7 @@ class ViaSDRequestOptions:
             name = key.removeprefix(PREFIX)
             if name not in values:
                 known = ", ".join([KEY, *(PREFIX + option for option in values)])
-                raise ValueError(
+                raise UserError(
                     f"vllm_xargs {shown(key)} is not an option that a request can set; there are "
                     f"{known}."
                 )
@@ -160,13 +159,13 @@ class ViaSDRequestOptions:
             values[name] = value
         _check_thresholds("vllm_xargs via_sd_", values["accept"], values["escalate"])
         if values["mode"] == "paper" and engine.mode != "paper" and not engine.allow_paper_mode:
-            raise ValueError(
+            raise UserError(
                 "vllm_xargs 'via_sd_mode' is 'paper', but this server is lossless; it must be "
                 "started with --via-sd-allow-paper-mode."
             )
         for name in THRESHOLDS:
             if PREFIX + name in given and values["mode"] != "paper":
-                raise ValueError(
+                raise UserError(
                     f"vllm_xargs {PREFIX + name!r} is {values[name]}, but the request is lossless "
                     "and has no thresholds; remove it or ask for via_sd_mode 'paper'."
                 )
@@ -277,7 +276,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     """Check one request; called in the process that answers the client.
 
     Raises:
-        ValueError: one sentence, sent to the client with status 400.
+        UserError: one sentence, sent to the client with status 400.
     """
     engine = _engine_options(vllm_config.additional_config)
     if engine is None:
@@ -289,14 +288,14 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     # vLLM's rejection sampler has no place for them, and one such request would stop the engine for
     # all others.
     if sampling_params.logprob_token_ids:
-        raise ValueError(
+        raise UserError(
             f"logprob_token_ids is {shown(sampling_params.logprob_token_ids)}, which speculative "
             "decoding of vLLM cannot answer; leave it out, or ask a server without --via-sd."
         )
     # vLLM looks for the row to force the end of thinking on among the drafts of all requests, and
     # takes the first row, whoever's it is, where nobody has any.
     if sampling_params.thinking_token_budget is not None:
-        raise ValueError(
+        raise UserError(
             f"thinking_token_budget is {shown(sampling_params.thinking_token_budget)}, which "
             "speculative decoding of vLLM can charge to another request; leave it out, or ask a "
             "server without --via-sd."
@@ -312,7 +311,7 @@ def _refuse_options(sampling_params: "SamplingParams", vllm_config: "VllmConfig"
         remedy = "the server must be started with --via-sd"
         if is_nvium(vllm_config):
             remedy = "an N-vium model leaves layers out by itself, so remove it"
-        raise ValueError(f"vllm_xargs {shown(key)} is {shown(value)}, but VIA-SD is off; {remedy}.")
+        raise UserError(f"vllm_xargs {shown(key)} is {shown(value)}, but VIA-SD is off; {remedy}.")
 
 
 def _check_without_rounds(options: ViaSDOptions) -> None:
@@ -322,7 +321,7 @@ def _check_without_rounds(options: ViaSDOptions) -> None:
         return
     for name, nothing in (("mode", "lossless"), ("max_batch", None), ("allow_paper_mode", False)):
         if (value := getattr(options, name)) != nothing:
-            raise ValueError(
+            raise UserError(
                 f"{_flag(PREFIX + name)} is {value!r}, but --via-sd-rounds is 0, which is plain "
                 "speculative decoding and does not read it; remove it, or give rounds."
             )
@@ -332,7 +331,7 @@ def _check_penalties(params: "SamplingParams") -> None:
     """What the slim verifier is sure of is kept as it is, so penalties would not reach it."""
     for name, nothing in NO_PENALTIES.items():
         if (value := getattr(params, name)) != nothing:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {value} (perhaps by the model's generation_config.json), but tokens "
                 f"that the paper's rule keeps take no penalties; set it to {nothing:g} or ask for "
                 "vllm_xargs via_sd_mode 'lossless'."
@@ -358,12 +357,12 @@ def _check_value(where: str, name: str, value: Any) -> None:
         good = is_count(value, 0 if name == "drafts" else 1, LARGEST_WINDOW)
         needed = f"an integer in 1..{LARGEST_WINDOW}"
     if not good:
-        raise ValueError(f"{where} is {shown(value)}; it must be {needed}.")
+        raise UserError(f"{where} is {shown(value)}; it must be {needed}.")
 
 
 def _check_thresholds(prefix: str, accept: float, escalate: float) -> None:
     if escalate > accept:
-        raise ValueError(
+        raise UserError(
             f"{prefix}escalate is {escalate} and {prefix}accept is {accept}; escalate must not "
             "exceed accept."
         )
@@ -376,7 +375,7 @@ def _switch(value: Any) -> bool:
             return True
         if value in (False, "off", "false", "0"):
             return False
-    raise ValueError(f"vllm_xargs 'via_sd' is {shown(value)}; it must be 'on' or 'off'.")
+    raise UserError(f"vllm_xargs 'via_sd' is {shown(value)}; it must be 'on' or 'off'.")
 
 
 def _rounds(text: str) -> int | str:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_nvium.console import complain, progress, say, table
+from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.files import write_atomically
 from vllm_nvium.spec_decode.mask import (
     Calibration,
-    MaskError,
     MaskFile,
     ModelIdentity,
     Objective,
@@ -25,8 +26,7 @@ from vllm_nvium.spec_decode.mask import (
     skip_count,
     write_mask_file,
 )
-from vllm_nvium.training import TrainingError, write_beside
-from vllm_nvium.training.checkpoints import first_line, load_config
+from vllm_nvium.training.checkpoints import load_config
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         request = check(args)
         mask = find_mask(request)
-    except (TrainingError, MaskError) as error:
+    except UserError as error:
         complain(f"vllm-nvium search-mask: error: {error}")
         return 2
     except KeyboardInterrupt:
@@ -198,7 +198,7 @@ def check(args: argparse.Namespace) -> Request:
     """Refuse what cannot work, before anything slow starts.
 
     Raises:
-        TrainingError: a flag has a value that cannot be used.
+        UserError: a flag has a value that cannot be used.
     """
     dtype = args.dtype or DTYPES[args.objective == "speed"]
     for flag, value, choices in (
@@ -206,33 +206,33 @@ def check(args: argparse.Namespace) -> Request:
         ("--dtype", dtype, DTYPES),
     ):
         if value not in choices:
-            raise TrainingError(f"{flag} is {value!r}, and it must be one of {', '.join(choices)}.")
+            raise UserError(f"{flag} is {value!r}, and it must be one of {', '.join(choices)}.")
     for flag, count, smallest in (
         ("--trials", args.trials, 1),
         ("--block-size", args.block_size, 2),
         ("--seed", args.seed, 0),
     ):
         if count < smallest:
-            raise TrainingError(f"{flag} is {count}, and it must be at least {smallest}.")
+            raise UserError(f"{flag} is {count}, and it must be at least {smallest}.")
     if args.tokens < args.block_size:
-        raise TrainingError(
+        raise UserError(
             f"--tokens is {args.tokens}, which is less than one block of --block-size "
             f"{args.block_size}."
         )
     if not 0 < args.skip_ratio < 1:
-        raise TrainingError(
+        raise UserError(
             f"--skip-ratio is {args.skip_ratio}, and it must be greater than 0 and less than 1."
         )
     if not 0 <= args.random_share <= 1:
-        raise TrainingError(f"--random-share is {args.random_share}, and a share lies in 0..1.")
+        raise UserError(f"--random-share is {args.random_share}, and a share lies in 0..1.")
     alpha, beta = _check_divergence(args)
     if args.drafter is not None and args.objective != "speed":
-        raise TrainingError(
+        raise UserError(
             f"--drafter is {args.drafter!r}, and --objective {args.objective} drafts nothing: "
             "leave it out, or use --objective speed."
         )
     if args.no_ranking and args.objective == "speed":
-        raise TrainingError(
+        raise UserError(
             "--no-ranking is given, and --objective speed ranks no layers: leave it out."
         )
     request = Request(
@@ -257,22 +257,22 @@ def check(args: argparse.Namespace) -> Request:
     _check_output(request)
     _require("optuna", "datasets", "matplotlib")
     if request.objective == "speed" and find_spec("vllm") is None:
-        raise TrainingError("--objective speed needs vLLM, which is not installed.")
+        raise UserError("--objective speed needs vLLM, which is not installed.")
     return request
 
 
 def _check_divergence(args: argparse.Namespace) -> tuple[float, float]:
     for flag, value in (("--alpha", args.alpha), ("--beta", args.beta)):
         if value is not None and args.objective != "divergence":
-            raise TrainingError(
+            raise UserError(
                 f"{flag} is {value}, and --objective {args.objective} has none: leave it out."
             )
     alpha = ALPHA if args.alpha is None else args.alpha
     beta = BETA if args.beta is None else args.beta
     if not 0 <= alpha < 1:
-        raise TrainingError(f"--alpha is {alpha}, and it must be at least 0 and less than 1.")
+        raise UserError(f"--alpha is {alpha}, and it must be at least 0 and less than 1.")
     if not 1 - alpha <= beta < math.inf:
-        raise TrainingError(
+        raise UserError(
             f"--beta is {beta}, and it must be a number of at least 1 - alpha = {1 - alpha:g}."
         )
     return alpha, beta
@@ -281,26 +281,26 @@ def _check_divergence(args: argparse.Namespace) -> tuple[float, float]:
 def _check_output(request: Request) -> None:
     out, folder = request.out, request.out.absolute().parent
     if out.suffix != ".json":
-        raise TrainingError(f"-o is {str(out)!r}, and the name of a mask file ends in .json.")
+        raise UserError(f"-o is {str(out)!r}, and the name of a mask file ends in .json.")
     if not folder.is_dir():
-        raise TrainingError(f"-o is {str(out)!r}, and the folder {folder} does not exist.")
+        raise UserError(f"-o is {str(out)!r}, and the folder {folder} does not exist.")
     if out.is_dir():
-        raise TrainingError(f"-o is {str(out)!r}, which is a folder; a file name is needed.")
+        raise UserError(f"-o is {str(out)!r}, which is a folder; a file name is needed.")
     if not os.access(folder, os.W_OK):
-        raise TrainingError(f"-o is {str(out)!r}, and {folder} cannot be written to.")
+        raise UserError(f"-o is {str(out)!r}, and {folder} cannot be written to.")
     if request.record.exists() and not request.resume:
-        raise TrainingError(
+        raise UserError(
             f"-o is {str(out)!r}, beside which {request.record.name} holds a search already: give "
             "--resume to go on with it, or another name."
         )
     for path in (out, request.picture):
         if path.exists() and not request.resume:
-            raise TrainingError(
+            raise UserError(
                 f"-o is {str(out)!r}, and {path} exists already: move it away, or give another "
                 "name."
             )
     if request.resume and not request.record.is_file():
-        raise TrainingError(
+        raise UserError(
             f"--resume needs the record of a search, and there is no {request.record}: leave it "
             "out to begin one."
         )
@@ -309,7 +309,7 @@ def _check_output(request: Request) -> None:
 def _require(*packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise TrainingError(
+        raise UserError(
             f"the package {missing[0]!r} is not installed: pip install 'vllm-nvium[search]'."
         )
 
@@ -321,8 +321,8 @@ def find_mask(request: Request) -> MaskFile:
     """Search, and write mask, record and picture.
 
     Raises:
-        TrainingError: target or text cannot be used; nothing was written.
-        MaskError: the target is of another kind, or the mask cannot be written.
+        UserError: target or text cannot be used; nothing was written.
+        UserError: the target is of another kind, or the mask cannot be written.
     """
     from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
     from vllm_nvium.spec_decode.mask_search import Journal, Plan, search
@@ -359,7 +359,7 @@ def find_mask(request: Request) -> MaskFile:
         raise
     mask = _mask_file(request, identity, calibration, journal.trials, best)
     write_mask_file(request.out, mask)
-    write_beside(request.picture, lambda path: draw(path, journal.trials, request.objective))
+    write_atomically(request.picture, lambda path: draw(path, journal.trials, request.objective))
     print_report(request, journal.trials, best)
     return mask
 
@@ -370,7 +370,7 @@ def _space(request: Request, num_layers: int) -> "Space":
     count = skip_count(request.skip_ratio, num_layers)
     # The even mask is where a search begins, and it keeps both ends.
     if not 1 <= count <= num_layers - 2:
-        raise TrainingError(
+        raise UserError(
             f"--skip-ratio is {request.skip_ratio}, which skips {count} of TARGET's {num_layers} "
             f"layers, and from 1 to {num_layers - 2} can be skipped."
         )
@@ -406,19 +406,19 @@ def _told(request: Request, identity: ModelIdentity, calibration: Calibration) -
 
 def _check_family(request: Request, config: Any) -> None:
     if config.model_type == "nvium":
-        raise TrainingError(
+        raise UserError(
             f"TARGET is {request.target!r}, an N-vium model, which chooses its own depth for every "
             "token: give a dense model."
         )
     if config.model_type not in FAMILIES:
-        raise TrainingError(
+        raise UserError(
             f"TARGET is {request.target!r}, whose model_type is {config.model_type!r}, and masks "
             f"can be searched for {', '.join(FAMILIES)}."
         )
     if request.objective == "speed":
         _check_speed(request, config)
     if request.block_size > config.max_position_embeddings:
-        raise TrainingError(
+        raise UserError(
             f"--block-size is {request.block_size}, and TARGET has max_position_embeddings = "
             f"{config.max_position_embeddings}, which it must not exceed."
         )
@@ -429,7 +429,7 @@ def _check_speed(request: Request, config: Any) -> None:
     from vllm_nvium.spec_decode.mask_search import WINDOW
 
     if request.block_size + WINDOW > config.max_position_embeddings:
-        raise TrainingError(
+        raise UserError(
             f"--block-size is {request.block_size}, and with a window of {WINDOW} tokens it must "
             f"not exceed TARGET's max_position_embeddings = {config.max_position_embeddings}."
         )
@@ -437,7 +437,7 @@ def _check_speed(request: Request, config: Any) -> None:
         return
     drafter = load_config(request.drafter, "--drafter")
     if getattr(drafter, "vocab_size", None) != config.vocab_size:
-        raise TrainingError(
+        raise UserError(
             f"--drafter is {request.drafter!r}, whose vocabulary has "
             f"{getattr(drafter, 'vocab_size', None)} tokens and TARGET's {config.vocab_size}; give "
             "a draft model of the same vocabulary."
@@ -453,7 +453,7 @@ def _load_text(request: Request, config: Any) -> "torch.Tensor":
 
     most = most_tokens(config.vocab_size)
     if request.objective == "divergence" and request.tokens > most:
-        raise TrainingError(
+        raise UserError(
             f"--tokens is {request.tokens}, and the target's predictions over its "
             f"{config.vocab_size} tokens are kept in memory for at most {most}: give fewer, or use "
             "--objective agreement."
@@ -461,7 +461,7 @@ def _load_text(request: Request, config: Any) -> "torch.Tensor":
     try:
         tokenizer = AutoTokenizer.from_pretrained(request.target)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise TrainingError(
+        raise UserError(
             f"TARGET is {request.target!r}, whose tokenizer cannot be read ({first_line(error)})."
         ) from error
     check_tokenizer(tokenizer, config.vocab_size)
@@ -511,18 +511,18 @@ def _load(request: Request, config: Any) -> Any:
         )
         model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
+        raise UserError(
             f"TARGET is {name!r}, which does not fit into memory in --dtype {request.dtype}: use "
             "--dtype bfloat16, or leave CUDA_VISIBLE_DEVICES empty."
         ) from error
     except (
         ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError
     ) as error:  # fmt: skip
-        raise TrainingError(
+        raise UserError(
             f"TARGET is {name!r}, whose weights cannot be loaded ({first_line(error)})."
         ) from error
     if missing := sorted(found["missing_keys"]):
-        raise TrainingError(
+        raise UserError(
             f"TARGET is {name!r}, which has no tensor {missing[0]}, and a whole checkpoint is "
             "needed."
         )

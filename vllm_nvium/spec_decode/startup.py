@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from vllm_nvium.errors import UserError
 from vllm_nvium.spec_decode.options import (
     NO_PENALTIES,
     PREFIX,
@@ -61,10 +62,6 @@ SHORT_FLAGS = {
 METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
 # Those that go on inside a window; the others answer once (`drafting.drafts_again`).
 SEVERAL_ROUNDS = ("ngram", "draft_model")
-
-
-class ViaSDRefusal(ValueError):
-    """A start that cannot work; its message is for the user."""
 
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
@@ -154,18 +151,15 @@ def prepared(engine_args: Any) -> Iterator[None]:
     and statistics of vLLM all follow it; what it was goes along as an option of its own.
 
     Raises:
-        ViaSDRefusal: an option is wrong, or --speculative-config is missing or does not fit.
+        UserError: an option is wrong, or --speculative-config is missing or does not fit.
     """
     given = engine_args.additional_config
-    try:
-        options = ViaSDOptions.from_config(given)
-    except ValueError as error:
-        raise ViaSDRefusal(str(error)) from None
+    options = ViaSDOptions.from_config(given)
     if options is None:
         yield
         return
     if DRAFTS in given:
-        raise ViaSDRefusal(
+        raise UserError(
             f"additional_config {DRAFTS!r} is {given[DRAFTS]!r}, but the drafter's count is "
             "num_speculative_tokens of --speculative-config; remove it."
         )
@@ -179,10 +173,7 @@ def prepared(engine_args: Any) -> Iterator[None]:
         setattr(engine_args, name, None)
     engine_args.additional_config = {**given, DRAFTS: drafts}
     # Checks that the window holds the drafts of a round.
-    try:
-        ViaSDOptions.from_config(engine_args.additional_config)
-    except ValueError as error:
-        raise ViaSDRefusal(str(error)) from None
+    ViaSDOptions.from_config(engine_args.additional_config)
     engine_args.speculative_config = spec
     if engine_args.async_scheduling is None:
         engine_args.async_scheduling = False
@@ -201,7 +192,7 @@ def check(vllm_config: "VllmConfig") -> None:
     """Refuses what VIA-SD cannot run with.
 
     Raises:
-        ViaSDRefusal: one sentence.
+        UserError: one sentence.
     """
     options = options_of(vllm_config)
     if options is None:
@@ -213,7 +204,7 @@ def check(vllm_config: "VllmConfig") -> None:
         ("--scheduler-cls", vllm_config.scheduler_config.scheduler_cls, (SCHEDULER,)),
     ):
         if found not in own:
-            raise ViaSDRefusal(
+            raise UserError(
                 f"{flag} is {found!r}, but VIA-SD has one of its own ({own[0]}); leave it out."
             )
     model = vllm_config.model_config
@@ -221,26 +212,23 @@ def check(vllm_config: "VllmConfig") -> None:
     _check_drafter(vllm_config.speculative_config, options)
     may_keep = options.mode == "paper" or options.allow_paper_mode
     if may_keep and model.logprobs_mode.startswith("processed"):
-        raise ViaSDRefusal(
+        raise UserError(
             f"--logprobs-mode is {model.logprobs_mode!r}, but tokens that the paper's rule keeps "
             "have no processed law; set it to raw_logprobs or leave the paper's rule off."
         )
     if may_keep:
         _warn_of_penalties(model.get_diff_sampling_param())
-    from vllm_nvium.spec_decode.mask import MaskError, ModelIdentity, mask_file_of, skipped_layers
+    from vllm_nvium.spec_decode.mask import ModelIdentity, mask_file_of, skipped_layers
 
-    try:
-        skipped = skipped_layers(
-            options.mask,
-            model.hf_text_config.num_hidden_layers,
-            ModelIdentity.from_config(model.hf_config),
-        )
-        if (mask_file := mask_file_of(options.mask)) is not None:
-            _check_weights(options.mask, mask_file, vllm_config)
-    except MaskError as error:
-        raise ViaSDRefusal(str(error)) from None
+    skipped = skipped_layers(
+        options.mask,
+        model.hf_text_config.num_hidden_layers,
+        ModelIdentity.from_config(model.hf_config),
+    )
+    if (mask_file := mask_file_of(options.mask)) is not None:
+        _check_weights(options.mask, mask_file, vllm_config)
     if vllm_config.use_v2_model_runner:
-        raise ViaSDRefusal(
+        raise UserError(
             f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "
             "where drafts can be checked before they are verified; unset it."
         )
@@ -257,7 +245,7 @@ def check(vllm_config: "VllmConfig") -> None:
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise ViaSDRefusal for the first option in the table that is on.
+    """Raise UserError for the first option in the table that is on.
 
     Args:
         config: a VllmConfig, or what has the same parts.
@@ -265,7 +253,7 @@ def refuse_unsupported(config: Any) -> None:
     for row in UNSUPPORTED:
         value = row.value(config)
         if value is not None and value is not False:
-            raise ViaSDRefusal(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+            raise UserError(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
 
 
 def _as_given(engine_args: Any) -> Any:
@@ -313,12 +301,12 @@ def instead_of(
         refuse_unsupported(vllm_config)
         _check_architecture(vllm_config.model_config)
         _check_drafter(vllm_config.speculative_config, options)
-    except ViaSDRefusal as refusal:
+    except UserError as refusal:
         return refusal
     changed = f"--via-sd-window is {options.window}, which is num_speculative_tokens to vLLM"
     if vllm_config.use_v2_model_runner:
         changed += ", on Model Runner V1"
-    return ViaSDRefusal(
+    return UserError(
         f"{changed}, and vLLM refuses this start with it, not without --via-sd "
         f"({_one_line(error)}); give another window or change what it says, or remove --via-sd."
     )
@@ -341,7 +329,7 @@ def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> No
     here = fingerprint(model.model, mask.num_layers, model.revision, folder)
     if mask.weights is not None and here is not None:
         if mask.weights != here:
-            raise ViaSDRefusal(
+            raise UserError(
                 f"--via-sd-mask is {spec!r}, which was searched for {mask.model!r}, and the "
                 f"weights of {model.model!r} are others: search a mask for this target with "
                 f"`vllm-nvium search-mask`, or give `--via-sd-mask {layer_list(mask.skipped)}` if "
@@ -384,7 +372,7 @@ def _with_short_flags(engine_args: Any) -> dict[str, Any]:
             continue
         if key in spec:
             flag = "--" + name.replace("_", "-")
-            raise ViaSDRefusal(
+            raise UserError(
                 f"{flag} is {value!r} and --speculative-config has {key} {spec[key]!r}; give one "
                 "of them."
             )
@@ -394,25 +382,25 @@ def _with_short_flags(engine_args: Any) -> dict[str, Any]:
 
 def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, Any], int]:
     if not given:
-        raise ViaSDRefusal(
+        raise UserError(
             "--via-sd is on, but --speculative-config names no drafter; add for instance "
             '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 4}\'.'
         )
     spec = dict(given)
     method = spec.get("method") or ("draft_model" if spec.get("model") else None)
     if method not in METHODS:
-        raise ViaSDRefusal(
+        raise UserError(
             f"--speculative-config has method {method!r}, and VIA-SD works with "
             f"{', '.join(METHODS)}."
         )
     drafts = spec.get("num_speculative_tokens")
     if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
-        raise ViaSDRefusal(
+        raise UserError(
             f"--speculative-config has num_speculative_tokens {drafts!r}, and VIA-SD needs the "
             "most tokens that the drafter proposes at a time, an integer >= 1."
         )
     if "num_speculative_tokens_per_batch_size" in spec:
-        raise ViaSDRefusal(
+        raise UserError(
             "--speculative-config has num_speculative_tokens_per_batch_size, but VIA-SD chooses "
             "the number of drafts itself; remove it."
         )
@@ -428,7 +416,7 @@ def _worker_class() -> str:
         return CPU_WORKER
     if current_platform.is_cuda_alike():
         return GPU_WORKER
-    raise ViaSDRefusal(
+    raise UserError(
         f"--via-sd is on, but VIA-SD has workers for CPU and CUDA only and this is "
         f"{current_platform.device_name!r}; remove it."
     )
@@ -444,18 +432,18 @@ def _prefetched_layers(offload: Any) -> int | None:
 def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
     """vLLM may have found out that a drafter is of another kind than its method said."""
     if spec.method not in METHODS:
-        raise ViaSDRefusal(
+        raise UserError(
             f"--speculative-config names {spec.model!r}, which is a drafter of method "
             f"{spec.method!r}, and VIA-SD works with {', '.join(METHODS)}."
         )
     if spec.method not in SEVERAL_ROUNDS and options.rounds not in ("auto", 0, 1):
-        raise ViaSDRefusal(
+        raise UserError(
             f"--via-sd-rounds is {options.rounds}, but a drafter of method {spec.method!r} answers "
             "once per window; set it to auto, 1 or 0."
         )
     _check_rejection(spec.rejection_sample_method)
     if spec.parallel_drafting:
-        raise ViaSDRefusal(
+        raise UserError(
             f"--speculative-config names {spec.model!r} with parallel_drafting, whose drafts come "
             "in one fixed number, but VIA-SD chooses the number of drafts itself; name a drafter "
             "without it."
@@ -464,7 +452,7 @@ def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
 
 def _check_rejection(method: str) -> None:
     if method != "standard":
-        raise ViaSDRefusal(
+        raise UserError(
             f"--speculative-config has rejection_sample_method {method!r}, but VIA-SD's laws hold "
             "for 'standard'; leave it out."
         )
@@ -473,7 +461,7 @@ def _check_rejection(method: str) -> None:
 def _check_architecture(model_config: Any) -> None:
     found = model_config.architecture
     if found not in ARCHITECTURES:
-        raise ViaSDRefusal(
+        raise UserError(
             f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works "
             f"on {', '.join(ARCHITECTURES)}; remove the flag."
         )

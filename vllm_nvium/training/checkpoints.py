@@ -7,7 +7,7 @@ weights are loaded.
 from pathlib import Path
 from typing import Any
 
-from vllm_nvium.training import TrainingError
+from vllm_nvium.errors import UserError, first_line
 
 # Letters, digits, spaces, accents, code and emoji: what tokenizers differ in, whatever the text is.
 TOKENIZER_SAMPLE = (
@@ -21,37 +21,30 @@ def open_model(folder: Path) -> Any:
     """The configuration of an N-vium checkpoint whose weight files hold what it asks for.
 
     Raises:
-        TrainingError: the folder is no such checkpoint.
+        UserError: the folder is no such checkpoint.
     """
-    from vllm_nvium.model_executor.models.checkpoint_layout import (
-        LayoutError,
-        check_files,
-        indexed_files,
-    )
+    from vllm_nvium.model_executor.models.checkpoint_layout import check_files, indexed_files
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
     if not (folder / "config.json").is_file():
-        raise TrainingError(
+        raise UserError(
             f"MODEL is {str(folder)!r}, and an N-vium checkpoint folder (with a config.json) is "
             "needed."
         )
     config = load_config(str(folder), "MODEL")
     if not isinstance(config, NviumConfig):
-        raise TrainingError(
+        raise UserError(
             f"MODEL is {str(folder)!r}, whose model_type is {config.model_type!r}, and an N-vium "
             "checkpoint is needed (`vllm-nvium convert` makes one of a dense model)."
         )
-    try:
-        files = indexed_files(folder) or [folder / "model.safetensors"]
-        if not files[0].is_file():
-            raise TrainingError(
-                f"MODEL is {str(folder)!r}, which has no model.safetensors; a whole N-vium "
-                "checkpoint is needed."
-            )
-        # transformers would fill in what is missing with random numbers.
-        check_files(config, files)
-    except LayoutError as error:
-        raise TrainingError(str(error)) from error
+    files = indexed_files(folder) or [folder / "model.safetensors"]
+    if not files[0].is_file():
+        raise UserError(
+            f"MODEL is {str(folder)!r}, which has no model.safetensors; a whole N-vium "
+            "checkpoint is needed."
+        )
+    # transformers would fill in what is missing with random numbers.
+    check_files(config, files)
     return config
 
 
@@ -59,13 +52,13 @@ def open_parent(name: str) -> Any:
     """The configuration of a dense model of a family that N-vium models are made from.
 
     Raises:
-        TrainingError: it cannot be read, or is another kind of model.
+        UserError: it cannot be read, or is another kind of model.
     """
     from vllm_nvium.convert.dense import FAMILIES
 
     config = load_config(name, "--dense")
     if config.model_type not in FAMILIES:
-        raise TrainingError(
+        raise UserError(
             f"--dense is {name!r}, whose model_type is {config.model_type!r}, and a dense model "
             f"({', '.join(FAMILIES)}) is needed."
         )
@@ -76,7 +69,7 @@ def load_config(name: str, flag: str) -> Any:
     """A model's configuration.
 
     Raises:
-        TrainingError: transformers cannot read it.
+        UserError: transformers cannot read it.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -84,7 +77,7 @@ def load_config(name: str, flag: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise TrainingError(
+        raise UserError(
             f"{flag} is {name!r}, whose configuration transformers cannot read "
             f"({first_line(error)})."
         ) from error
@@ -97,10 +90,10 @@ def check_parent(dense: str, config: Any, parent: Any, block_size: int) -> None:
         dense: what --dense is.
 
     Raises:
-        TrainingError: another vocabulary, or fewer positions than a block has.
+        UserError: another vocabulary, or fewer positions than a block has.
     """
     if parent.vocab_size != config.vocab_size:
-        raise TrainingError(
+        raise UserError(
             f"--dense is {dense!r} with a vocabulary of {parent.vocab_size}, and MODEL has "
             f"{config.vocab_size}; the dense parent or twin of MODEL is needed."
         )
@@ -111,10 +104,10 @@ def check_block_size(block_size: int, positions: int, whose: str) -> None:
     """Refuses blocks that are longer than a model can read.
 
     Raises:
-        TrainingError: they are.
+        UserError: they are.
     """
     if block_size > positions:
-        raise TrainingError(
+        raise UserError(
             f"--block-size is {block_size}, and {whose} has max_position_embeddings = {positions}, "
             "which it must not exceed."
         )
@@ -124,14 +117,14 @@ def load_tokenizer(name: str, flag: str) -> Any:
     """A model's tokenizer.
 
     Raises:
-        TrainingError: transformers cannot read it.
+        UserError: transformers cannot read it.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise TrainingError(
+        raise UserError(
             f"{flag} is {name!r}, whose tokenizer cannot be read ({first_line(error)})."
         ) from error
 
@@ -140,16 +133,12 @@ def check_tokenizers_agree(dense: str, tokenizer: Any, sample: str = TOKENIZER_S
     """Refuses a parent to whose tokenizer the same text is another.
 
     Raises:
-        TrainingError: it is.
+        UserError: it is.
     """
     other = load_tokenizer(dense, "--dense")
     mine = tokenizer.encode(sample, add_special_tokens=False)
     if mine != other.encode(sample, add_special_tokens=False):
-        raise TrainingError(
+        raise UserError(
             f"--dense is {dense!r}, whose tokenizer gives other tokens than MODEL's for "
             "the same text; the dense parent or twin of MODEL is needed."
         )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, say, table
-from vllm_nvium.training import TrainingError, require, write_beside
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
+from vllm_nvium.training import require
 from vllm_nvium.training.options import TrainOptions, add_arguments, read_options
 
 if TYPE_CHECKING:
@@ -31,11 +33,10 @@ SELF_DISTILLED = "self_distilled.jsonl"
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the checkpoint is there, 2 with one line on stderr when not."""
-    from vllm_nvium.convert import ConvertError
 
     try:
         model = train(read_options(args))
-    except (TrainingError, ConvertError) as error:
+    except UserError as error:
         complain(f"vllm-nvium train: error: {error}")
         return 2
     say(f"vllm-nvium train: wrote {model}")
@@ -49,7 +50,7 @@ def train(options: TrainOptions) -> Path:
         the folder of the finished checkpoint, `RUN/model`.
 
     Raises:
-        TrainingError: something given cannot be used; nothing was trained, and a new run's folder
+        UserError: something given cannot be used; nothing was trained, and a new run's folder
             is as it was before.
     """
     require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
@@ -61,7 +62,7 @@ def train(options: TrainOptions) -> Path:
     checkpoint = last_complete_checkpoint(out)
     try:
         start, trainer, calibrate = _prepare(options, out, is_resumed=checkpoint is not None)
-    except TrainingError:
+    except UserError:
         if is_new:
             _unclaim(out)
         raise
@@ -106,7 +107,7 @@ def _prepare(
     check_tokenizer(start.tokenizer, start.model.config.vocab_size)
     longest = start.model.config.max_position_embeddings
     if options.block_size > longest:
-        raise TrainingError(
+        raise UserError(
             f"--block-size is {options.block_size}, and the model reads at most {longest} tokens."
         )
     # Before anything is sampled, measured or fitted; what is there already needs no more room.
@@ -259,33 +260,33 @@ def _claim(out: Path, options: TrainOptions) -> bool:
         whether the run is new.
 
     Raises:
-        TrainingError: the folder holds something else, or a run with other options.
+        UserError: the folder holds something else, or a run with other options.
     """
     record = out / RECORD
     wanted = json.loads(json.dumps(options.record()))
     if record.is_file():
         if not options.resume:
-            raise TrainingError(
+            raise UserError(
                 f"--out is {str(out)!r}, which holds a run already: give --resume to go on with "
                 "it, or another folder."
             )
         found = json.loads(record.read_text())
         for name, value in wanted.items():
             if name != "out" and found.get(name) != value:
-                raise TrainingError(
+                raise UserError(
                     f"--{name.replace('_', '-')} is {value!r}, and the run in {out} was started "
                     f"with {found.get(name)!r}: use that, or another --out."
                 )
         return False
     if options.resume:
-        raise TrainingError(f"--resume needs a run in --out, and {str(out)!r} holds none.")
+        raise UserError(f"--resume needs a run in --out, and {str(out)!r} holds none.")
     if out.exists() and (not out.is_dir() or any(_not_sampled(out))):
-        raise TrainingError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
+        raise UserError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_beside(record, lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
+        write_atomically(record, lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
     except OSError as error:
-        raise TrainingError(
+        raise UserError(
             f"--out is {str(out)!r}, and it cannot be written ({error.strerror})."
         ) from error
     return True
@@ -313,7 +314,7 @@ def _self_distilled(options: TrainOptions, start: "Start", out: Path) -> Path:
 
     parent = options.model if start.has_parent else options.dense
     if not parent:
-        raise TrainingError(
+        raise UserError(
             f"--self-distill samples from a dense parent, and {options.model} is not dense: give "
             "the parent with --dense."
         )
@@ -361,7 +362,7 @@ def _fit_exits(options: TrainOptions, model: Any, blocks: Any) -> None:
 def _steps(options: TrainOptions, blocks: int) -> int:
     per_step = options.batch_size * options.gradient_accumulation
     if blocks < per_step:
-        raise TrainingError(
+        raise UserError(
             f"--text gives {blocks} blocks of {options.block_size} tokens, and one step needs "
             f"{per_step}: give more text, or smaller --batch-size and --block-size."
         )
@@ -386,7 +387,7 @@ def _kept(path: Path, measure: "Callable[[], Losses]") -> "Losses":
         return Losses(**json.loads(path.read_text()))
     losses = measure()
     text = json.dumps(dataclasses.asdict(losses)) + "\n"
-    write_beside(path, lambda beside: beside.write_text(text))
+    write_atomically(path, lambda beside: beside.write_text(text))
     return losses
 
 
@@ -400,10 +401,10 @@ def _controller_kind(
     if kind == "off":
         return kind, None
     if start.is_dense:
-        raise TrainingError(f"--controller is {kind!r}, and a dense model has nothing to steer.")
+        raise UserError(f"--controller is {kind!r}, and a dense model has nothing to steer.")
     if kind == "parent":
         if parent is None:
-            raise TrainingError(
+            raise UserError(
                 f"--controller is 'parent', and {options.model} is no dense model whose loss could "
                 "be measured: give its parent with --dense, or 'off'."
             )
@@ -422,7 +423,7 @@ def _check_twin(history: Path, options: TrainOptions) -> None:
     for name in ("tokenizer", "validation", "validation_tokens", "block_size"):
         mine, theirs = getattr(options, name), found.get(name)
         if mine != theirs:
-            raise TrainingError(
+            raise UserError(
                 f"--{name.replace('_', '-')} is {mine!r}, and the twin whose curve --controller "
                 f"{str(history)!r} names was measured with {theirs!r}: give the same to both."
             )

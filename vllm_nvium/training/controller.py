@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_nvium.training import TrainingError
+from vllm_nvium.errors import UserError
 
 
 @dataclass
@@ -51,20 +51,20 @@ class DenseCurve:
     """Validation loss of a dense twin over training, as its run's `history.jsonl` holds it.
 
     Raises:
-        TrainingError: the file is missing or holds no losses.
+        UserError: the file is missing or holds no losses.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         except (OSError, ValueError) as error:
-            raise TrainingError(
+            raise UserError(
                 f"--controller is {str(path)!r}, which cannot be read as the history.jsonl of a "
                 f"dense run ({error})."
             ) from error
         self.losses = {int(line["step"]): float(line["val_loss"]) for line in lines if _fits(line)}
         if not self.losses:
-            raise TrainingError(
+            raise UserError(
                 f"--controller is {str(path)!r}, and no line of it holds step and val_loss as the "
                 "history.jsonl of a dense run does."
             )

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from vllm_nvium.training import IGNORED, TrainingError
+from vllm_nvium.errors import UserError
+from vllm_nvium.training import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -149,7 +150,7 @@ def load_blocks(
         is not full is left out.
 
     Raises:
-        TrainingError: nothing usable is there.
+        UserError: nothing usable is there.
     """
     _check_arguments(sources, tokenizer, block_size, max_tokens)
     form = Form(tokenizer, text_field, _largest_piece(len(sources), block_size, max_tokens))
@@ -157,7 +158,7 @@ def load_blocks(
     documents = _tokenise_until(_interleave(groups, seed), Encoder(tokenizer), max_tokens)
     blocks, targets = pack(documents, block_size, tokenizer.eos_token_id)
     if not len(blocks):
-        raise TrainingError(
+        raise UserError(
             f"{', '.join(map(repr, sources))} gave {sum(map(len, documents))} tokens in "
             f"{len(documents)} documents, and one block needs {block_size}: give more text or a "
             "smaller block size."
@@ -170,17 +171,17 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     """Refuse a tokenizer that was not made for a model with this vocabulary.
 
     Raises:
-        TrainingError: it has ids that the model has not, or leaves over a tenth of the model's
+        UserError: it has ids that the model has not, or leaves over a tenth of the model's
             unused.
     """
     size = len(tokenizer)
     if size > vocab_size:
-        raise TrainingError(
+        raise UserError(
             f"The tokenizer has ids up to {size - 1} and the model's vocab_size is {vocab_size}: "
             "use the tokenizer that the model was trained with."
         )
     if size < LEAST_VOCABULARY_USE * vocab_size:
-        raise TrainingError(
+        raise UserError(
             f"The tokenizer has {size} tokens and the model's vocab_size is {vocab_size}, so they "
             "do not belong together: use the tokenizer that the model was trained with."
         )
@@ -190,14 +191,14 @@ def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
     """Refuse when the file system of `folder` (which need not exist yet) has not that much left.
 
     Raises:
-        TrainingError: it says how much `what` needs and how much there is.
+        UserError: it says how much `what` needs and how much there is.
     """
     existing = Path(folder).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise TrainingError(
+        raise UserError(
             f"{what} needs about {_gigabytes(needed_bytes)} in {folder}, where "
             f"{_gigabytes(free)} are free: make room or name another folder."
         )
@@ -236,7 +237,7 @@ def find_files(source: str) -> list[Path] | None:
     """The files that a source means, sorted; `None` when it can only be a dataset's name.
 
     Raises:
-        TrainingError: nothing has that name, or a folder or glob has no file.
+        UserError: nothing has that name, or a folder or glob has no file.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -247,10 +248,10 @@ def find_files(source: str) -> list[Path] | None:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if files := [file for file in found if file.is_file()]:
             return files
-        raise TrainingError(f"No file matches {source!r}: give a file, a folder or another glob.")
+        raise UserError(f"No file matches {source!r}: give a file, a folder or another glob.")
     is_file_name = path.suffix in TEXT_SUFFIXES | RECORD_SUFFIXES
     if is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
-        raise TrainingError(
+        raise UserError(
             f"{source!r} does not exist: give a file, a folder, a glob or the name of a dataset."
         )
     return None
@@ -260,7 +261,7 @@ def file_records(path: Path) -> Iterator[Record]:
     """Rows of a `.jsonl` file, or of a `.json` file that holds a list or one object a line.
 
     Raises:
-        TrainingError: it is not JSON.
+        UserError: it is not JSON.
     """
     with path.open("rb") as file:
         is_list = file.read(256).lstrip().startswith(b"[")
@@ -283,7 +284,7 @@ def dataset_records(source: str, split: str) -> Iterator[Record]:
     """Rows of a dataset of the `datasets` library, named `name` or `name:config`.
 
     Raises:
-        TrainingError: the library cannot load it.
+        UserError: the library cannot load it.
     """
     import datasets
 
@@ -292,7 +293,7 @@ def dataset_records(source: str, split: str) -> Iterator[Record]:
         rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # noqa: BLE001 - the library's errors share no base class
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise TrainingError(
+        raise UserError(
             f"{source!r} is no file or folder, and the datasets library cannot load its split "
             f"{split!r} ({reason.rstrip('.')}): give a file, a folder, a glob or a dataset's name."
         ) from error
@@ -313,7 +314,7 @@ def _scan(source: str, form: Form, split: str) -> list[Piece]:
         pieces = _pieces_of_files(files, source, form)
         found = f"{len(files)} empty file{'s' if len(files) > 1 else ''} found"
     if not pieces:
-        raise TrainingError(f"{source!r} has no text ({found}): give a source with text in it.")
+        raise UserError(f"{source!r} has no text ({found}): give a source with text in it.")
     return pieces
 
 
@@ -327,7 +328,7 @@ def _files_in(folder: Path, source: str) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise TrainingError(
+        raise UserError(
             f"{source!r} is a folder without text files (.txt, .md, .py, ...): name its files with "
             f"a glob such as {str(folder / '*.jsonl')!r}."
         )
@@ -347,7 +348,7 @@ def _pieces_of_files(files: Sequence[Path], source: str, form: Form) -> list[Pie
             not_text.append(path)
     # Large folders have a few such files, and they should not stop everything.
     if len(not_text) == len(files):
-        raise TrainingError(f"{str(not_text[0])!r} is not UTF-8 text: give text, JSON or JSONL.")
+        raise UserError(f"{str(not_text[0])!r} is not UTF-8 text: give text, JSON or JSONL.")
     if not_text:
         logger.warning("%s: %d files are not UTF-8 text and are left out", source, len(not_text))
     return pieces
@@ -397,7 +398,7 @@ def _content(row: Any, form: Form, where: str = "") -> Content:
     wanted = form.text_field or "text, content, prompt and response, question and answer, " + (
         "messages, input_ids"
     )
-    raise TrainingError(
+    raise UserError(
         f"{where} has no usable field ({wanted}), only {fields or 'nothing'}: name the field of "
         "the text."
     )
@@ -417,14 +418,14 @@ def _find(row: Mapping[str, Any], text_field: str | None) -> Any:
 
 def _render(messages: list[Any], tokenizer: Any, where: str) -> Rendered:
     if not getattr(tokenizer, "chat_template", None):
-        raise TrainingError(
+        raise UserError(
             f"{where} holds messages and the tokenizer has no chat template: give plain text or a "
             "chat model's tokenizer."
         )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # noqa: BLE001 - templates raise whatever they like
-        raise TrainingError(
+        raise UserError(
             f"{where} holds messages that the chat template does not take ({error}): each must "
             "have a role and content as the model expects."
         ) from error
@@ -435,7 +436,7 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> Rendered:
 
 def _checked_ids(ids: list[int], tokenizer: Any, where: str) -> np.ndarray:
     if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):
-        raise TrainingError(
+        raise UserError(
             f"{where} has token ids from {min(ids)} to {max(ids)} and the tokenizer has "
             f"{len(tokenizer)} tokens: it was written with another tokenizer."
         )
@@ -507,7 +508,7 @@ def _parse(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:  # UnicodeDecodeError is one too
-        raise TrainingError(
+        raise UserError(
             f"{where} is not JSON ({error}): give one JSON object a line, or a list of them."
         ) from None
 
@@ -622,16 +623,16 @@ def _check_arguments(
     sources: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None
 ) -> None:
     if not sources:
-        raise TrainingError("No text was given: name at least one file, folder or dataset.")
+        raise UserError("No text was given: name at least one file, folder or dataset.")
     if block_size < 2:
-        raise TrainingError(f"The block size is {block_size}, and at least 2 tokens are needed.")
+        raise UserError(f"The block size is {block_size}, and at least 2 tokens are needed.")
     if max_tokens is not None and max_tokens < block_size:
-        raise TrainingError(
+        raise UserError(
             f"At most {max_tokens} tokens are asked for, which is less than one block of "
             f"{block_size}: ask for more or make blocks smaller."
         )
     if tokenizer.eos_token_id is None:
-        raise TrainingError(
+        raise UserError(
             "The tokenizer has no eos token, which documents are joined with: set its eos_token."
         )
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_nvium.console import complain, interactive, say
-from vllm_nvium.training import TrainingError
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
 from vllm_nvium.training.data import (
     RECORD_SUFFIXES,
     check_disk_space,
@@ -117,13 +118,13 @@ def self_distill(
         `out`, complete.
 
     Raises:
-        TrainingError: there is nothing to sample from, `out` was made in another way, or the
+        UserError: there is nothing to sample from, `out` was made in another way, or the
             engine stopped; what was sampled until then is kept.
     """
     parent, files = Path(parent).expanduser(), Files(Path(out).expanduser())
     _check_arguments(parent, tokens, temperature, max_new_tokens, max_num_seqs)
     if files.out.suffix != ".jsonl":
-        raise TrainingError(f"Samples are JSONL, and {files.out} must end in .jsonl to be read.")
+        raise UserError(f"Samples are JSONL, and {files.out} must end in .jsonl to be read.")
     prompt_ids = _prompt_ids(parent, prompts, prompt_files, max_new_tokens)
     header = Header(
         parent=str(parent.resolve()),
@@ -152,13 +153,13 @@ def read_prompts(sources: Sequence[str], split: str = "train") -> list[Prompt]:
     """Prompts of files and datasets, in their order; see `self_distill`.
 
     Raises:
-        TrainingError: a source does not exist or has no prompts.
+        UserError: a source does not exist or has no prompts.
     """
     prompts: list[Prompt] = []
     for source in sources:
         found = [prompt for prompt in _source_prompts(source, split) if prompt]
         if not found:
-            raise TrainingError(f"{source!r} has no prompts: it must not be empty.")
+            raise UserError(f"{source!r} has no prompts: it must not be empty.")
         prompts += found
     return prompts
 
@@ -167,19 +168,19 @@ def _check_arguments(
     parent: Path, tokens: int, temperature: float, max_new_tokens: int, max_num_seqs: int
 ) -> None:
     if not (parent / "config.json").is_file():
-        raise TrainingError(f"{parent} has no config.json: give the folder of a dense checkpoint.")
+        raise UserError(f"{parent} has no config.json: give the folder of a dense checkpoint.")
     model_type = json.loads((parent / "config.json").read_text()).get("model_type")
     if model_type == "nvium":
-        raise TrainingError(
+        raise UserError(
             f"{parent} is an N-vium checkpoint, and samples come from the dense model it is made "
             "from: give that."
         )
     counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "max_num_seqs": max_num_seqs}
     for name, value in counts.items():
         if value < 1:
-            raise TrainingError(f"{name} of self-distillation is {value}: give 1 or more.")
+            raise UserError(f"{name} of self-distillation is {value}: give 1 or more.")
     if not 0 < temperature < math.inf:
-        raise TrainingError(
+        raise UserError(
             f"The temperature of self-distillation is {temperature}: give a number above 0."
         )
 
@@ -196,7 +197,7 @@ def _source_prompts(source: str, split: str) -> Iterator[Prompt]:
         try:
             lines = path.read_text("utf-8").splitlines()
         except UnicodeDecodeError:
-            raise TrainingError(f"{path} is not UTF-8 text: give text, JSON or JSONL.") from None
+            raise UserError(f"{path} is not UTF-8 text: give text, JSON or JSONL.") from None
         yield from (line for line in lines if line.strip())
 
 
@@ -210,7 +211,7 @@ def _row_prompt(row: Any, where: str) -> Prompt:
                 return first
             case "question" | "prompt" | "instruction", str(text):
                 return text
-    raise TrainingError(
+    raise UserError(
         f"{where} has no prompt ({', '.join(PROMPT_FIELDS)}), only "
         f"{', '.join(fields) or type(row).__name__}: rename the field or give another file."
     )
@@ -232,7 +233,7 @@ def _prompt_ids(
     given: list[Prompt] = [*(prompts or ()), *read_prompts(prompt_files)]
     tokenizer = AutoTokenizer.from_pretrained(str(parent))
     if not given and tokenizer.bos_token_id is None:
-        raise TrainingError(
+        raise UserError(
             f"The tokenizer of {parent} has no bos token to start samples with: give prompts."
         )
     encoded = [_encode(prompt, tokenizer, parent) for prompt in given]
@@ -240,7 +241,7 @@ def _prompt_ids(
     context = _context(parent)
     fitting = [ids for ids in encoded if ids and len(ids) + max_new_tokens <= context]
     if not fitting:
-        raise TrainingError(
+        raise UserError(
             f"No prompt leaves room for max_new_tokens={max_new_tokens} in the context of "
             f"{parent}, which is {context:.0f} tokens: give shorter prompts or a smaller number."
         )
@@ -262,7 +263,7 @@ def _encode(prompt: Prompt, tokenizer: Any, parent: Path) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
-    raise TrainingError(
+    raise UserError(
         f"A prompt is a list of messages and {parent} has no chat template: give plain prompts."
     )
 
@@ -276,7 +277,7 @@ def _check_header(files: Files, header: Header) -> None:
     """Refuse samples that were made in another way than `header` says."""
     if not files.header.exists():
         if files.out.exists() or files.partial.exists():
-            raise TrainingError(
+            raise UserError(
                 f"{files.out} or its .partial exists without {files.header.name}, which says how "
                 "it was sampled: move it away or name another file."
             )
@@ -284,19 +285,18 @@ def _check_header(files: Files, header: Header) -> None:
     try:
         found = json.loads(files.header.read_text())
     except ValueError:
-        raise TrainingError(f"{files.header} is not JSON: remove it and its samples.") from None
+        raise UserError(f"{files.header} is not JSON: remove it and its samples.") from None
     for name, value in asdict(header).items():
         if found.get(name) != value:
-            raise TrainingError(
+            raise UserError(
                 f"{files.out} was sampled with {name} = {found.get(name)}, and {value} is asked "
                 f"for now: remove it and {files.header.name}, or name another file."
             )
 
 
 def _write_header(files: Files, header: Header) -> None:
-    beside = files.header.with_name(f"{files.header.name}.{os.getpid()}")
-    beside.write_text(json.dumps(asdict(header), indent=1) + "\n")
-    beside.rename(files.header)
+    text = json.dumps(asdict(header), indent=1) + "\n"
+    write_atomically(files.header, lambda beside: beside.write_text(text))
 
 
 def _run_child(request: Mapping[str, Any], files: Files) -> None:
@@ -316,7 +316,7 @@ def _run_child(request: Mapping[str, Any], files: Files) -> None:
             check=False,
         ).returncode
     if status or not files.out.exists():
-        raise TrainingError(
+        raise UserError(
             f"Sampling from {request['parent']} stopped with status {status} (its own messages are "
             f"above): what it sampled is kept in {files.partial}, and the same command goes on."
         )

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_nvium.console import Progress
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.ops.mixture import expected_depth
-from vllm_nvium.training import TrainingError
 from vllm_nvium.training.loss import (
     CHUNK,
     head_target_log_probs,
@@ -436,7 +436,7 @@ def evaluate(
         progress: told of every finished block.
 
     Raises:
-        TrainingError: there is no block.
+        UserError: there is no block.
     """
     found: dict[str, list[torch.Tensor]] = {}
     with _evaluating(model):
@@ -503,7 +503,7 @@ def evaluate_dense(
         keep_top: also keep the most likely token at every position.
 
     Raises:
-        TrainingError: there is no block.
+        UserError: there is no block.
     """
     losses, top = [], []
     unembedding = model.get_output_embeddings().weight
@@ -544,9 +544,7 @@ def _batches(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Slices of block numbers and their `[B, T]` tokens."""
     if len(blocks) == 0:
-        raise TrainingError(
-            "The text has no whole block, so more text or shorter blocks are needed."
-        )
+        raise UserError("The text has no whole block, so more text or shorter blocks are needed.")
     for start in range(0, len(blocks), batch_size):
         rows = slice(start, min(start + batch_size, len(blocks)))
         some = blocks[rows] if isinstance(blocks, torch.Tensor) else blocks[rows]["input_ids"]

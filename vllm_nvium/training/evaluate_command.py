@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.console import complain, progress, say, table
-from vllm_nvium.training import TrainingError, require, write_beside
+from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.files import write_atomically
+from vllm_nvium.training import require
 from vllm_nvium.training.checkpoints import (
     check_block_size,
     check_parent,
     check_tokenizers_agree,
-    first_line,
     load_tokenizer,
     open_model,
     open_parent,
@@ -87,11 +88,11 @@ def run(args: argparse.Namespace) -> int:
         print_report(report)
         if request.json is not None:
             text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-            write_beside(request.json, lambda path: path.write_text(text))
+            write_atomically(request.json, lambda path: path.write_text(text))
         if request.plot is not None:
             evaluations = {name: result.nvium for name, result in report.results.items()}
-            write_beside(request.plot, lambda path: draw(path, evaluations, request.history))
-    except TrainingError as error:
+            write_atomically(request.plot, lambda path: draw(path, evaluations, request.history))
+    except UserError as error:
         complain(f"vllm-nvium eval: error: {error}")
         return 2
     return 0
@@ -128,30 +129,28 @@ def check(args: argparse.Namespace) -> Request:
     """Refuse what cannot work, before anything slow starts.
 
     Raises:
-        TrainingError: a flag has a value that cannot be used.
+        UserError: a flag has a value that cannot be used.
     """
     for name, smallest in (("block_size", 2), ("batch_size", 1)):
         if getattr(args, name) < smallest:
             flag = "--" + name.replace("_", "-")
-            raise TrainingError(
-                f"{flag} is {getattr(args, name)}, and it must be at least {smallest}."
-            )
+            raise UserError(f"{flag} is {getattr(args, name)}, and it must be at least {smallest}.")
     if args.max_tokens is not None and args.max_tokens < args.block_size:
-        raise TrainingError(
+        raise UserError(
             f"--max-tokens is {args.max_tokens}, which is less than one block of --block-size "
             f"{args.block_size}."
         )
     if args.dtype not in DTYPES:
-        raise TrainingError(f"--dtype is {args.dtype!r}, and it must be {' or '.join(DTYPES)}.")
+        raise UserError(f"--dtype is {args.dtype!r}, and it must be {' or '.join(DTYPES)}.")
     if args.agreement and args.dense is None:
-        raise TrainingError("--agreement is with the dense parent, so --dense must be given too.")
+        raise UserError("--agreement is with the dense parent, so --dense must be given too.")
     if args.history is not None and args.plot is None:
-        raise TrainingError("--history is drawn by --plot, so --plot must be given too.")
+        raise UserError("--history is drawn by --plot, so --plot must be given too.")
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None:
             _check_output(flag, path)
     if args.json is not None and args.plot is not None and _same(args.json, args.plot):
-        raise TrainingError(f"--json and --plot are both {str(args.json)!r}; give two files.")
+        raise UserError(f"--json and --plot are both {str(args.json)!r}; give two files.")
     require("datasets", *(["matplotlib"] if args.plot is not None else []))
     history: Sequence[HistoryPoint] = ()
     if args.history is not None:
@@ -177,7 +176,7 @@ def parse_texts(words: Sequence[str]) -> dict[str, list[str]]:
     """`NAME=SOURCE` or `SOURCE` words as name -> sources; a source alone is named after itself.
 
     Raises:
-        TrainingError: a name or a source is empty, or two texts would have one name by chance.
+        UserError: a name or a source is empty, or two texts would have one name by chance.
     """
     texts: dict[str, list[str]] = {}
     automatic: set[str] = set()
@@ -188,9 +187,9 @@ def parse_texts(words: Sequence[str]) -> dict[str, list[str]]:
         if not is_named:
             name, source = _name_of(word), word
         if not name.strip() or not source.strip():
-            raise TrainingError(f"--text has {word!r}, and NAME=SOURCE or SOURCE is needed.")
+            raise UserError(f"--text has {word!r}, and NAME=SOURCE or SOURCE is needed.")
         if name in texts and (not is_named or name in automatic):
-            raise TrainingError(
+            raise UserError(
                 f"--text has two texts that would be called {name!r}; name them, as in "
                 f"NAME={source}."
             )
@@ -207,11 +206,11 @@ def _name_of(source: str) -> str:
 def _check_output(flag: str, path: Path) -> None:
     folder = path.expanduser().absolute().parent
     if not folder.is_dir():
-        raise TrainingError(f"{flag} is {str(path)!r}, and the folder {folder} does not exist.")
+        raise UserError(f"{flag} is {str(path)!r}, and the folder {folder} does not exist.")
     if path.expanduser().is_dir():
-        raise TrainingError(f"{flag} is {str(path)!r}, which is a folder; a file name is needed.")
+        raise UserError(f"{flag} is {str(path)!r}, which is a folder; a file name is needed.")
     if not os.access(folder, os.W_OK):
-        raise TrainingError(f"{flag} is {str(path)!r}, and {folder} cannot be written to.")
+        raise UserError(f"{flag} is {str(path)!r}, and {folder} cannot be written to.")
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -243,7 +242,7 @@ def measure(request: Request) -> Report:
     """Load text and models and evaluate them, one model in memory at a time.
 
     Raises:
-        TrainingError: a model or a text cannot be used; found before any weights are loaded, unless
+        UserError: a model or a text cannot be used; found before any weights are loaded, unless
             they are the reason.
     """
     import torch
@@ -338,11 +337,11 @@ def _load(name: str, flag: str, dtype: str, device: str) -> Any:
             name, dtype=getattr(torch, dtype), output_loading_info=True
         )
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        raise TrainingError(
+        raise UserError(
             f"{flag} is {name!r}, whose weights cannot be loaded ({first_line(error)})."
         ) from error
     if missing := sorted(found["missing_keys"]):
-        raise TrainingError(
+        raise UserError(
             f"{flag} is {name!r}, which has no tensor {missing[0]}, and a whole checkpoint is "
             "needed."
         )

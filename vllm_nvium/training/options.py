@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.convert.command import comma_separated
-from vllm_nvium.training import TrainingError
+from vllm_nvium.errors import UserError
 
 METHODS = ("exits", "lora", "full", "scratch")
 # Peak learning rates: new weights take large steps, a finished backbone small ones.
@@ -183,7 +183,7 @@ def read_options(args: argparse.Namespace) -> TrainOptions:
     """Flags over the `--config` file over the defaults, checked.
 
     Raises:
-        TrainingError: a file that cannot be read, an unknown name, a value out of range.
+        UserError: a file that cannot be read, an unknown name, a value out of range.
     """
     known = {entry.name: entry for entry in dataclasses.fields(TrainOptions)}
     values: dict[str, Any] = {}
@@ -191,9 +191,7 @@ def read_options(args: argparse.Namespace) -> TrainOptions:
         values = _read_config(config)
         for name, value in values.items():
             if name not in known:
-                raise TrainingError(
-                    f"{config} holds {name!r}, and the options are {', '.join(known)}."
-                )
+                raise UserError(f"{config} holds {name!r}, and the options are {', '.join(known)}.")
             values[name] = _typed(str(config), name, value, known[name])
     values |= {name: value for name, value in vars(args).items() if name in known}
     options = TrainOptions(**values)
@@ -212,11 +210,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             found = yaml.safe_load(text)
     except Exception as error:  # noqa: BLE001 - the parsers share no base class
         reason = str(error).split("\n")[0]
-        raise TrainingError(
-            f"--config is {str(path)!r}, which cannot be read: {reason}."
-        ) from error
+        raise UserError(f"--config is {str(path)!r}, which cannot be read: {reason}.") from error
     if not isinstance(found, Mapping):
-        raise TrainingError(f"--config is {str(path)!r}, which holds no options by name.")
+        raise UserError(f"--config is {str(path)!r}, which holds no options by name.")
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 
@@ -224,9 +220,7 @@ def _typed(source: str, name: str, value: Any, entry: dataclasses.Field) -> Any:
     """A value of a configuration file in the option's own type."""
     if name == "trainer":
         if not isinstance(value, Mapping):
-            raise TrainingError(
-                f"{source}: trainer is {value!r}, and names with values are needed."
-            )
+            raise UserError(f"{source}: trainer is {value!r}, and names with values are needed.")
         return dict(value)
     kind, many = entry.metadata["kind"], entry.metadata["many"]
     if many:
@@ -245,7 +239,7 @@ def _typed_one(source: str, name: str, value: Any, kind: type) -> Any:
             pass
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise TrainingError(f"{source}: {name} is {value!r}, and {kind.__name__} is needed.")
+    raise UserError(f"{source}: {name} is {value!r}, and {kind.__name__} is needed.")
 
 
 def _check(options: TrainOptions) -> None:
@@ -255,12 +249,10 @@ def _check(options: TrainOptions) -> None:
         if name == "text" and options.self_distill:
             continue
         flag = "MODEL" if name == "model" else f"--{name}"
-        raise TrainingError(f"{flag} is missing, and a run needs it.")
+        raise UserError(f"{flag} is missing, and a run needs it.")
     for name, choices in (("method", METHODS), ("dtype", DTYPES)):
         if (value := getattr(options, name)) not in choices:
-            raise TrainingError(
-                f"--{name} is {value!r}, and it must be one of {', '.join(choices)}."
-            )
+            raise UserError(f"--{name} is {value!r}, and it must be one of {', '.join(choices)}.")
     smallest = {
         "self_distill": 0, "tokens": 0, "max_text_tokens": 0, "validation_tokens": 1,
         "block_size": 2, "batch_size": 1, "gradient_accumulation": 1, "weight_decay": 0, "beta": 0,
@@ -271,9 +263,9 @@ def _check(options: TrainOptions) -> None:
     for name, bound in smallest.items():
         if (value := getattr(options, name)) < bound:
             flag = name.replace("_", "-")
-            raise TrainingError(f"--{flag} is {value}, and it must be at least {bound}.")
+            raise UserError(f"--{flag} is {value}, and it must be at least {bound}.")
     if not options.peak_learning_rate > 0:
-        raise TrainingError(
+        raise UserError(
             f"--learning-rate is {options.learning_rate}, and it must be greater than 0."
         )
     for name, share in (
@@ -281,31 +273,31 @@ def _check(options: TrainOptions) -> None:
         ("head-loss", options.head_loss_share),
     ):
         if not 0 <= share <= 1:
-            raise TrainingError(f"--{name} is {share}, and a share lies in 0..1.")
+            raise UserError(f"--{name} is {share}, and a share lies in 0..1.")
     if options.method == "scratch":
         for name in ("exit_layers", "adapter_size"):
             if value := getattr(options, name):
-                raise TrainingError(
+                raise UserError(
                     f"--{name.replace('_', '-')} is {value}, and --method scratch takes the exits "
                     "that the config.json describes: leave it out."
                 )
         if not options.tokenizer:
-            raise TrainingError("--tokenizer is missing, and --method scratch needs one.")
+            raise UserError("--tokenizer is missing, and --method scratch needs one.")
         if options.self_distill:
-            raise TrainingError(
+            raise UserError(
                 "--self-distill needs a dense parent to sample from, and --method scratch has none."
             )
         if options.controller == "parent":
-            raise TrainingError(
+            raise UserError(
                 "--controller is 'parent', and --method scratch has no parent: give the "
                 "history.jsonl of a dense twin, or 'off'."
             )
         if options.dense:
-            raise TrainingError(
+            raise UserError(
                 f"--dense is {options.dense!r}, and --method scratch has no parent: leave it out."
             )
     elif options.tokenizer:
-        raise TrainingError(
+        raise UserError(
             f"--tokenizer is {options.tokenizer!r}, and a retrofit keeps its model's tokenizer: "
             "leave it out."
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.training import TrainingError
+from vllm_nvium.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,13 +51,13 @@ def read_history(folder: Path) -> list[HistoryPoint]:
     several lines of one step (a resumed run repeats some) the last one counts.
 
     Raises:
-        TrainingError: there is no such file, or nothing in it can be drawn.
+        UserError: there is no such file, or nothing in it can be drawn.
     """
     file = folder / HISTORY
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(
+        raise UserError(
             f"--history is {str(folder)!r}, and the folder of a training run with a readable "
             f"{HISTORY} is needed."
         ) from error
@@ -70,14 +70,14 @@ def read_history(folder: Path) -> list[HistoryPoint]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines):
                 break
-            raise TrainingError(
+            raise UserError(
                 f"line {number} of {file} is no JSON object with step, val_loss and mean_depth as "
                 "a training run writes it."
             ) from error
         if point is not None:
             points[point.step] = point
     if not points:
-        raise TrainingError(
+        raise UserError(
             f"--history is {str(folder)!r}, whose {HISTORY} has no line with val_loss and "
             "mean_depth; the run of an N-vium model with at least one validation is needed."
         )

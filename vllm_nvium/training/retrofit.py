@@ -15,17 +15,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from vllm_nvium.convert import ConvertError
-from vllm_nvium.convert.checkpoint import copy_companions, staged_folder
+from vllm_nvium.convert.checkpoint import copy_companions
 from vllm_nvium.convert.command import convert, open_source
 from vllm_nvium.convert.dense import CERTAIN, DenseOptions
 from vllm_nvium.convert.exits import OWN, fingerprint, write_exits
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import (
     NviumForCausalLM,
     register_with_transformers,
 )
-from vllm_nvium.training import TrainingError
 from vllm_nvium.training.checkpoints import (
     check_parent,
     check_tokenizers_agree,
@@ -70,7 +70,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
         out: folder of the run; a converted dense start is kept in it.
 
     Raises:
-        TrainingError: the model, its configuration or its tokenizer cannot be used.
+        UserError: the model, its configuration or its tokenizer cannot be used.
     """
     register_with_transformers()
     if options.method == "scratch":
@@ -78,7 +78,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
     folder = Path(options.model).expanduser()
     if _model_type(folder) == NviumConfig.model_type:
         if options.exit_layers:
-            raise TrainingError(
+            raise UserError(
                 f"--exit-layers is {options.exit_layers}, and {options.model} has its exits "
                 "already: leave it out."
             )
@@ -89,7 +89,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
         has_parent = False
     else:
         if options.dense:
-            raise TrainingError(
+            raise UserError(
                 f"--dense is {options.dense!r}, and {options.model} is dense itself: leave it out."
             )
         converted = out / START
@@ -98,10 +98,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
                 exit_layers=options.exit_layers or None,
                 adapter_size=options.adapter_size or None,
             )
-            try:
-                convert(options.model, converted, exits)
-            except ConvertError as error:
-                raise TrainingError(str(error)) from error
+            convert(options.model, converted, exits)
         folder, has_parent = converted, True
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     model = NviumForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -112,14 +109,14 @@ def open_dense(options: TrainOptions) -> PreTrainedModel:
     """The dense parent of an N-vium start.
 
     Raises:
-        TrainingError: it cannot be read.
+        UserError: it cannot be read.
     """
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     try:
         return AutoModelForCausalLM.from_pretrained(options.dense, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise TrainingError(
+        raise UserError(
             f"--dense is {options.dense!r}, which cannot be read ({reason})."
         ) from error
 
@@ -131,7 +128,7 @@ def _from_scratch(options: TrainOptions) -> Start:
         fields = json.loads(path.read_text())
         config = AutoConfig.for_model(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TrainingError(
+        raise UserError(
             f"MODEL is {options.model!r}, and --method scratch needs the config.json of a model "
             f"({error})."
         ) from error
@@ -236,11 +233,11 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     """Puts back what `trainable_state` gave.
 
     Raises:
-        TrainingError: the names or shapes are those of another run.
+        UserError: the names or shapes are those of another run.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in state.items()}:
-        raise TrainingError("the checkpoint to resume from holds other weights than this run has.")
+        raise UserError("the checkpoint to resume from holds other weights than this run has.")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

@@ -19,8 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
 from vllm_nvium.model_executor.ops.mixture import expected_depth
-from vllm_nvium.training import TrainingError, write_beside
 from vllm_nvium.training.controller import BetaController
 from vllm_nvium.training.loss import (
     dense_target_log_probs,
@@ -246,7 +247,7 @@ def keep_history(path: Path, up_to: int) -> None:
             if json.loads(line)["step"] <= up_to:
                 kept.append(line)
     text = "".join(line + "\n" for line in kept)
-    write_beside(path, lambda beside: beside.write_text(text))
+    write_atomically(path, lambda beside: beside.write_text(text))
 
 
 def last_complete_checkpoint(run: Path) -> Path | None:
@@ -275,7 +276,7 @@ def training_arguments(
     """The paper's recipe: AdamW (.9, .95), 1 % warm-up, cosine to a tenth, clip 1.0.
 
     Raises:
-        TrainingError: `extra` (the `trainer` part of a configuration file) holds a name or a value
+        UserError: `extra` (the `trainer` part of a configuration file) holds a name or a value
             that TrainingArguments does not take.
     """
     fields: dict[str, Any] = {
@@ -305,4 +306,4 @@ def training_arguments(
         return TrainingArguments(**(fields | extra))
     except (TypeError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise TrainingError(f"trainer: {reason}.") from error
+        raise UserError(f"trainer: {reason}.") from error
