@@ -12,11 +12,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from vllm_nvium.training.data import load_blocks
-from vllm_nvium.training.evaluate import evaluate, evaluate_dense
-from vllm_nvium.training.linear_start import start_linear
-from vllm_nvium.training.options import TrainOptions
-from vllm_nvium.training.retrofit import open_start
+from vllm_nvium.checkpoints.evaluate.measure import evaluate, evaluate_dense
+from vllm_nvium.checkpoints.text import load_blocks
+from vllm_nvium.checkpoints.train.linear_start import start_linear
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.retrofit import open_start
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm_nvium.spec_decode.controller import RoundController
+from vllm_nvium.via_sd.planner import RoundController
 
 # Of passes of one kind: number and seconds, by size.
 Passes = dict[str, dict[int, list[float]]]

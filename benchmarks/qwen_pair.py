@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_nvium.cli.demo import building, cache_folder, dequantise, is_complete, sha256
 from vllm_nvium.console import progress
-from vllm_nvium.demo import building, cache_folder, dequantise, is_complete, sha256
 
 
 @dataclass(frozen=True)

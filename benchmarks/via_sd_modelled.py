@@ -10,8 +10,9 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
+from simulated_engine import Chances, SimulatedEngine
 
-from vllm_nvium.spec_decode.controller import (
+from vllm_nvium.via_sd.planner import (
     Acceptance,
     Curve,
     RoundController,
@@ -19,7 +20,6 @@ from vllm_nvium.spec_decode.controller import (
     plain_outlook,
     tiered_outlook,
 )
-from vllm_nvium.spec_decode.simulation import Chances, SimulatedEngine
 
 BYTES = 2  # bfloat16
 # Parameters in units of 1e9: all of them, and the embeddings, which are tied: the head reads them.

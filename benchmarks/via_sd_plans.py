@@ -40,7 +40,7 @@ from engine_worker import Worker
 from measured import copied, drafter_config, machine, read_prompts
 from pass_clock import PassClock, at_mean_times, summed
 
-from vllm_nvium.spec_decode.controller import COMMON_TRIALS, PassTimes, Plan
+from vllm_nvium.via_sd.planner import COMMON_TRIALS, PassTimes, Plan
 
 # Results in a file that were written otherwise are measured anew.
 FORMAT = 3

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measured import drafter_config, read_prompts
 from via_sd_plans import CLEAR
 
-from vllm_nvium.spec_decode.controller import LOSSLESS, FixedRounds, Plan, RoundController
+from vllm_nvium.via_sd.planner import LOSSLESS, FixedRounds, Plan, RoundController
 
 # Plans that `auto` is held against.
 PLAIN = [Plan(drafts, 0) for drafts in (0, 2, 3, 4, 5, 6)]
@@ -77,7 +77,7 @@ def record(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vllm_nvium.spec_decode.mask import skipped_layers
+    from vllm_nvium.model_executor.via_sd.mask import skipped_layers
 
     def load(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()

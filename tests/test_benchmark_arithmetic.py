@@ -19,7 +19,7 @@ from via_sd_dial import by_cost, construct
 from via_sd_modelled import accept_for, plain_speed, via_speed
 
 from tiny_models import make_dense
-from vllm_nvium.spec_decode.controller import Curve, Times
+from vllm_nvium.via_sd.planner import Curve, Times
 
 
 def test_slow_moments_are_shared_by_all_plans() -> None:

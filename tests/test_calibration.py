@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from tiny_models import make_nvium
-from vllm_nvium.training.calibration import (
+from vllm_nvium.checkpoints.train.calibration import (
     LARGEST_SHIFT,
     Observed,
     depths_of,

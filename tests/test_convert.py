@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, make_nvium, save_tokenizer
-from vllm_nvium.convert import checkpoint
-from vllm_nvium.convert.command import add_arguments, convert, run
-from vllm_nvium.convert.dense import DenseOptions, evenly_spaced, hazard_margin
+from vllm_nvium.checkpoints.convert import checkpoint
+from vllm_nvium.checkpoints.convert.command import add_arguments, convert, run
+from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, hazard_margin
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM

@@ -17,8 +17,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from generate_greedy import NEW_TOKENS, greedy_tokens
 
 from tiny_models import DENSE_KINDS, make_dense
-from vllm_nvium.convert.command import convert
-from vllm_nvium.convert.dense import DenseOptions
+from vllm_nvium.checkpoints.convert.command import convert
+from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
 SCRIPT = Path(__file__).with_name("generate_greedy.py")
 

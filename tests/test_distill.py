@@ -14,9 +14,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, make_nvium
+from vllm_nvium.checkpoints import text as data
+from vllm_nvium.checkpoints.train import distill
+from vllm_nvium.checkpoints.train.distill import (
+    Files,
+    read_prompts,
+    recover,
+    schedule,
+    self_distill,
+)
 from vllm_nvium.errors import UserError
-from vllm_nvium.training import data, distill
-from vllm_nvium.training.distill import Files, read_prompts, recover, schedule, self_distill
 
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10"]
 OPTIONS: dict[str, Any] = {

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_nvium import cli, demo, doctor, hooks, setup_cpu
+from vllm_nvium import cli
+from vllm_nvium.cli import demo, doctor, setup_cpu
+from vllm_nvium.engine import hooks
+from vllm_nvium.engine.hooks import Hook
 from vllm_nvium.errors import UserError
-from vllm_nvium.hooks import Hook
 
 
 @pytest.fixture

@@ -19,13 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from tiny_models import make_dense, make_nvium, save_tokenizer
 from vllm_nvium import cli
-from vllm_nvium.convert.command import convert
-from vllm_nvium.convert.dense import DenseOptions
-from vllm_nvium.errors import UserError
-from vllm_nvium.files import write_atomically
-from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
-from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.training.evaluate import (
+from vllm_nvium.checkpoints.convert.command import convert
+from vllm_nvium.checkpoints.convert.dense import DenseOptions
+from vllm_nvium.checkpoints.evaluate.command import parse_texts
+from vllm_nvium.checkpoints.evaluate.measure import (
     Comparison,
     DenseEvaluation,
     Evaluation,
@@ -42,8 +39,11 @@ from vllm_nvium.training.evaluate import (
     sampled_shares,
     top_tokens,
 )
-from vllm_nvium.training.evaluate_command import parse_texts
-from vllm_nvium.training.plots import HistoryPoint, draw, read_history
+from vllm_nvium.checkpoints.evaluate.plots import HistoryPoint, draw, read_history
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
+from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
 # One layer: q, k, v, o 4 * 16, three MLP matrices 3 * 32, two norms 2 * 4: 168 weights.
 # Unembedding 40, every norm 4, exit adapter 2 * 12, final adapter 2 * 8.
@@ -591,7 +591,7 @@ def test_refusals(
     def no_work(*args: Any, **kwargs: Any) -> None:
         pytest.fail("weights were loaded before the refusal")
 
-    monkeypatch.setattr("vllm_nvium.training.evaluate_command._load", no_work)
+    monkeypatch.setattr("vllm_nvium.checkpoints.evaluate.command._load", no_work)
     words, message = REFUSALS[case]
     words = [word.format(r=retrofit, o=others) for word in words]
     if "--block-size" not in words:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vllm_nvium import plugin
-from vllm_nvium.flags import NviumOptions, NviumRequestOptions, merge, validate_request
+from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions, merge, validate_request
 
 
 def config(**additional: Any) -> Any:

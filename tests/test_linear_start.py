@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from tiny_models import make_nvium
+from vllm_nvium.checkpoints.train.linear_start import (
+    fit_linear_maps,
+    low_rank,
+    set_linear,
+    start_linear,
+)
 from vllm_nvium.model_executor.models.nvium_reference import NviumAdapter
-from vllm_nvium.training.linear_start import fit_linear_maps, low_rank, set_linear, start_linear
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

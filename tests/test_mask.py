@@ -15,7 +15,7 @@ from transformers import AutoConfig, Gemma3Config, LlamaConfig, MistralConfig
 
 from tiny_models import SIZES, make_dense
 from vllm_nvium.errors import UserError
-from vllm_nvium.spec_decode.mask import (
+from vllm_nvium.model_executor.via_sd.mask import (
     Calibration,
     MaskFile,
     ModelIdentity,
@@ -290,7 +290,7 @@ def test_a_configuration_without_layers_is_refused() -> None:
 
 def test_reading_masks_needs_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys; import vllm_nvium.spec_decode.mask;"
+        "import sys; import vllm_nvium.model_executor.via_sd.mask;"
         "assert not {'torch', 'vllm', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

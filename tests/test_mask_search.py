@@ -28,11 +28,10 @@ from transformers import (
 )
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, save_tokenizer
-from vllm_nvium.cli import main
-from vllm_nvium.errors import UserError
-from vllm_nvium.spec_decode import mask_search, search_command
-from vllm_nvium.spec_decode.mask import even_layers, read_mask_file, skipped_layers
-from vllm_nvium.spec_decode.mask_search import (
+from vllm_nvium.checkpoints.mask_search import command as search_command
+from vllm_nvium.checkpoints.mask_search import search as mask_search
+from vllm_nvium.checkpoints.mask_search.command import WEIGHTS, best_so_far
+from vllm_nvium.checkpoints.mask_search.search import (
     Journal,
     Plan,
     Score,
@@ -50,7 +49,9 @@ from vllm_nvium.spec_decode.mask_search import (
     search,
     without_layers,
 )
-from vllm_nvium.spec_decode.search_command import WEIGHTS, best_so_far
+from vllm_nvium.cli import main
+from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.via_sd.mask import even_layers, read_mask_file, skipped_layers
 from vllm_nvium.weights import fingerprint
 
 LAYERS = 8
@@ -440,7 +441,7 @@ RUN = SpeedRun("target", None, [[3, 4, 5], [6, 7]], 8, "float32")
 def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: str | None) -> None:
     """The engine's part, with an engine that says what it was asked."""
     made, asked, clock = [], [], iter([10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
-    worker = ["vllm_nvium.worker.via_sd_worker.ViaSDCPUWorker"]
+    worker = ["vllm_nvium.via_sd.cpu_worker.ViaSDCPUWorker"]
 
     class Engine:
         def __init__(self, model: str, **options: Any) -> None:
@@ -481,7 +482,7 @@ def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
     start = mask_search.subprocess.run
 
     def run(command: list[str], **options: Any) -> Any:
-        assert command[1:3] == ["-m", "vllm_nvium.spec_decode.mask_search"]
+        assert command[1:3] == ["-m", "vllm_nvium.checkpoints.mask_search.search"]
         return start([command[0], str(program), *command[3:]], **options)
 
     monkeypatch.setattr(mask_search.subprocess, "run", run)
@@ -491,7 +492,7 @@ def test_speed_is_measured_in_another_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from vllm_nvium.spec_decode import mask_search as m\n"
+        "import sys; from vllm_nvium.checkpoints.mask_search import search as m\n"
         "m._generate = lambda run, skipped: run.new_tokens + sum(skipped) / 4\n"
         "m.main(sys.argv[1:])\n"
     )
@@ -502,7 +503,7 @@ def test_speed_is_measured_in_another_process(
 def test_an_engine_on_a_cpu_leaves_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Otherwise vLLM asks for most of it; what the environment says counts."""
     code = (
-        "import os, sys; from vllm_nvium.spec_decode import mask_search as m\n"
+        "import os, sys; from vllm_nvium.checkpoints.mask_search import search as m\n"
         "m._generate = lambda run, skipped: float(os.environ['VLLM_CPU_KVCACHE_SPACE'])\n"
         "m.main(sys.argv[1:])\n"
     )
@@ -523,7 +524,7 @@ def test_why_an_engine_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """In the words of what was raised, not of what else was printed."""
     code = (
         "import sys; from pydantic import BaseModel\n"
-        "from vllm_nvium.spec_decode import mask_search as m\n"
+        "from vllm_nvium.checkpoints.mask_search import search as m\n"
         "class Drafter(BaseModel):\n    count: int\n"
         "def stop(run, skipped):\n"
         "    if skipped == [1]: raise ValueError('no memory.\\nmore')\n"

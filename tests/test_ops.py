@@ -16,7 +16,6 @@ from scipy import stats
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_nvium.flags import NviumOptions
 from vllm_nvium.model_executor.ops.draws import margin_thresholds, request_seed, uniform_draws
 from vllm_nvium.model_executor.ops.head_rows import (
     MIXTURE,
@@ -26,7 +25,8 @@ from vllm_nvium.model_executor.ops.head_rows import (
     unpack,
 )
 from vllm_nvium.model_executor.ops.ragged import passes_of, ragged_ranges, range_starts, slots_of
-from vllm_nvium.worker.requests import RequestTable, is_ancestral, is_plain_greedy
+from vllm_nvium.nvium.options import NviumOptions
+from vllm_nvium.nvium.requests import RequestTable, is_ancestral, is_plain_greedy
 
 # ---------------------------------------------------------------------------------------- draws
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_nvium import hooks, model_executor, patches, plugin
-from vllm_nvium.hooks import Hook
+from vllm_nvium import model_executor, plugin
+from vllm_nvium.engine import hooks, patches
+from vllm_nvium.engine.hooks import Hook
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_entry_point_names_register() -> None:
 
 def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
     code = (
-        "import sys, vllm_nvium.plugin, vllm_nvium.cli, vllm_nvium.doctor;"
+        "import sys, vllm_nvium.plugin, vllm_nvium.cli, vllm_nvium.cli.doctor;"
         "print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
     )
     assert python(code) == "[]"

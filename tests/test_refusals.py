@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_nvium.cuda_graphs import ASKED
-from vllm_nvium.startup import CPU_WORKER, UNSUPPORTED
+from vllm_nvium.nvium.cuda_graphs import ASKED
+from vllm_nvium.nvium.start import CPU_WORKER, UNSUPPORTED
 
 pytestmark = pytest.mark.usefixtures("read_environment")
 
@@ -186,7 +186,7 @@ def test_a_drafter_that_vllm_had_to_fetch(
     dense_checkpoint: Path, nvium_checkpoint: Path, method: str, monkeypatch
 ) -> None:
     """It is known only when vLLM has made its configuration, or failed to."""
-    from vllm_nvium import drafter
+    from vllm_nvium.nvium import as_drafter as drafter
 
     seen: list[str] = []
     found = drafter._config_file
@@ -233,7 +233,7 @@ def test_dense_drafters_are_let_through(dense_checkpoint: Path, tmp_path: Path) 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch, nvium_log: pytest.LogCaptureFixture) -> Any:
     """The start-up check's answer to a CUDA platform, and what vLLM had chosen when it ran."""
-    from vllm_nvium import cuda_graphs
+    from vllm_nvium.nvium import cuda_graphs
 
     seen: list[Any] = []
     switch_off = cuda_graphs.switch_off
@@ -310,7 +310,7 @@ def test_where_cuda_graphs_are_possible(
 ) -> None:
     from vllm.platforms import current_platform
 
-    from vllm_nvium import cuda_graphs
+    from vllm_nvium.nvium import cuda_graphs
 
     monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: cuda_alike)
     config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager))

@@ -16,10 +16,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine, patch_thresholds
 
 from tiny_models import make_nvium
-from vllm_nvium.flags import NviumOptions
-from vllm_nvium.worker import request_seeds
-from vllm_nvium.worker.request_seeds import RequestSeeds
-from vllm_nvium.worker.requests import RequestTable
+from vllm_nvium.nvium import request_seeds
+from vllm_nvium.nvium.options import NviumOptions
+from vllm_nvium.nvium.request_seeds import RequestSeeds
+from vllm_nvium.nvium.requests import RequestTable
 
 # Two runs of the same work: vLLM's numbers repeat, its random characters do not.
 OFFLINE = ["0-1f0c9a2b", "1-00000000", "0_2-aaaaaaaa", "1_2-aaaaaaaa", "3-12345678", "10-0badcafe"]

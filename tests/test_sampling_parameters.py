@@ -25,8 +25,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine
 
 from tiny_models import make_dense, make_nvium, save_character_tokenizer
-from vllm_nvium.convert.command import convert
-from vllm_nvium.convert.dense import DenseOptions
+from vllm_nvium.checkpoints.convert.command import convert
+from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
 PROMPTS = [[60, 60, 9, 8, 7], [5] * 12, [11, 12, 13] * 13]
 

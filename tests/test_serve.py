@@ -33,7 +33,7 @@ def free_port() -> int:
 def vllm_command(*arguments: str) -> list[str]:
     """`vllm ARGUMENTS`; through its module when the command's own start is broken (CPU wheels
     without what `vllm-nvium setup-cpu` adds)."""
-    from vllm_nvium.setup_cpu import command_problem
+    from vllm_nvium.cli.setup_cpu import command_problem
 
     if command_problem():
         # The same code behind a version that can be found.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vllm_nvium.spec_decode.tiers import (
+from vllm_nvium.model_executor.ops.tiers import (
     ACCEPT,
     ESCALATE,
     REGENERATE,

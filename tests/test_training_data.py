@@ -17,9 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, save_tokenizer
+from vllm_nvium.checkpoints import text as data
+from vllm_nvium.checkpoints.text import check_disk_space, check_tokenizer, load_blocks, pack
 from vllm_nvium.errors import UserError
-from vllm_nvium.training import data
-from vllm_nvium.training.data import check_disk_space, check_tokenizer, load_blocks, pack
 
 VOCABULARY = 256
 WORDS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=40)

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import make_nvium
-from vllm_nvium.errors import UserError
-from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.training.controller import BetaController, DenseCurve
-from vllm_nvium.training.loss import (
+from vllm_nvium.checkpoints.train.controller import BetaController, DenseCurve
+from vllm_nvium.checkpoints.train.loss import (
     head_target_log_probs,
     mixture_target_log_probs,
     next_tokens,
     warm_up_penalty,
 )
-from vllm_nvium.training.retrofit import warm_up_margins
-from vllm_nvium.training.trainer import Schedule, nvium_loss
-from vllm_nvium.training.validation import worst_text
+from vllm_nvium.checkpoints.train.retrofit import warm_up_margins
+from vllm_nvium.checkpoints.train.trainer import Schedule, nvium_loss
+from vllm_nvium.checkpoints.train.validation import worst_text
+from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
 
 @settings(max_examples=30, deadline=None)

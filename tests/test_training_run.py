@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import SIZES, make_dense, make_nvium
+from vllm_nvium.checkpoints.text import load_blocks
+from vllm_nvium.checkpoints.train.validation import losses_of
 from vllm_nvium.cli import main
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.training.data import load_blocks
-from vllm_nvium.training.validation import losses_of
 
 COMMON = ["--block-size", "32", "--batch-size", "4", "--dtype", "float32"]
 
@@ -344,7 +344,8 @@ def test_missing_package(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "vllm_nvium.training.find_spec", lambda name: None if name == "peft" else found(name)
+        "vllm_nvium.checkpoints.train.find_spec",
+        lambda name: None if name == "peft" else found(name),
     )
     assert main(arguments(dense, tmp_path / "run", texts, "--method", "lora")) == 2
     assert "pip install 'vllm-nvium[train]'" in capfd.readouterr().err

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_engine import Chances, SimulatedEngine
 
-from vllm_nvium.spec_decode.controller import (
+from vllm_nvium.via_sd.planner import (
     LOSSLESS,
     OFF,
     PAPER,
@@ -31,7 +32,6 @@ from vllm_nvium.spec_decode.controller import (
     round_survival,
     tiered_outlook,
 )
-from vllm_nvium.spec_decode.simulation import Chances, SimulatedEngine
 
 FULL = 0.02  # seconds of a full pass
 DRAFTERS = {
@@ -653,7 +653,7 @@ def test_plans_take_little_time(
         made += len(accept.slim) * (len(times.draft) - 1) * (max_window - 1) ** 2
         return tiered_outlook(accept, times, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vllm_nvium.spec_decode.controller.tiered_outlook", counted)
+    monkeypatch.setattr("vllm_nvium.via_sd.planner.tiered_outlook", counted)
     engine = make_engine([Chances(0.7, 0.8, 0.95)] * 12, 0.05, 0.4, max_window=max_window)
     controller = RoundController(max_drafts, max_window)
     steps = 1500

@@ -31,7 +31,7 @@ from via_sd_engine import (
 )
 
 from tiny_models import make_dense, save_character_tokenizer
-from vllm_nvium.spec_decode.tiers import ACCEPT, ESCALATE, REGENERATE, paper_law, paper_tiers
+from vllm_nvium.model_executor.ops.tiers import ACCEPT, ESCALATE, REGENERATE, paper_law, paper_tiers
 
 VOCABULARY = 8
 SKIPPED = (1, 2)
@@ -227,7 +227,7 @@ def test_windows_of_large_batches_follow_the_targets_law(
     verifier and the drafter draw are point masses there, and draws in smaller batches."""
     engine, runner = served.engine, served.engine.runner
     engine.set_rounds(2, 2)
-    monkeypatch.setattr("vllm_nvium.worker.via_sd_runner.LARGEST_LAWS", runner._bytes_of_laws(128))
+    monkeypatch.setattr("vllm_nvium.via_sd.runner_v1.LARGEST_LAWS", runner._bytes_of_laws(128))
     sizes: dict[bool, set[int]] = {True: set(), False: set()}
     open_windows = runner._open_windows
 

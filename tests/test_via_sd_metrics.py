@@ -24,8 +24,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine
 from vllm.v1.metrics.reader import Counter, Gauge, Histogram, get_metrics_snapshot
 
-from vllm_nvium.spec_decode import metrics
-from vllm_nvium.spec_decode.metrics import COUNTERS, TIERS, Counts, Reporter, put, summary, take
+from vllm_nvium.via_sd import stats as metrics
+from vllm_nvium.via_sd.stats import COUNTERS, TIERS, Counts, Reporter, put, summary, take
 
 WINDOW = 8
 DRAFTER = {
@@ -186,7 +186,7 @@ def test_a_report_survives_vllms_wire() -> None:
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-    from vllm_nvium.spec_decode.controller import Plan
+    from vllm_nvium.via_sd.planner import Plan
 
     reporter = Reporter(WINDOW)
     reporter.counts.saw_window(5, 4)

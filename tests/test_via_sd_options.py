@@ -31,12 +31,12 @@ from via_sd_engine import NGRAM, ViaSDEngine
 
 from tiny_models import make_dense, make_mimo, save_character_tokenizer
 from vllm_nvium import plugin
+from vllm_nvium.engine.patches.input_processor import check as check_request
 from vllm_nvium.errors import UserError
-from vllm_nvium.patches.input_processor import check as check_request
-from vllm_nvium.spec_decode import startup
-from vllm_nvium.spec_decode.mask import ModelIdentity, write_mask_file
-from vllm_nvium.spec_decode.options import ViaSDOptions, ViaSDRequestOptions
-from vllm_nvium.spec_decode.startup import CPU_WORKER, SCHEDULER, UNSUPPORTED, check
+from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, write_mask_file
+from vllm_nvium.via_sd import start as startup
+from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
+from vllm_nvium.via_sd.start import CPU_WORKER, SCHEDULER, UNSUPPORTED, check
 from vllm_nvium.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("read_environment")

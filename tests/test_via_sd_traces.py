@@ -34,9 +34,9 @@ from via_sd_engine import (
 )
 
 from tiny_models import make_dense, make_eagle, make_mimo
-from vllm_nvium.spec_decode.controller import FixedRounds, Plan, RoundController
-from vllm_nvium.spec_decode.tiers import ACCEPT, REGENERATE, Checked
-from vllm_nvium.spec_decode.window import Drafts, Window, extend
+from vllm_nvium.model_executor.ops.tiers import ACCEPT, REGENERATE, Checked
+from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
+from vllm_nvium.via_sd.planner import FixedRounds, Plan, RoundController
 
 VOCABULARY = 64
 WINDOW = 12
@@ -582,7 +582,7 @@ def test_laws_of_windows_take_no_more_memory_than_they_may(
         assert max(sizes) <= 3 * room
         held.clear()
         sizes.clear()
-        monkeypatch.setattr("vllm_nvium.worker.via_sd_runner.LARGEST_LAWS", 3 * room - 1)
+        monkeypatch.setattr("vllm_nvium.via_sd.runner_v1.LARGEST_LAWS", 3 * room - 1)
         engine.run(trace)
         assert (3, 0) in held
         assert {laws for windows, laws in held if windows == 3} == {0}

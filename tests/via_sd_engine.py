@@ -16,9 +16,9 @@ from trace_engine import TraceEngine, _public
 from transformers import DynamicCache, PreTrainedModel
 from vllm.triton_utils import dispatcher
 
-from vllm_nvium.spec_decode.controller import FixedRounds, RoundController
-from vllm_nvium.spec_decode.tiers import ACCEPT, ESCALATE, REGENERATE
-from vllm_nvium.spec_decode.window import Window
+from vllm_nvium.model_executor.ops.tiers import ACCEPT, ESCALATE, REGENERATE
+from vllm_nvium.model_executor.via_sd.step import Window
+from vllm_nvium.via_sd.planner import FixedRounds, RoundController
 
 # Two tokens whose logits are nearer than this cannot be told apart in float32.
 TIE = 1e-4

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vllm_nvium import hooks
-from vllm_nvium.after_import import after_import
+from vllm_nvium.engine import hooks
+from vllm_nvium.engine.after_import import after_import
 from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
 
 # Below "vllm", because vLLM configures that logger only and other INFO lines are lost.
@@ -41,7 +41,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model="vllm_nvium.model_executor.models.nvium:NviumForCausalLM",
         model_type="nvium",
         config="vllm_nvium.model_executor.models.configuration_nvium:NviumConfig",
-        startup="vllm_nvium.startup:NviumForCausalLMConfig",
+        startup="vllm_nvium.nvium.start:NviumForCausalLMConfig",
     ),
 )
 
@@ -93,7 +93,7 @@ def why_not() -> str:
 
 
 def _register_all() -> None:
-    from vllm_nvium.patches import all_patches
+    from vllm_nvium.engine.patches import all_patches
 
     for row in ARCHITECTURES:
         _when_imported(CONFIGS, partial(_add_config, row))

@@ -8,7 +8,7 @@ own answers are trained on and measured like any other text.
 import argparse
 from pathlib import Path
 
-from vllm_nvium.training.distill import self_distill
+from vllm_nvium.checkpoints.train.distill import self_distill
 
 # New tokens; the answers of training are a third of what a run sees.
 TOKENS = {"valid": 12_000, "test": 12_000, "train": 180_000}

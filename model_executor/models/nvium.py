@@ -27,10 +27,10 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from vllm_nvium.model_executor.cascade import Step, run_cascade
 from vllm_nvium.model_executor.layers.exit_head import Adapter, Exit
 from vllm_nvium.model_executor.layers.side_cache import SideCache
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.nvium.step import Step, run_cascade
 from vllm_nvium.model_executor.ops.head_rows import MIXTURE, NO_TOKEN, unpack
 from vllm_nvium.model_executor.ops.mixture import RunningMixture
 
@@ -360,6 +360,6 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
     @classmethod
     def get_model_state_cls(cls) -> type:
         """Model Runner V2's seam; see `worker/model_state.py`."""
-        from vllm_nvium.worker.model_state import NviumModelState
+        from vllm_nvium.nvium.runner_v2 import NviumModelState
 
         return NviumModelState

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from tiny_models import make_nvium
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.worker.model_state import NviumModelState
+from vllm_nvium.nvium.runner_v2 import NviumModelState
 
 PROMPTS = [list(range(3, 103)), list(range(50, 57)), [9] * 40, list(range(120, 180))]
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slim verifier: the target with some of its layers skipped (arXiv:2606.12243, section 3). It
+has the target's own weights and writes the target's own KV cache, so it costs no memory, and a
+later pass of the full model over the same positions makes good what it left open.
+"""
+
+import types
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import set_forward_context
+
+from vllm_nvium.model_executor.nvium.completion import Rows, common_attention_metadata
+from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, skipped_layers
+from vllm_nvium.via_sd.options import ViaSDOptions
+
+
+class SlimPass(Protocol):
+    """A cheaper pass over some rows that gives states for the unembedding; the window and the model
+    runner know nothing else of the tier. `make_slim_pass` makes the one that the options ask for.
+
+    Attributes:
+        attention_groups: per KV cache group vLLM's attention groups, whose metadata builders
+            describe the rows; set once there is a KV cache.
+    """
+
+    attention_groups: Sequence[Sequence[Any]]
+
+    def __call__(self, token_ids: torch.Tensor, groups: Sequence[Rows]) -> torch.Tensor:
+        """Runs the rows and writes their K/V.
+
+        Args:
+            token_ids: [T] int64 on the model's device.
+            groups: the same rows for every KV cache group, each with its own blocks and slots.
+
+        Returns:
+            [T, H], what the unembedding is applied to.
+        """
+        ...
+
+    def warm_up(self, num_tokens: int, device: torch.device) -> None:
+        """A pass without requests, so that it is compiled at start and counts in the memory
+        profile."""
+        ...
+
+
+def make_slim_pass(model: nn.Module, options: ViaSDOptions, vllm_config: VllmConfig) -> SlimPass:
+    """The tier between the drafter and `model`, the target as vLLM loaded it."""
+    config = vllm_config.model_config
+    layers, identity = config.hf_text_config.num_hidden_layers, config.hf_config
+    skipped = skipped_layers(options.mask, layers, ModelIdentity.from_config(identity))
+    return SlimVerifier(model, skipped, vllm_config)
+
+
+class SlimVerifier:
+    """The target without the layers in `skipped`, as a `SlimPass`.
+
+    Args:
+        model: the target, as vLLM loaded it.
+        skipped: indices of layers; see `mask.skipped_layers`.
+    """
+
+    attention_groups: Sequence[Sequence[Any]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        skipped: Sequence[int],
+        vllm_config: VllmConfig,
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.skipped = tuple(skipped)
+        inner = model.model
+        kept = [layer for i, layer in enumerate(inner.layers) if i not in self.skipped]
+        self.layers = without_layers(inner, self.skipped, vllm_config)
+        # Only these layers' caches are written and need metadata.
+        self.layer_names = {
+            name
+            for layer in kept
+            for module in layer.modules()
+            if (name := getattr(module, "layer_name", None))
+        }
+
+    def __call__(self, token_ids: torch.Tensor, groups: Sequence[Rows]) -> torch.Tensor:
+        metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        for attention, rows in zip(self.attention_groups, groups, strict=True):
+            common = common_attention_metadata(rows)
+            for group in attention:
+                names = [name for name in group.layer_names if name in self.layer_names]
+                if names:
+                    metadata.update(dict.fromkeys(names, group.build_metadata(common)))
+                    slots.update(dict.fromkeys(names, rows.slots_device))
+        positions = groups[0].positions
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=len(token_ids),
+            slot_mapping=slots,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        ):
+            return self.layers(token_ids, positions, None, None)
+
+    def warm_up(self, num_tokens: int, device: torch.device) -> None:
+        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            self.layers(token_ids, token_ids.clone(), None, None)
+
+
+def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmConfig) -> nn.Module:
+    """A model of the class of `inner` that shares all of its modules and runs only some layers.
+
+    Its class and `forward` have names of their own: vLLM names what it compiled after them, and two
+    masks that shared a name would load each other's.
+    """
+    base = type(inner)
+    forward = base.forward
+    name = f"Slim{base.__name__}_{'_'.join(map(str, skipped))}"
+    own = types.FunctionType(
+        forward.__code__.replace(co_name=f"forward_{name}"),
+        forward.__globals__,
+        "forward",
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    own.__qualname__ = f"{name}.forward"
+    own.__annotations__ = dict(forward.__annotations__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+
+    def __init__(self: nn.Module) -> None:
+        layers = [layer for i, layer in enumerate(inner.layers) if i not in skipped]
+        # Everything is shared but the list of layers; nn.Module's own __init__ would empty it all.
+        self.__dict__.update(vars(inner))
+        self.__dict__.pop("aot_compiled_fn", None)
+        self.__dict__["_modules"] = {**vars(inner)["_modules"], "layers": nn.ModuleList(layers)}
+        self.start_layer, self.end_layer = 0, len(layers)
+        # What EAGLE-3 has the target hand out is read by its drafter after the full pass only.
+        self.aux_hidden_state_layers = ()
+
+    cls = type(name, (base,), {"__init__": __init__, "forward": own, "__doc__": base.__doc__})
+    # `positions` is [T], or [3, T] with multimodal rotary embeddings.
+    dims = {"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
+    cls = support_torch_compile(dynamic_arg_dims=dims)(cls)
+    with set_model_tag("via_sd_slim"):
+        return cls(vllm_config=vllm_config)

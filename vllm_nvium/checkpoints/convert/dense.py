@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense model plus exits: the weights are copied, every exit gets a norm, an adapter that is the
+identity, and a router with a constant hazard. With hazards of zero the result is the dense model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
+from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
+from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+
+# model_type -> what it needs beyond Llama's own fields.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+COPIED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+)
+
+# sigmoid of this is exactly 0 in float32 (and of its negative exactly 1), it is finite in every
+# float dtype, and float16 still holds it.
+CERTAIN = 1e4
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """What stands at the exits of a converted dense model.
+
+    Attributes:
+        exit_layers: layers already run at each exit; `None` spaces `num_exits` of them evenly.
+        num_exits: number of early exits, used when `exit_layers` is `None`.
+        hazards: chance of leaving at each exit for a token that got there; one value is for all.
+        exit_norm: `"final"` copies the final norm's weight into every exit's norm, `"ones"` does
+            not.
+        adapter_size: inner width of the adapters (exits and final head); 0 for none, `None` for H.
+        router_size: inner width of the routers; `None` for about 0.66 H.
+        seed: seed of the random weights that training starts from.
+    """
+
+    exit_layers: Sequence[int] | None = None
+    num_exits: int = 3
+    hazards: Sequence[float] = (0.0,)
+    exit_norm: str = "final"
+    adapter_size: int | None = None
+    router_size: int | None = None
+    seed: int = 0
+
+
+def evenly_spaced(num_exits: int, num_layers: int) -> list[int]:
+    """Exits after `k L / N` layers, rounded down: `[6, 12, 18]` of 24 for three exits.
+
+    Raises:
+        UserError: there are too few layers for so many exits.
+    """
+    if not 1 <= num_exits < num_layers:
+        raise UserError(
+            f"--num-exits is {num_exits}, and a model of {num_layers} layers takes 1 to "
+            f"{num_layers - 1}."
+        )
+    return [k * num_layers // (num_exits + 1) for k in range(1, num_exits + 1)]
+
+
+def hazard_margin(hazard: float) -> float:
+    """The margin `e - c` whose sigmoid is `hazard`; 0 and 1 give -1e4 and 1e4."""
+    if hazard in (0.0, 1.0):
+        return CERTAIN if hazard else -CERTAIN
+    return math.log(hazard) - math.log1p(-hazard)
+
+
+def open_gguf(path: Path, dtype: str) -> Source:
+    """Open a GGUF file, dequantised by transformers; the source's tensors are its state dict.
+
+    Args:
+        dtype: `"float32"`, or anything else for bfloat16: quantised weights have no dtype of
+            their own.
+
+    Raises:
+        UserError: the optional packages are missing, or transformers cannot read the file.
+    """
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"reading GGUF needs the package {error.name!r}: pip install gguf accelerate."
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # noqa: BLE001 - its readers raise whatever the content trips over
+        raise UserError(f"transformers cannot read {path}: {first_line(error)}") from error
+    state = model.state_dict()
+
+    def copy_companions(out: Path) -> None:
+        tokenizer.save_pretrained(out)
+        model.generation_config.save_pretrained(out)
+
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # describes the file, not the dequantised weights
+    return Source(
+        name=str(path),
+        config=config,
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        load=state.__getitem__,
+        copy_companions=copy_companions,
+        load_config=lambda: model.config,
+    )
+
+
+def dense_fields(source: Source) -> dict[str, Any]:
+    """The fields of `NviumConfig` that a dense configuration answers.
+
+    Raises:
+        UserError: a family or a feature that N-vium does not have.
+    """
+    model_type = source.config.get("model_type")
+    if model_type == NviumConfig.model_type:
+        raise UserError(f"{source.name} is an N-vium checkpoint already.")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type of {source.name} is {model_type!r}, and {', '.join(FAMILIES)} can be "
+            "converted."
+        )
+    if source.config.get("quantization_config"):
+        method = source.config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{source.name} is quantised ({method}), and only plain float weights can be converted."
+        )
+    config = source.load_config()
+    _refuse_sliding_window(source, config)
+    fields = {name: getattr(config, name) for name in COPIED_FIELDS if hasattr(config, name)}
+    fields["head_dim"] = getattr(config, "head_dim", None)
+    fields["attention_bias"] = bool(getattr(config, "attention_bias", False))
+    fields["mlp_bias"] = bool(getattr(config, "mlp_bias", False))
+    return fields | FAMILIES[model_type]
+
+
+def _refuse_sliding_window(source: Source, config: Any) -> None:
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", window is not None) and window is not None:
+        raise UserError(
+            f"sliding_window of {source.name} is {window}, and N-vium attends to the whole context."
+        )
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
+    if kinds:
+        raise UserError(
+            f"layer_types of {source.name} contains {min(kinds)!r}, and every layer of N-vium is "
+            "'full_attention'."
+        )
+
+
+def make_config(fields: dict[str, Any]) -> NviumConfig:
+    """`NviumConfig` of these fields; what transformers refuses in them is a `UserError`, too."""
+    try:
+        return NviumConfig(**fields)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan]:
+    """The configuration of the N-vium model, and how to make each of its tensors.
+
+    Raises:
+        UserError: the source or the options cannot be converted.
+    """
+    fields = dense_fields(source)
+    exit_layers = (
+        evenly_spaced(options.num_exits, fields["num_hidden_layers"])
+        if options.exit_layers is None
+        else list(options.exit_layers)
+    )
+    config = make_config(
+        fields
+        | {
+            "exit_layers": exit_layers,
+            "exit_adapter_size": options.adapter_size,
+            "final_adapter_size": options.adapter_size,
+            "router_intermediate_size": options.router_size,
+        }
+    )
+    hazards = _one_per_exit(options.hazards, len(exit_layers))
+    shapes = expected_shapes(config)
+    check_backbone(source, shapes)
+    tensors: TensorPlan = {}
+    for name, shape in shapes.items():
+        if name.startswith(("exits.", "final_adapter.")):
+            tensors[name] = _new_tensor(name, shape, source, config, hazards, options)
+        else:
+            tensors[name] = _loader(source, name)
+    return config, tensors
+
+
+def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the source's tensors with those the N-vium model takes over from it.
+
+    Args:
+        shapes: what the N-vium checkpoint holds.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    wanted = {
+        name: shape
+        for name, shape in shapes.items()
+        if not name.startswith(("exits.", "final_adapter."))
+    }
+    for name, shape in wanted.items():
+        got = source.shapes.get(name)
+        if got is None:
+            raise UserError(f"{source.name} has no tensor {name}, which its config.json needs.")
+        if tuple(got) != shape:
+            raise UserError(
+                f"{name} in {source.name} has shape {list(got)}, and its config.json says "
+                f"{list(shape)}."
+            )
+    for name in source.shapes:
+        # Old checkpoints store the rotary frequencies, and tied ones may repeat the embeddings.
+        if name in wanted or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+            continue
+        raise UserError(
+            f"{source.name} has a tensor {name}, for which its config.json has no place."
+        )
+
+
+def _one_per_exit(hazards: Sequence[float], num_exits: int) -> list[float]:
+    values = list(hazards) * num_exits if len(hazards) == 1 else list(hazards)
+    if len(values) != num_exits:
+        raise UserError(
+            f"--hazards has {len(values)} values, and {num_exits} exits need 1 or {num_exits}."
+        )
+    for value in values:
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"--hazards contains {value}, and a hazard lies in 0..1.")
+    return values
+
+
+def _loader(source: Source, name: str) -> Any:
+    return lambda: source.load(name)
+
+
+def _new_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    source: Source,
+    config: NviumConfig,
+    hazards: Sequence[float],
+    options: DenseOptions,
+) -> Any:
+    """How to make one tensor of an exit or of the final adapter."""
+    if name.endswith("adapter.fc2.weight"):
+        return lambda: torch.zeros(shape)  # makes the adapter the identity
+    if name.endswith("router.head.weight"):
+        return lambda: torch.zeros(shape)  # makes the hazard the same for every token
+    if name.endswith("router.head.bias"):
+        hazard = hazards[int(name.split(".")[1])]
+        return lambda: torch.tensor([0.0, hazard_margin(hazard)])
+    if name.endswith("router.norm.weight"):
+        return lambda: torch.ones(shape)
+    if name.endswith(".norm.weight"):
+        if options.exit_norm == "final":
+            return _loader(source, "model.norm.weight")
+        return lambda: torch.ones(shape)
+    if name.endswith(".bias"):
+        return lambda: torch.zeros(shape)
+    std = config.initializer_range
+
+    def random() -> torch.Tensor:
+        # Seeded by name, so that one tensor's values do not depend on which others exist.
+        seed = int.from_bytes(f"{options.seed}:{name}".encode(), "big") % (2**63 - 1)
+        return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    return random

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-nvium train`: loss, controller of the exits, retrofit of dense models, distillation."""

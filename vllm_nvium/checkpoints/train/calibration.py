@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last step of a retrofit: one number, added to every router's margin, with which the mixture
+is as good as the dense parent on each text that it was not trained on, and one that does the same
+for what greedy decoding picks. The controller steers to within what a few thousand tokens can tell;
+this uses more of them, and costs two passes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_nvium.checkpoints import IGNORED
+from vllm_nvium.checkpoints.evaluate.measure import greedy_exits
+from vllm_nvium.checkpoints.train.loss import mixture_target_log_probs, next_tokens
+from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+from vllm_nvium.model_executor.ops.mixture import exit_log_weights, expected_depth
+
+# Log-odds; beyond these a router is as good as closed or wide open.
+LARGEST_SHIFT = 8.0
+STEP = 0.05
+COUNT = round(2 * LARGEST_SHIFT / STEP) + 1
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What `observe` found on one text.
+
+    Attributes:
+        heads: `[T, N]` float32, log-probability of the next token under every head.
+        margins: `[T, N-1]` float32, `e - c`.
+    """
+
+    heads: torch.Tensor
+    margins: torch.Tensor
+
+    def loss(self, shift: float) -> float:
+        """`-mean_t log sum_k pi_k(margins + shift) q_k(y)`."""
+        weights = exit_log_weights(self.margins + shift)
+        return -float(torch.logsumexp(weights + self.heads, dim=-1).mean())
+
+    def greedy_loss(self, greedy_margin: float) -> float:
+        """`-mean_t log q_g(y)`, g the head that speaks at temperature 0; see `greedy_exits`."""
+        exits = greedy_exits(self.margins, greedy_margin)
+        return -float(self.heads.gather(-1, exits[:, None]).mean())
+
+    def shifted(self, shift: float) -> "Observed":
+        """What would have been observed with `shift` added to every margin."""
+        return Observed(self.heads, self.margins + shift)
+
+    def depth(self, shift: float, depths: torch.Tensor) -> float:
+        """Mean share of the layers, from the share `depths` `[N]` in front of each head."""
+        weights = exit_log_weights(self.margins + shift)
+        return float((weights.exp() @ depths.to(weights)).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `find_shift` chose.
+
+    Attributes:
+        shift: added to every margin.
+        losses: of the mixture with it, by text.
+        depth: mean share of layers, over texts.
+        reached: whether every loss is at most what was asked for; if not, the largest excess is
+            the least possible.
+    """
+
+    shift: float
+    losses: dict[str, float]
+    depth: float
+    reached: bool
+
+
+def find_shift(
+    texts: dict[str, Observed], largest: dict[str, float], depths: torch.Tensor
+) -> Calibration:
+    """The largest shift with which no text's loss exceeds what is allowed for it.
+
+    Every shift up makes more tokens leave early.
+
+    Args:
+        texts: what was observed on each.
+        largest: nats per token, by text.
+        depths: `[N]`, share of the layers in front of each head.
+    """
+
+    def excess(shift: float) -> float:
+        return max(text.loss(shift) - largest[name] for name, text in texts.items())
+
+    tried = {
+        shift: excess(shift)
+        for shift in torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, COUNT).tolist()
+    }
+    good = [shift for shift, found in tried.items() if found <= 0.0]
+    shift = max(good) if good else min(tried, key=lambda shift: tried[shift])
+    return Calibration(
+        shift=shift,
+        losses={name: text.loss(shift) for name, text in texts.items()},
+        depth=sum(text.depth(shift, depths) for text in texts.values()) / len(texts),
+        reached=bool(good),
+    )
+
+
+def find_greedy_margin(texts: dict[str, Observed], largest: dict[str, float]) -> float:
+    """The smallest margin from which on no text's greedy loss exceeds what is allowed for it.
+
+    A hazard that pays in a mixture, where the deeper heads hold the rest, may be more than the exit
+    is worth alone; greedy decoding asks more of it. Where no margin will do, nobody leaves.
+
+    Args:
+        texts: what was observed on each.
+        largest: nats per token, by text.
+    """
+    nobody = max(float(text.margins.max()) for text in texts.values())
+    margin = max(nobody, LARGEST_SHIFT)
+    for tried in reversed(torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, COUNT).tolist()):
+        if any(text.greedy_loss(tried) > largest[name] for name, text in texts.items()):
+            break
+        margin = tried
+    return margin
+
+
+@torch.no_grad()
+def observe(model: NviumForCausalLM, blocks: Any, batch_size: int) -> Observed:
+    """What every head makes of a text, and what the routers do.
+
+    Args:
+        blocks: a dataset of `input_ids` and `labels`, `[T]` each.
+    """
+    heads, margins = [], []
+    for first in range(0, len(blocks), batch_size):
+        rows = blocks[first : first + batch_size]
+        targets = next_tokens(rows["labels"].to(model.device))
+        batch = rows["input_ids"].to(model.device)
+        output = model(input_ids=batch, compute_logits=False, use_cache=False)
+        _, found = mixture_target_log_probs(model, output, targets)
+        scored = targets != IGNORED
+        assert output.margins is not None
+        heads.append(found[scored].float().cpu())
+        margins.append(output.margins[scored].float().cpu())
+    return Observed(torch.cat(heads), torch.cat(margins))
+
+
+@torch.no_grad()
+def shift_margins(model: NviumForCausalLM, shift: float) -> None:
+    """Adds `shift` to every margin `e - c`."""
+    for exit_ in model.exits:
+        exit_.router.head.bias[1] += shift
+
+
+def depths_of(model: NviumForCausalLM) -> torch.Tensor:
+    """`[N]` float32, share of the layers in front of each head."""
+    count = len(model.exits) + 1
+    certain = torch.full((count, count), -torch.inf).fill_diagonal_(0.0)
+    return expected_depth(certain, model.config.exit_layers, model.config.num_hidden_layers)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loss of N-vium (arXiv:2605.13190, training) without ever holding a tensor of all
+tokens by the whole vocabulary. Every term is a small function of plain tensors beside its formula.
+
+Notation: N heads, `p_k` the hazard of exit k, `pi_k` its weight, `q_k` head k's distribution, `y`
+the next token, V vocabulary, H hidden size, T tokens.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from vllm_nvium.checkpoints import IGNORED
+
+if TYPE_CHECKING:
+    from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM, NviumOutput
+
+# Rows at a time: their logits should stay in a cache, and yet be enough for a matrix product.
+CHUNK = 128
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """`log softmax(u W^T)[y]` of every row, a chunk of rows at a time.
+
+    The gradient of row t with respect to `u_t` is `W[y] - softmax(u_t W^T) W` times one number that
+    comes from above. While `W` is not trained that vector is computed in the forward pass, where
+    the softmax is at hand, and the backward pass has nothing left to compute; else the softmax is
+    recomputed there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        unembedding: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+    ) -> torch.Tensor:
+        trains_hidden, trains_unembedding = ctx.needs_input_grad[:2]
+        ctx.wide = torch.promote_types(hidden.dtype, torch.float32)
+        result = hidden.new_empty(len(hidden), dtype=ctx.wide)
+        direction = torch.empty_like(hidden) if trains_hidden and not trains_unembedding else None
+        for rows in _chunks(len(hidden), chunk):
+            logits = F.linear(hidden[rows], unembedding)
+            log_q = F.log_softmax(logits, dim=-1, dtype=ctx.wide)
+            result[rows] = log_q.gather(1, targets[rows, None]).squeeze(1)
+            if direction is not None:
+                softmax = log_q.exp_().to(hidden.dtype)
+                direction[rows] = unembedding[targets[rows]] - softmax @ unembedding
+        ctx.chunk = chunk
+        ctx.save_for_backward(direction, hidden, unembedding, targets)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        direction, hidden, unembedding, targets = ctx.saved_tensors
+        if direction is not None:
+            return (grad[:, None] * direction).to(hidden.dtype), None, None, None
+        trains_hidden, trains_unembedding = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if trains_hidden else None
+        grad_unembedding = (
+            torch.zeros_like(unembedding, dtype=ctx.wide) if trains_unembedding else None
+        )
+        for rows in _chunks(len(hidden), ctx.chunk):
+            logits = F.linear(hidden[rows], unembedding)
+            # d log q(y) / d logits = onehot(y) - softmax
+            slope = F.softmax(logits, dim=-1, dtype=ctx.wide).neg_()
+            slope.scatter_add_(1, targets[rows, None], slope.new_ones(len(slope), 1))
+            slope = slope.mul_(grad[rows, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = slope @ unembedding
+            if grad_unembedding is not None:
+                grad_unembedding += slope.T @ hidden[rows]
+        if grad_unembedding is not None:
+            grad_unembedding = grad_unembedding.to(unembedding.dtype)
+        return grad_hidden, grad_unembedding, None, None
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def head_target_log_probs(
+    hidden: torch.Tensor, unembedding: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Log-probability that one head gives to the next token.
+
+        log q(y) = u . W[y] - logsumexp_v u . W[v]
+
+    Memory: `chunk * V` numbers at a time, in the forward and in the backward pass.
+
+    Args:
+        hidden: `[..., H]`, `u`, the head's inputs.
+        unembedding: `[V, H]`, `W`.
+        targets: `[...]` int64, `y`; a row with -100 gives 0 and no gradient.
+        chunk: rows at a time.
+
+    Returns:
+        `[...]` float32 (float64 for float64 inputs).
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
+    unembedding = unembedding.to(hidden.dtype)
+    flat = targets.reshape(-1)
+    scored = (flat != IGNORED).nonzero().squeeze(1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if len(scored) < len(flat):
+        rows, flat = rows[scored], flat[scored]
+    found = _TargetLogProbs.apply(rows, unembedding, flat, chunk)
+    if len(scored) < targets.numel():
+        found = found.new_zeros(targets.numel()).index_copy(0, scored, found)
+    return found.view(targets.shape)
+
+
+def unembedding_of(model: "NviumForCausalLM", head: int) -> torch.Tensor:
+    """The `[V, H]` matrix of one head; 0..N-2 are the early exits, N-1 the final head."""
+    kind = model.config.exit_head
+    if head == len(model.exits) or kind == "final":
+        return model.lm_head.weight
+    if kind == "embeddings":
+        return model.model.embed_tokens.weight
+    return model.exits[head].lm_head.weight
+
+
+def mixture_target_log_probs(
+    model: "NviumForCausalLM", output: "NviumOutput", targets: torch.Tensor, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the next tokens under the mixture and under every head.
+
+        log p_mix(y) = logsumexp_k ( log pi_k + log q_k(y) )
+
+    Args:
+        output: of `model(..., compute_logits=False)` over `[B, T]` tokens.
+        targets: `[B, T]` int64, the next token of every position; -100 where there is none.
+
+    Returns:
+        `[B, T]` and `[B, T, N]`, at least float32; 0 where the target is -100.
+    """
+    assert output.head_hidden is not None and output.exit_log_weights is not None
+    heads = torch.stack(
+        [
+            head_target_log_probs(
+                output.head_hidden[..., k, :], unembedding_of(model, k), targets, chunk
+            )
+            for k in range(output.head_hidden.shape[-2])
+        ],
+        dim=-1,
+    )
+    mixture = torch.logsumexp(output.exit_log_weights + heads, dim=-1)
+    return mixture.masked_fill(targets == IGNORED, 0.0), heads
+
+
+def dense_target_log_probs(
+    model: Any, input_ids: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """`[B, T]` log-probabilities of the next tokens under a dense twin."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return head_target_log_probs(hidden, model.get_output_embeddings().weight, targets)
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """`[B, T]` token ids -> `[B, T]` targets: the token that follows, -100 at the last position."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def warm_up_penalty(margins: torch.Tensor) -> torch.Tensor:
+    """What pulls hazards towards equal exit weights in the first steps.
+
+        mean_t sum_{k<N} (p_k - 1 / (N - k + 1))^2        (k from 1)
+
+    With these targets every weight `pi_k` is `1 / N`.
+
+    Args:
+        margins: `[..., N-1]`, `e_k - c_k`.
+    """
+    exits = margins.shape[-1]
+    targets = 1.0 / torch.arange(exits + 1, 1, -1, dtype=margins.dtype, device=margins.device)
+    return (torch.sigmoid(margins) - targets).square().sum(dim=-1).mean()
+
+
+def mean_of_scored(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` `[B, T, ...]` over positions whose target is not -100."""
+    return values[targets != IGNORED].mean()

