@@ -18,7 +18,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine, check_against_reference, forced_thresholds
 
 from tiny_models import make_nvium
-from vllm_nvium.model_executor.nvium.completion import IN_FLIGHT, Batch, CatchUpError
+from vllm_nvium.model_executor.nvium.completion import IN_FLIGHT, CatchUpError
+from vllm_nvium.model_executor.rows import Batch
 from vllm_nvium.nvium import requests as nvium_requests
 
 VOCABULARY = 256

@@ -344,7 +344,7 @@ def test_missing_package(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "vllm_nvium.checkpoints.train.find_spec",
+        "vllm_nvium.checkpoints.find_spec",
         lambda name: None if name == "peft" else found(name),
     )
     assert main(arguments(dense, tmp_path / "run", texts, "--method", "lora")) == 2

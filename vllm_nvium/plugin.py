@@ -38,7 +38,7 @@ class Architecture:
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="NviumForCausalLM",
-        model="vllm_nvium.model_executor.models.nvium:NviumForCausalLM",
+        model="vllm_nvium.nvium.model:NviumForCausalLM",
         model_type="nvium",
         config="vllm_nvium.model_executor.models.configuration_nvium:NviumConfig",
         startup="vllm_nvium.nvium.start:NviumForCausalLMConfig",

@@ -5,6 +5,8 @@ The head of an exit is `u_k = n_k + A_k2 SiLU(A_k1 n_k)` with `n_k = RMSNorm_k(h
 (arXiv:2605.13190); the final head is the same adapter on the model's own final norm.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,8 +15,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_nvium.model_executor.layers.layernorm import FusedRMSNorm
 from vllm_nvium.model_executor.layers.router import Router
-from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.ranks import of_first_rank
+
+if TYPE_CHECKING:
+    from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
 
 class Adapter(nn.Module):
@@ -48,7 +52,7 @@ class Exit(nn.Module):
     own (`lm_head`).
     """
 
-    def __init__(self, config: NviumConfig, prefix: str) -> None:
+    def __init__(self, config: "NviumConfig", prefix: str) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         inner, size = config.router_intermediate_size, config.router_hidden_size

@@ -33,6 +33,7 @@ from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.nvium.step import Step, run_cascade
 from vllm_nvium.model_executor.ops.head_rows import MIXTURE, NO_TOKEN, unpack
 from vllm_nvium.model_executor.ops.mixture import RunningMixture
+from vllm_nvium.model_executor.rows import own_forward_context
 
 # Logits of one head that are in memory at a time where rows need several: 16 MiB. A dense model's
 # sampler takes several times [T, V]; this adds next to nothing to that.
@@ -234,7 +235,8 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         if nvium_step is not None:
             if not self._constants_known:
                 self._find_constants()
-            return run_cascade(self, nvium_step, input_ids, positions)
+            with own_forward_context():
+                return run_cascade(self, nvium_step, input_ids, positions)
         state = self.segments[0](input_ids, positions)
         for exit_, segment in zip(self.exits, self.segments[1:], strict=True):
             normed = exit_.norm(state)
@@ -356,10 +358,3 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
             elif name == "final_adapter.fc2.weight" and self.final_adapter is not None:
                 self.final_adapter.is_identity = not bool(weight.any())
             yield name, weight
-
-    @classmethod
-    def get_model_state_cls(cls) -> type:
-        """Model Runner V2's seam; see `worker/model_state.py`."""
-        from vllm_nvium.nvium.runner_v2 import NviumModelState
-
-        return NviumModelState

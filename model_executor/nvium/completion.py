@@ -21,15 +21,11 @@ and new attention metadata.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_nvium.model_executor.layers.side_cache import SideCache
 from vllm_nvium.model_executor.ops.ragged import (
@@ -38,9 +34,7 @@ from vllm_nvium.model_executor.ops.ragged import (
     range_starts,
     slots_of,
 )
-
-if TYPE_CHECKING:
-    from vllm.v1.worker.utils import AttentionGroup
+from vllm_nvium.model_executor.rows import Batch, Rows, select
 
 # Below "vllm", because vLLM configures that logger only and other INFO lines are lost.
 logger = logging.getLogger("vllm.nvium")
@@ -53,71 +47,6 @@ IN_FLIGHT = 255
 class CatchUpError(RuntimeError):
     """The depth marks contradict what is known of a step. Nothing has been written: running on
     would compute with states of other positions."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """What a model runner knows of one engine step; host arrays, one entry per request.
-
-    Attributes:
-        query_start: [R + 1] int32, where each request's rows start among the step's rows.
-        first, last: [R] int64, positions of each request's first and newest row.
-        complete: [R] int64, leading positions known to be through every segment; 0 if unknown.
-        block_table: [R, blocks] int32, on the host.
-        block_table_device: the same as a tensor on the model's device.
-        slots_device: [T] int64, the slots of the step's rows on the model's device.
-    """
-
-    query_start: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    complete: np.ndarray
-    block_table: np.ndarray
-    block_table_device: torch.Tensor
-    slots_device: torch.Tensor
-
-    @property
-    def num_requests(self) -> int:
-        return len(self.first)
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.query_start[-1])
-
-
-@dataclass(slots=True)
-class Rows:
-    """The rows of one pass: ranges of consecutive positions, Q of them.
-
-    Attributes:
-        first, last: [Q] int64, each range.
-        query_start: [Q + 1] int32, where it starts among the rows.
-        slots: [T] int64 on the host; slots_device, positions: [T] int64 on the model's device.
-        block_table: [Q, blocks] int32 on the model's device.
-        sequence: [Q] int64, the request that each range belongs to, ascending; None where range and
-            request have the same number.
-    """
-
-    first: np.ndarray
-    last: np.ndarray
-    query_start: np.ndarray
-    slots: np.ndarray
-    slots_device: torch.Tensor
-    positions: torch.Tensor
-    block_table: torch.Tensor
-    sequence: np.ndarray | None = None
-
-    def newest(self) -> np.ndarray:
-        """[R] int64: the row of each request's newest position."""
-        ends = self.query_start[1:].astype(np.int64) - 1
-        if self.sequence is None:
-            return ends
-        return ends[np.flatnonzero(np.diff(self.sequence, append=self.sequence[-1] + 1))]
-
-    def host_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """[T] int64 each: the request and the position of every row."""
-        range_, positions, _ = ragged_ranges(self.first, self.last)
-        return range_ if self.sequence is None else self.sequence[range_], positions
 
 
 @dataclass(slots=True)
@@ -268,7 +197,7 @@ class CatchUp:
                 states = torch.cat([self.side_cache.read_states(waiting.slots), state])
                 self.side_cache.release(waiting.slots)
                 self.side_cache.marks[waiting.slots] = IN_FLIGHT
-                return joined, self._pass(joined, _select(states, order), forward)
+                return joined, self._pass(joined, select(states, order), forward)
 
         self.split_passes += 1
         num_waiting = len(waiting.slots)
@@ -281,16 +210,16 @@ class CatchUp:
             states = torch.cat(
                 [
                     self.side_cache.read_states(part.slots[kept]),
-                    _select(state, chosen[moving] - num_waiting),
+                    select(state, chosen[moving] - num_waiting),
                 ]
             )
             order = np.argsort(np.concatenate((kept, moving)))
-            states = self._pass(part, _select(states, order), forward)
-            self._advance(part.slots[kept], _select(states, kept), segment + 1)
+            states = self._pass(part, select(states, order), forward)
+            self._advance(part.slots[kept], select(states, kept), segment + 1)
             if output is None:
                 output = states.new_empty(len(rows.slots), states.shape[1])
             target = torch.from_numpy(chosen[moving] - num_waiting).to(output.device)
-            output.index_copy_(0, target, _select(states, moving))
+            output.index_copy_(0, target, select(states, moving))
         assert output is not None
         return rows, output
 
@@ -381,52 +310,6 @@ class CatchUp:
             slots=slots,
             slots_device=torch.from_numpy(slots).to(device, non_blocking=True),
             positions=torch.from_numpy(positions).to(device, non_blocking=True),
-            block_table=block_table if is_batch else _select(block_table, owners),
+            block_table=block_table if is_batch else select(block_table, owners),
             sequence=None if is_batch else owners,
         )
-
-
-def _select(rows: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-    """Rows of a [T, ...] tensor by host indices [n] int64; itself when that is all in order."""
-    if len(index) == len(rows) and (index[1:] > index[:-1]).all():
-        return rows
-    return rows.index_select(0, torch.from_numpy(index).to(rows.device))
-
-
-def enter_rows(groups: "Sequence[AttentionGroup]", rows: Rows) -> None:
-    """Makes the forward context describe `rows`, with the backends' own metadata builders.
-
-    Args:
-        groups: the groups of layers that compute attention (not the side cache's).
-    """
-    common = common_attention_metadata(rows)
-    metadata: dict[str, Any] = {}
-    for group in groups:
-        metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
-    context = get_forward_context()
-    context.attn_metadata = metadata
-    context.slot_mapping = dict.fromkeys(metadata, rows.slots_device)
-    # Graphs were captured for batches as vLLM schedules them, not for these rows.
-    context.cudagraph_runtime_mode = CUDAGraphMode.NONE
-
-
-def common_attention_metadata(rows: Rows) -> Any:
-    """vLLM's description of a ragged batch, for exactly these rows (causal, aligned to the end)."""
-    device = rows.slots_device.device
-    query_start_cpu = torch.from_numpy(rows.query_start)
-    seq_lens_np = (rows.last + 1).astype(np.int32)
-    seq_lens_cpu = torch.from_numpy(seq_lens_np)
-    return CommonAttentionMetadata(
-        query_start_loc=query_start_cpu.to(device, non_blocking=True),
-        query_start_loc_cpu=query_start_cpu,
-        seq_lens=seq_lens_cpu.to(device, non_blocking=True),
-        seq_lens_cpu_upper_bound=seq_lens_cpu,
-        num_reqs=len(rows.first),
-        num_actual_tokens=len(rows.slots),
-        max_query_len=int((rows.last - rows.first).max()) + 1,
-        max_seq_len=int(seq_lens_np.max()),
-        block_table_tensor=rows.block_table,
-        slot_mapping=rows.slots_device,
-        causal=True,
-        positions=rows.positions,
-    )

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_nvium.model_executor.nvium.completion import Batch, CatchUp, Rows
+from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.ops.head_rows import HeadRows
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights
 from vllm_nvium.model_executor.ranks import of_first_rank
+from vllm_nvium.model_executor.rows import Batch, Rows
 
 if TYPE_CHECKING:
     from vllm_nvium.model_executor.layers.exit_head import Exit

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vllm_nvium.model_executor.nvium.completion import Rows, common_attention_metadata
 from vllm_nvium.model_executor.ops.ragged import ragged_ranges
+from vllm_nvium.model_executor.rows import Rows, common_attention_metadata
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window
 
 

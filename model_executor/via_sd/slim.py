@@ -15,14 +15,12 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 
-from vllm_nvium.model_executor.nvium.completion import Rows, common_attention_metadata
-from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, skipped_layers
-from vllm_nvium.via_sd.options import ViaSDOptions
+from vllm_nvium.model_executor.rows import Rows, common_attention_metadata
 
 
 class SlimPass(Protocol):
     """A cheaper pass over some rows that gives states for the unembedding; the window and the model
-    runner know nothing else of the tier. `make_slim_pass` makes the one that the options ask for.
+    runner know nothing else of the tier.
 
     Attributes:
         attention_groups: per KV cache group vLLM's attention groups, whose metadata builders
@@ -47,14 +45,6 @@ class SlimPass(Protocol):
         """A pass without requests, so that it is compiled at start and counts in the memory
         profile."""
         ...
-
-
-def make_slim_pass(model: nn.Module, options: ViaSDOptions, vllm_config: VllmConfig) -> SlimPass:
-    """The tier between the drafter and `model`, the target as vLLM loaded it."""
-    config = vllm_config.model_config
-    layers, identity = config.hf_text_config.num_hidden_layers, config.hf_config
-    skipped = skipped_layers(options.mask, layers, ModelIdentity.from_config(identity))
-    return SlimVerifier(model, skipped, vllm_config)
 
 
 class SlimVerifier:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_nvium.model_executor.nvium.completion import Rows
 from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
+from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.step import Window
 
 

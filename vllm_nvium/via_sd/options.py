@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.engine.given import (
+from vllm_nvium.engine.feature import running
+from vllm_nvium.engine.options import (
     LARGEST_COUNT,
     Remembered,
+    flag,
     is_count,
     is_one_of,
     is_share,
@@ -19,7 +21,7 @@ from vllm_nvium.engine.given import (
     shown,
 )
 from vllm_nvium.errors import UserError
-from vllm_nvium.nvium.options import is_nvium
+from vllm_nvium.model_executor.via_sd import DEFAULT_WINDOW
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,7 +60,7 @@ class ViaSDOptions:
     mode: str = "lossless"
     accept: float = 0.5
     escalate: float = 0.3
-    window: int = 16
+    window: int = DEFAULT_WINDOW
     rounds: int | str = AUTO
     max_batch: int | None = None
     allow_paper_mode: bool = False
@@ -81,7 +83,7 @@ class ViaSDOptions:
         if not switch:
             if given:
                 key, value = next(iter(given.items()))
-                raise UserError(f"{_flag(key)} is {shown(value)}, but VIA-SD is off; add --via-sd.")
+                raise UserError(f"{flag(key)} is {shown(value)}, but VIA-SD is off; add --via-sd.")
             return None
         values = {key.removeprefix(PREFIX): value for key, value in given.items()}
         known = [field.name for field in fields(cls)]
@@ -91,7 +93,7 @@ class ViaSDOptions:
                     f"additional_config {shown(PREFIX + name)} is not an option of VIA-SD; there "
                     f"are {', '.join(PREFIX + option for option in known if option != 'drafts')}."
                 )
-            _check_value(f"{_flag(PREFIX + name)} (additional_config)", name, value)
+            _check_value(f"{flag(PREFIX + name)} (additional_config)", name, value)
         options = cls(**values)
         _check_thresholds("--via-sd-", options.accept, options.escalate)
         for name in THRESHOLDS:
@@ -247,11 +249,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_on_command_line(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as keys of `additional_config`."""
-    return {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
-
-
 def is_own(key: str) -> bool:
     """Whether a key of `additional_config` or of `vllm_xargs` is meant for VIA-SD."""
     return key == KEY or key.startswith(PREFIX)
@@ -309,8 +306,8 @@ def _refuse_options(sampling_params: "SamplingParams", vllm_config: "VllmConfig"
     """Of a request to an engine without VIA-SD."""
     for key, value in picked_of_request(sampling_params.extra_args, is_own).items():
         remedy = "the server must be started with --via-sd"
-        if is_nvium(vllm_config):
-            remedy = "an N-vium model leaves layers out by itself, so remove it"
+        if (other := running(vllm_config)) is not None:
+            remedy = f"an {other.name} model leaves layers out by itself, so remove it"
         raise UserError(f"vllm_xargs {shown(key)} is {shown(value)}, but VIA-SD is off; {remedy}.")
 
 
@@ -322,7 +319,7 @@ def _check_without_rounds(options: ViaSDOptions) -> None:
     for name, nothing in (("mode", "lossless"), ("max_batch", None), ("allow_paper_mode", False)):
         if (value := getattr(options, name)) != nothing:
             raise UserError(
-                f"{_flag(PREFIX + name)} is {value!r}, but --via-sd-rounds is 0, which is plain "
+                f"{flag(PREFIX + name)} is {value!r}, but --via-sd-rounds is 0, which is plain "
                 "speculative decoding and does not read it; remove it, or give rounds."
             )
 
@@ -387,7 +384,3 @@ def _rounds(text: str) -> int | str:
         raise argparse.ArgumentTypeError(
             f"{shown(text)} is neither 'auto' nor an integer"
         ) from None
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_nvium.model_executor.nvium.completion import Rows
+from vllm_nvium.engine.requests import GREEDY_BELOW
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
+from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.drafting import DraftAgain, drafts_again
-from vllm_nvium.model_executor.via_sd.slim import SlimPass, make_slim_pass
+from vllm_nvium.model_executor.via_sd.mask import skipped_layers
+from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
 from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows, slim_laws
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, extend
-from vllm_nvium.nvium.requests import GREEDY_BELOW
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
 from vllm_nvium.via_sd.planner import OFF, FixedRounds, Plan, RoundController
 from vllm_nvium.via_sd.sampler import TieredRejectionSampler
@@ -129,7 +130,10 @@ class ViaSDModelRunnerMixin(Runner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.slim = make_slim_pass(self.get_model(), self.via_sd, self.vllm_config)
+        layers = self.model_config.hf_text_config.num_hidden_layers
+        # The start has made a list of layers of what the user gave.
+        skipped = skipped_layers(self.via_sd.mask, layers)
+        self.slim = SlimVerifier(self.get_model(), skipped, self.vllm_config)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)

@@ -39,7 +39,7 @@ logger = logging.getLogger("vllm.via_sd")
 CPU_WORKER = "vllm_nvium.via_sd.cpu_worker.ViaSDCPUWorker"
 GPU_WORKER = "vllm_nvium.via_sd.gpu_worker.ViaSDGPUWorker"
 SCHEDULER = "vllm_nvium.via_sd.scheduler.ViaSDScheduler"
-DRAFTS = PREFIX + "drafts"
+DRAFTS, MASK = PREFIX + "drafts", PREFIX + "mask"
 V2_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 # Targets whose inner model is a loop over a plain list of layers, and whose layers take and return
 # (hidden, residual): `forward` of the class itself runs on any part of the list.
@@ -218,7 +218,12 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if may_keep:
         _warn_of_penalties(model.get_diff_sampling_param())
-    from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, mask_file_of, skipped_layers
+    from vllm_nvium.model_executor.via_sd.mask import (
+        ModelIdentity,
+        layer_list,
+        mask_file_of,
+        skipped_layers,
+    )
 
     skipped = skipped_layers(
         options.mask,
@@ -227,6 +232,8 @@ def check(vllm_config: "VllmConfig") -> None:
     )
     if (mask_file := mask_file_of(options.mask)) is not None:
         _check_weights(options.mask, mask_file, vllm_config)
+    # Workers skip what was checked here: a file may change, and other processes may not see it.
+    vllm_config.additional_config[MASK] = layer_list(skipped)
     if vllm_config.use_v2_model_runner:
         raise UserError(
             f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "

@@ -33,8 +33,8 @@ from torch import nn
 from vllm_nvium.console import Progress
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
+from vllm_nvium.model_executor.via_sd import DEFAULT_WINDOW
 from vllm_nvium.model_executor.via_sd.mask import even_layers, layer_list
-from vllm_nvium.via_sd.options import ViaSDOptions
 
 # Skipped layers in ascending order -> what such a slim verifier is worth.
 Score = Callable[[tuple[int, ...]], float]
@@ -54,7 +54,7 @@ ATTEMPTS = 16
 # Rounds of slim checks in every window while speed is measured: with `auto` an engine would leave a
 # tier that does not pay alone, and all masks would be as fast as plain decoding. Its windows, which
 # are those of `--via-sd-window`; and timed runs, of which the median counts.
-ROUNDS, WINDOW, TIMED_RUNS = 2, ViaSDOptions.window, 3
+ROUNDS, WINDOW, TIMED_RUNS = 2, DEFAULT_WINDOW, 3
 # Up to so many masks are listed rather than drawn.
 MOST_LISTED = 10_000
 

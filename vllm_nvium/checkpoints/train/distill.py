@@ -301,7 +301,7 @@ def _write_header(files: Files, header: Header) -> None:
 
 def _run_child(request: Mapping[str, Any], files: Files) -> None:
     """Sample in a process of its own: it takes the engine's memory with it when it ends."""
-    from vllm_nvium.cli.demo import environment_for
+    from vllm_nvium.environment import environment_for
 
     environment = environment_for(str(request["parent"]), os.environ)
     # The child is the engine's own process: a second one would only start later and end later.

@@ -6,14 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_nvium.engine.given import picked, shown
+from vllm_nvium.engine.feature import features
+from vllm_nvium.engine.options import picked, shown
 from vllm_nvium.engine.patches import Patch
-from vllm_nvium.nvium import options as flags
-from vllm_nvium.via_sd import options as via_sd
 
 
 def _is_own(key: str) -> bool:
-    return flags.is_own(key) or via_sd.is_own(key)
+    return any(feature.is_own(key) for feature in features())
 
 
 def _without_own_options(original: Callable[..., Any]) -> Callable[..., Any]:

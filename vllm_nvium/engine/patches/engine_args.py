@@ -6,35 +6,29 @@ loads them before its parser is built, and otherwise inside the first `EngineArg
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_nvium.engine.feature import features
+from vllm_nvium.engine.options import given_on_command_line, merge
 from vllm_nvium.engine.patches import Patch
 from vllm_nvium.errors import UserError
-from vllm_nvium.nvium.as_drafter import check_drafter, refuse_nvium_drafter
-from vllm_nvium.nvium.options import (
-    ARCHITECTURE,
-    KEYS,
-    add_arguments,
-    additional_keys,
-    given_on_command_line,
-    is_nvium,
-    merge,
-)
-from vllm_nvium.via_sd import options as via_sd
-from vllm_nvium.via_sd.start import check, instead_of, prepared
 
 MODULE, CLASS = "vllm.engine.arg_utils", "EngineArgs"
-KEYWORDS = (*KEYS, *via_sd.KEYS)
+
+
+def _keys() -> tuple[str, ...]:
+    return tuple(key for feature in features() for key in feature.keys)
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
-        add_arguments(parser)
-        via_sd.add_arguments(parser)
+        for feature in features():
+            feature.add_arguments(parser)
         return parser
 
     return add_cli_args
@@ -44,7 +38,7 @@ def _with_keywords(original: Callable[..., Any]) -> Callable[..., Any]:
     # No fields are added: what is made from fields (the parser, copies, pickles, hashes) stays.
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = {key: kwargs.pop(key) for key in KEYWORDS if key in kwargs}
+        given = {key: kwargs.pop(key) for key in _keys() if key in kwargs}
         original(self, *args, **kwargs)
         if given:
             own = {key: value for key, value in given.items() if value is not None}
@@ -58,8 +52,7 @@ def _with_flag_values(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type, args: Any) -> Any:
         engine_args = original(cls, args)
         engine_args.additional_config = merge(
-            engine_args.additional_config,
-            given_on_command_line(args) | via_sd.given_on_command_line(args),
+            engine_args.additional_config, given_on_command_line(args, _keys())
         )
         return engine_args
 
@@ -69,21 +62,22 @@ def _with_flag_values(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_nvium_drafter(self)
+        _check_engine_args(self)
         # vLLM fills in defaults before it is done.
         given = copy.copy(self)
         given.additional_config = copy.copy(self.additional_config)
         try:
-            with prepared(self):
+            with ExitStack() as stack:
+                for feature in features():
+                    stack.enter_context(feature.prepared(self))
                 vllm_config = original(self, *args, **kwargs)
         except (ValueError, AssertionError, NotImplementedError) as error:
             best = _best_refusal(error, given, lambda one: original(one, *args, **kwargs))
             if best is error:
                 raise
             raise best from None
-        check_drafter(vllm_config)
-        check(vllm_config)
-        _refuse_flags_of_nvium(vllm_config)
+        for feature in features():
+            feature.check(vllm_config)
         return vllm_config
 
     return create_engine_config
@@ -98,22 +92,18 @@ def _best_refusal(error: Exception, given: Any, make: Callable[[Any], Any]) -> E
         return refusal
     try:
         # By now vLLM has fetched a drafter that was not here.
-        refuse_nvium_drafter(given)
+        _check_engine_args(given)
     except UserError as refusal:
         return refusal
-    other = instead_of(error, given, make)
-    return error if other is None else _own_refusal(other) or other
+    for feature in features():
+        if (other := feature.instead_of(error, given, make)) is not None:
+            return _own_refusal(other) or other
+    return error
 
 
-def _refuse_flags_of_nvium(vllm_config: Any) -> None:
-    given = additional_keys(vllm_config)
-    if given and vllm_config.model_config is not None and not is_nvium(vllm_config):
-        key, value = next(iter(given.items()))
-        raise UserError(
-            f"--{key.replace('_', '-')} (additional_config {key!r}) is {value!r}, but "
-            f"{vllm_config.model_config.model} is a {vllm_config.model_config.architecture} and "
-            f"the option works on {ARCHITECTURE} only; remove it."
-        )
+def _check_engine_args(engine_args: Any) -> None:
+    for feature in features():
+        feature.check_engine_args(engine_args)
 
 
 def _own_refusal(error: Exception) -> UserError | None:

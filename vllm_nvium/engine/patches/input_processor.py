@@ -7,9 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_nvium.engine.feature import features
 from vllm_nvium.engine.patches import Patch
-from vllm_nvium.nvium import options as flags
-from vllm_nvium.via_sd import options as via_sd
 
 
 def check(params: Any, vllm_config: Any) -> None:
@@ -21,8 +20,8 @@ def check(params: Any, vllm_config: Any) -> None:
     if not isinstance(params, SamplingParams):
         return
     try:
-        flags.validate_request(params, vllm_config)
-        via_sd.validate_request(params, vllm_config)
+        for feature in features():
+            feature.validate_request(params, vllm_config)
     except ValueError as error:
         # The server answers this class with 400, a plain ValueError not in every route.
         raise VLLMValidationError(str(error)) from None

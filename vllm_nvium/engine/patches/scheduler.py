@@ -8,13 +8,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.patches import Patch
 
 
 def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_own(self.vllm_config):
+        if running(self.vllm_config) is not None:
             manager = self.kv_cache_manager
             groups = manager.get_blocks(request.request_id).blocks
             uncomputed = {
@@ -29,13 +30,6 @@ def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., An
         return original(self, request, *args, **kwargs)
 
     return _preempt_request
-
-
-def _is_own(vllm_config: Any) -> bool:
-    from vllm_nvium.nvium.options import is_nvium
-    from vllm_nvium.via_sd.options import options_of
-
-    return is_nvium(vllm_config) or options_of(vllm_config) is not None
 
 
 PATCHES = (

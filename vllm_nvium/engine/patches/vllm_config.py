@@ -7,17 +7,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_nvium.engine.feature import features
 from vllm_nvium.engine.patches import Patch
-from vllm_nvium.via_sd.options import is_on
 
 
-def _v1_with_via_sd(original: Callable[..., Any]) -> Callable[..., Any]:
+def _v1_where_needed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def use_v2_model_runner(self: Any) -> bool:
         import vllm.envs as envs
 
         # Who set the variable has chosen, and is told at start when it is the wrong one.
-        if envs.VLLM_USE_V2_MODEL_RUNNER is None and is_on(self.additional_config):
+        if envs.VLLM_USE_V2_MODEL_RUNNER is None and any(
+            feature.needs_runner_v1(self.additional_config) for feature in features()
+        ):
             return False
         return bool(original(self))
 
@@ -29,7 +31,7 @@ PATCHES = (
         "vllm.config.vllm",
         "VllmConfig",
         "use_v2_model_runner",
-        _v1_with_via_sd,
+        _v1_where_needed,
         without="VIA-SD is refused wherever vLLM's default is Model Runner V2",
         until="VIA-SD runs on Model Runner V2",
         kind=property,

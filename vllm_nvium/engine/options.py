@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reading options has in common for both methods: which keys of a mapping are a method's, and
-how a value is shown in an error. Requests come from anybody, so nothing here fails on any value."""
+"""What reading options has in common for both methods: which keys of a mapping are a method's, how
+flags get into `additional_config`, and how a value is shown in an error. Requests come from
+anybody, so nothing here fails on any value."""
 
+import argparse
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from vllm_nvium.errors import UserError
@@ -58,6 +60,39 @@ def is_one_of(value: Any, names: tuple[str, ...]) -> bool:
     """Whether a value is one of some strings; only strings are compared, because `==` of others
     (arrays) may answer with anything."""
     return isinstance(value, str) and value in names
+
+
+def flag(key: str) -> str:
+    """The flag of a key of `additional_config`."""
+    return "--" + key.replace("_", "-")
+
+
+def given_on_command_line(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, as keys of `additional_config`."""
+    return {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
+
+
+def merge(additional_config: Any, flags: Mapping[str, Any]) -> Any:
+    """`additional_config` with the flags added.
+
+    Raises:
+        UserError: the same option is given twice with different values.
+    """
+    if not flags:
+        return additional_config
+    if not isinstance(additional_config, dict):
+        raise UserError(
+            f"--additional-config is a {type(additional_config).__name__}, and {flag(min(flags))} "
+            "can only be added to a JSON object."
+        )
+    for key, value in flags.items():
+        other = additional_config.get(key)
+        if other is not None and other != value:
+            raise UserError(
+                f"{flag(key)} is {value!r} but --additional-config says {key} = {shown(other)}; "
+                "give one of them."
+            )
+    return {**additional_config, **flags}
 
 
 def shown(value: Any) -> str:

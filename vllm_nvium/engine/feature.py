@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method brings to an engine, as one record. Patches and plugin go through the records, so
+that neither names a method, and a method never imports the other."""
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _unchanged(_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One method.
+
+    Attributes:
+        name: for messages.
+        keys: its options, as keys of `additional_config` and as keyword arguments of `LLM`.
+        is_own: whether a key of `additional_config` or `vllm_xargs` is meant for it.
+        add_arguments: adds its flags to vLLM's parser; unset flags are None.
+        validate_request: refuses a request whose options this engine does not take.
+        is_on: whether an engine of this configuration runs it.
+        check_engine_args: refuses what is wrong before vLLM makes its configuration.
+        prepared: while vLLM makes its configuration, engine arguments as the method needs them.
+        check: refuses a configuration that cannot work.
+        instead_of: given an error of vLLM's own, the engine arguments as the user gave them and
+            vLLM's way to a configuration: what to raise instead, or None.
+        make_stat_logger: of a configuration, the engines' numbers and whether it writes log lines;
+            None where there is nothing to log.
+        needs_runner_v1: whether it does not run on Model Runner V2; asked of `additional_config`.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    is_own: Callable[[str], bool]
+    add_arguments: Callable[["argparse.ArgumentParser"], None]
+    validate_request: Callable[["SamplingParams", "VllmConfig"], None]
+    is_on: Callable[["VllmConfig"], bool]
+    check_engine_args: Callable[[Any], None] = _nothing
+    prepared: Callable[[Any], AbstractContextManager[None]] = _unchanged
+    check: Callable[["VllmConfig"], None] = _nothing
+    instead_of: Callable[[Exception, Any, Callable[[Any], "VllmConfig"]], Exception | None] = (
+        _nothing
+    )
+    make_stat_logger: Callable[["VllmConfig", Any, bool], Any | None] = _nothing
+    needs_runner_v1: Callable[[Any], bool] = lambda _: False
+
+
+# "module:NAME" of every record, so that a method is imported when it is first needed.
+FEATURES = ("vllm_nvium.nvium.feature:NVIUM", "vllm_nvium.via_sd.feature:VIA_SD")
+
+
+@cache
+def features() -> tuple[Feature, ...]:
+    """Every method."""
+    found = []
+    for path in FEATURES:
+        module, _, name = path.partition(":")
+        found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
+
+
+def running(vllm_config: "VllmConfig", other_than: str = "") -> Feature | None:
+    """The method that an engine of this configuration runs, if any, leaving out one by name."""
+    for feature in features():
+        if feature.name != other_than and feature.is_on(vllm_config):
+            return feature
+    return None
