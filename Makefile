@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a log, pip's progress bar is a page of fragments.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet --progress-bar off)
 
-.PHONY: demo serve test soak-exactness check doctor clean
+.PHONY: demo serve test test-fast soak-exactness check doctor clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vllm-nvium demo $(MODEL) $(ARGS)
@@ -26,11 +26,15 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q $(ARGS)
 
+# Formulas and files: no engine is started.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q tests/unit $(ARGS)
+
 # Hours. ARGS="--tokens 20000 --seed 3" for less, or other crowds.
 soak-exactness: $(VENV)/.installed-test
-	$(BIN)/python tests/soak_exactness.py $(ARGS)
-	PYTHONPATH=tests/triton_interpreter TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 \
-	  $(BIN)/python tests/soak_exactness.py --v2 --tokens 10000
+	PYTHONPATH=tests/helpers $(BIN)/python tests/soak/exactness.py $(ARGS)
+	PYTHONPATH=tests/gpu/triton_interpreter:tests/helpers TRITON_INTERPRET=1 \
+	  VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python tests/soak/exactness.py --v2 --tokens 10000
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -23,11 +23,22 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("VIA-SD on real models", "tests/test_via_sd_real_models.py")
+    group = parser.getgroup(
+        "VIA-SD on real models", "tests/engine/via_sd/test_via_sd_real_models.py"
+    )
     group.addoption("--via-sd-target", default="", help="checkpoint of the target")
     group.addoption("--via-sd-drafter", default="", help="draft model (default: n-gram lookup)")
     group.addoption("--via-sd-prompts", default="", help="JSON lines with `prompt`")
     group.addoption("--via-sd-most-prompts", default=164, type=int, help="use so many of them")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test is marked by the folder that it stands in."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0]
+        if folder in ("engine", "server", "gpu"):
+            item.add_marker(folder)
 
 
 def pytest_unconfigure() -> None:

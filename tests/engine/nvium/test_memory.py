@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tiny_models import make_dense, make_nvium
 
-SCRIPT = Path(__file__).with_name("peak_memory.py")
+SCRIPT = Path(__file__).parents[2] / "helpers" / "peak_memory.py"
 # A vocabulary that makes the logits large beside everything else.
 SIZES = {"vocab_size": 32000, "max_position_embeddings": 2048, "initializer_range": 0.02}
 

@@ -394,7 +394,7 @@ def test_what_a_lossless_server_refuses_is_a_400(
 
 
 def test_the_server_example(server: tuple[str, Path]) -> None:
-    example = Path(__file__).parent.parent / "examples" / "via_sd_serve.py"
+    example = Path(__file__).parents[3] / "examples" / "via_sd_serve.py"
     result = subprocess.run(
         [sys.executable, str(example), "--base-url", f"{server[0]}/v1", "--prompt", "w5 w9 w5 w9"],
         capture_output=True,

@@ -3,18 +3,14 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from measured import copied
 from pass_clock import PassClock, at_mean_times, summed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from via_sd_dial import by_cost, construct
 from via_sd_modelled import accept_for, plain_speed, via_speed
 

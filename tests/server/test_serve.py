@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VLLM = Path(sys.executable).with_name("vllm")
 PROMPT = "w5 w9 w17 w33"
 # Random routers and heads: the greedy choice is well defined, and the model ends no sequence early.

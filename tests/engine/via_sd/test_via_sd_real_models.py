@@ -3,7 +3,7 @@
 same build of vLLM, with prefix caching, chunked prompts, preemption and mixed batches. It takes
 minutes to hours and needs checkpoints, so it runs only where they are named:
 
-    pytest tests/test_via_sd_real_models.py --timeout 0 \\
+    pytest tests/engine/via_sd/test_via_sd_real_models.py --timeout 0 \\
         --via-sd-target TARGET [--via-sd-drafter DRAFT_MODEL] --via-sd-prompts humaneval.jsonl
 """
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from vllm_nvium import plugin
-from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions, merge, validate_request
+from vllm_nvium.engine.options import merge
+from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions, validate_request
 
 
 def config(**additional: Any) -> Any:

@@ -3,19 +3,15 @@
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import sandbox
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SECONDS = 2
 ISOLATED = [
     pytest.param(

@@ -20,7 +20,7 @@ from tiny_models import DENSE_KINDS, make_dense
 from vllm_nvium.checkpoints.convert.command import convert
 from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
-SCRIPT = Path(__file__).with_name("generate_greedy.py")
+SCRIPT = Path(__file__).parents[2] / "helpers" / "generate_greedy.py"
 
 
 @pytest.mark.parametrize("kind", DENSE_KINDS)
