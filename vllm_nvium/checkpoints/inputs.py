@@ -142,3 +142,42 @@ def check_tokenizers_agree(dense: str, tokenizer: Any, sample: str = TOKENIZER_S
             f"--dense is {dense!r}, whose tokenizer gives other tokens than MODEL's for "
             "the same text; the dense parent or twin of MODEL is needed."
         )
+
+
+def load_model(name: str, flag: str, dtype: str, **how: Any) -> Any:
+    """A causal language model with all of its weights, in evaluation mode, on the GPU if there is
+    one.
+
+    Args:
+        dtype: a name of PyTorch's, as `--dtype` takes it.
+        how: more arguments of `from_pretrained`.
+
+    Raises:
+        UserError: the weights cannot be loaded, or one of them is missing.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True, **how
+        )
+        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{flag} is {name!r}, which does not fit into memory in --dtype {dtype}: use --dtype "
+            "bfloat16, or leave CUDA_VISIBLE_DEVICES empty."
+        ) from error
+    except (
+        ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError
+    ) as error:  # fmt: skip
+        raise UserError(
+            f"{flag} is {name!r}, whose weights cannot be loaded ({first_line(error)})."
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{flag} is {name!r}, which has no tensor {missing[0]}, and a whole checkpoint is "
+            "needed."
+        )
+    return model
