@@ -2,7 +2,7 @@
 """N-vium against its dense twin: tokens per second of both in one run, taking turns on one machine.
 
 What is compared with what, and the limit that each row is held against, is printed above the
-table; `docs/benchmarks.md` holds the tables of past runs.
+table; `docs/results/nvium_speed.md` holds the tables of past runs.
 """
 
 import argparse
