@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of the command line tools: plain lines, and a progress bar where a person is looking.
-Kept apart, so that nothing else in the package prints."""
+"""What the command line tools read and print: lists in flags, plain lines, tables, and a progress
+bar where a person is looking. Kept apart, so that nothing else in the package prints."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -52,12 +53,30 @@ def progress(title: str, total: int, unit: str = "B") -> Iterator[Progress]:
         yield bar
 
 
-def table(rows: Iterable[tuple[str, ...]]) -> None:
-    """Print columns padded to their widest cell; the last column is left as it is."""
-    cells = list(rows)
-    if not cells:
-        return
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
-    for row in cells:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        say("  ".join([*padded, row[-1]]).rstrip())
+def table(rows: Iterable[tuple[str, ...]], numbers: bool = False) -> None:
+    """Print columns padded to their widest cell.
+
+    Args:
+        numbers: every column but the first is one of numbers, which stand on the right.
+    """
+    columns = []
+    for place, cells in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, cells))
+        right = numbers and place > 0
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
+    for row in zip(*columns, strict=True):
+        say("  ".join(row).rstrip())
+
+
+def comma_separated(kind: type) -> Callable[[str], list[Any]]:
+    """An argparse type: a comma-separated list of `kind`."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise ArgumentTypeError(
+                f"{text!r} is not a comma-separated list of {kind.__name__} values"
+            ) from None
+
+    return parse

@@ -3,7 +3,6 @@
 one sentence for everything else, and never half a folder.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -20,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, make_nvium, save_tokenizer
-from vllm_nvium.checkpoints.convert import checkpoint
-from vllm_nvium.checkpoints.convert.command import add_arguments, convert, run
+from vllm_nvium import cli, files
+from vllm_nvium.checkpoints.convert import checkpoint, convert
 from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, hazard_margin
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -37,9 +36,7 @@ def load(path: Path) -> NviumForCausalLM:
 
 
 def command(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(word) for word in words]))
+    return cli.main(["convert", *map(str, words)])
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -546,7 +543,7 @@ def test_out_is_a_file(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dense(tmp_path / "dense")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"0\.00 GB free, and the checkpoint needs"):
         convert(tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
@@ -578,14 +575,14 @@ def test_a_failed_swap_puts_the_old_folder_back(
 ) -> None:
     make_dense(tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "out")
-    replace = checkpoint.os.replace
+    replace = files.os.replace
 
     def fail(old: Path, new: Path) -> None:
         if str(old).endswith(".partial"):
             raise OSError(5, "Input/output error")
         replace(old, new)
 
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(UserError, match="could not be written"):
         convert(tmp_path / "dense", tmp_path / "out", force=True)
     monkeypatch.undo()

@@ -19,18 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from tiny_models import make_dense, make_nvium, save_tokenizer
 from vllm_nvium import cli
-from vllm_nvium.checkpoints.convert.command import convert
+from vllm_nvium.checkpoints.convert import convert
 from vllm_nvium.checkpoints.convert.dense import DenseOptions
-from vllm_nvium.checkpoints.evaluate.command import parse_texts
-from vllm_nvium.checkpoints.evaluate.measure import (
-    Comparison,
-    DenseEvaluation,
-    Evaluation,
-    ExitUse,
+from vllm_nvium.checkpoints.evaluate.formulas import (
     backbone_bytes,
-    compare,
-    evaluate,
-    evaluate_dense,
     exit_bytes,
     expected_bytes,
     greedy_exits,
@@ -39,7 +31,17 @@ from vllm_nvium.checkpoints.evaluate.measure import (
     sampled_shares,
     top_tokens,
 )
-from vllm_nvium.checkpoints.evaluate.plots import HistoryPoint, draw, read_history
+from vllm_nvium.checkpoints.evaluate.history import HistoryPoint, read_history
+from vllm_nvium.checkpoints.evaluate.measure import evaluate, evaluate_dense
+from vllm_nvium.checkpoints.evaluate.plots import draw
+from vllm_nvium.checkpoints.evaluate.results import (
+    Comparison,
+    DenseEvaluation,
+    Evaluation,
+    ExitUse,
+    compare,
+)
+from vllm_nvium.cli.eval import parse_texts
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -193,12 +195,12 @@ def test_hazards_of_zero_have_the_parents_perplexity(
     assert found.agreement is not None and found.agreement[-1] == found.greedy_agreement == 1.0
     assert all(share < 1.0 for share in found.agreement[:-1])
     comparison = compare(found, parent)
-    assert comparison.ratio == 1.0 and comparison.log_ratio_error == 0.0
+    assert comparison.perplexity_ratio == 1.0 and comparison.log_ratio_standard_error == 0.0
     # Nothing is read but the parent's weights and three norms of exits.
     dense_bytes = backbone_bytes(model.config, dtype.itemsize)
     assert parent.bytes_per_token == dense_bytes
     assert found.sampled.bytes_per_token == dense_bytes + 3 * 64 * dtype.itemsize
-    assert comparison.sampled_speedup == found.sampled.speedup
+    assert comparison.sampled_expected_speedup == found.sampled.expected_speedup
 
 
 @torch.no_grad()
@@ -223,8 +225,8 @@ def test_constant_hazards_by_hand(tmp_path: Path) -> None:
     expected = 0.5 * weights[0] + 0.125 * weights[1] + 0.375 * weights[2]
     assert found.sampled.bytes_per_token == pytest.approx(expected, rel=1e-6)
     dense = backbone_bytes(model.config, itemsize=4)
-    assert found.sampled.speedup == pytest.approx(dense / expected, rel=1e-6)
-    assert found.greedy.speedup == pytest.approx(dense / weights[2])
+    assert found.sampled.expected_speedup == pytest.approx(dense / expected, rel=1e-6)
+    assert found.greedy.expected_speedup == pytest.approx(dense / weights[2])
 
 
 def test_greedy_depth_by_hand(tmp_path: Path) -> None:
@@ -337,8 +339,8 @@ def test_history_keeps_the_last_word_on_every_step(tmp_path: Path) -> None:
         + history_line(30)[:25]  # the run was killed while it wrote this
     )
     assert read_history(tmp_path) == [
-        HistoryPoint(10, 3.5, 0.8, None, None),
-        HistoryPoint(20, 2.5, 0.8, 2.9, 0.1),
+        HistoryPoint(10, 3.5, 0.8, None),
+        HistoryPoint(20, 2.5, 0.8, 2.9),
     ]
 
 
@@ -591,21 +593,21 @@ def test_refusals(
     def no_work(*args: Any, **kwargs: Any) -> None:
         pytest.fail("weights were loaded before the refusal")
 
-    monkeypatch.setattr("vllm_nvium.checkpoints.evaluate.command._load", no_work)
+    monkeypatch.setattr("vllm_nvium.checkpoints.evaluate.checkpoint.load_model", no_work)
     words, message = REFUSALS[case]
     words = [word.format(r=retrofit, o=others) for word in words]
     if "--block-size" not in words:
         words += ["--block-size", "256"]
     assert cli.main(["eval", *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("vllm-nvium eval: ") and message in lines[-1], lines
+    assert lines[-1].startswith("vllm-nvium eval: error: ") and message in lines[-1], lines
     assert not any("Traceback" in line for line in lines)
 
 
 def test_help_knows_the_commands_without_loading_torch() -> None:
     code = (
         "import sys; from vllm_nvium import cli; text = cli.build_parser().format_help();"
-        "assert all(name in text for name in ('convert', 'train', 'eval')), text;"
+        "assert all(name in text for name in cli.COMMANDS), text;"
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

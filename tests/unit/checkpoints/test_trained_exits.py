@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vllm_nvium import demo
-from vllm_nvium.convert.exits import OWN
+from vllm_nvium.checkpoints.convert.exits import OWN
+from vllm_nvium.cli import demo
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 

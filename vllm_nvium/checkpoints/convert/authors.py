@@ -10,6 +10,7 @@ written dtype. `router_temp: 0` is a decoding choice (leave when p > 0.5), not a
 a mixture could have; the learnt hazards are kept as they are. Both are reported as a note.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -110,48 +111,31 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     if source.folder is None:
         raise UserError(f"{source.name} is not a folder, and the authors' layout is one.")
     path = find_yaml(source.folder)
-    yaml_fields = read_yaml(path)
+    experiment = read_yaml(path)
     source = _without_compiled_prefix(source)
-    layers = _exit_layers(yaml_fields, path)
-    fields = dense_fields(source)
-    # Where the YAML is silent the release ties them and notes it in config.json.
-    written = bool(source.config.get("tie_word_embeddings", True))
-    tied = _tying(yaml_fields, path, "tie_final_to_embeddings", written)
-    exit_head = _exit_head(yaml_fields, path)
-    source = _with_unembeddings(source, len(layers), tied, exit_head)
-    router = _section(yaml_fields, path, "router")
-    blocks = _router_blocks(source, router, path)
-    config = make_config(
-        fields
-        | {
-            "tie_word_embeddings": tied,
-            "exit_layers": layers,
-            "exit_head": exit_head,
-            "exit_adapter_size": _adapter_size(
-                source, yaml_fields, path, "early_adapter", "early_adapters.0.0.weight"
-            ),
-            "final_adapter_size": _adapter_size(
-                source, yaml_fields, path, "final_adapter", "final_adapter.0.weight"
-            ),
-            "router_intermediate_size": _size(
-                router.get("intermediate_size"), source, "router_layers.0.layers.0.fc1.weight"
-            ),
-            "router_hidden_size": _size(
-                router.get("hidden_size"), source, "router_layers.0.layers.0.fc2.weight"
-            ),
-            "router_num_blocks": blocks,
-        }
+    fields = dense_fields(source) | {
+        "exit_layers": _exit_layers(experiment, path),
+        # Where the YAML is silent the release ties them and notes it in config.json.
+        "tie_word_embeddings": _tying(
+            experiment,
+            path,
+            "tie_final_to_embeddings",
+            bool(source.config.get("tie_word_embeddings", True)),
+        ),
+        "exit_head": _exit_head(experiment, path),
+    }
+    source = _with_unembeddings(
+        source, len(fields["exit_layers"]), fields["tie_word_embeddings"], fields["exit_head"]
     )
-    scale, notes = _router_scale(router, path)
-    shapes = expected_shapes(config)
+    config = make_config(fields | _sizes(source, experiment, path))
+    scale, notes = _router_scale(_section(experiment, path, "router"), path)
     tensors: TensorPlan = {}
     used = set()
-    for name, shape in shapes.items():
+    for name, shape in expected_shapes(config).items():
         theirs = _authors_name(name)
         used.add(theirs)
         _check_shape(source, theirs, shape)
-        head = ".router.head." in name
-        tensors[name] = _loader(source, theirs, scale if head else 1.0)
+        tensors[name] = _loader(source, theirs, scale if ".router.head." in name else 1.0)
     for name in sorted(set(source.shapes) - used):
         if not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
@@ -161,6 +145,25 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     return config, tensors, notes
 
 
+def _sizes(source: Source, experiment: dict[str, Any], path: Path) -> dict[str, int]:
+    """The fields of `NviumConfig` that size adapters and routers."""
+    router = _section(experiment, path, "router")
+    first = "router_layers.0.layers.0"
+    return {
+        "router_num_blocks": _router_blocks(source, router, path),
+        "router_intermediate_size": _size(
+            router.get("intermediate_size"), source, f"{first}.fc1.weight"
+        ),
+        "router_hidden_size": _size(router.get("hidden_size"), source, f"{first}.fc2.weight"),
+        "exit_adapter_size": _adapter_size(
+            source, experiment, path, "early_adapter", "early_adapters.0.0.weight"
+        ),
+        "final_adapter_size": _adapter_size(
+            source, experiment, path, "final_adapter", "final_adapter.0.weight"
+        ),
+    }
+
+
 def _without_compiled_prefix(source: Source) -> Source:
     theirs = {name.removeprefix(COMPILED_PREFIX): name for name in source.shapes}
     return _renamed(source, theirs)
@@ -168,14 +171,10 @@ def _without_compiled_prefix(source: Source) -> Source:
 
 def _renamed(source: Source, theirs: dict[str, str]) -> Source:
     """The same source under other names: `theirs` maps a new name to the one in the file."""
-    return Source(
-        name=source.name,
-        config=source.config,
+    return dataclasses.replace(
+        source,
         shapes={new: source.shapes[old] for new, old in theirs.items()},
         load=lambda name: source.load(theirs[name]),
-        copy_companions=source.copy_companions,
-        folder=source.folder,
-        load_config=source.load_config,
     )
 
 

@@ -6,13 +6,12 @@ identity, and a router with a constant hazard. With hazards of zero the result i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
-from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -92,53 +91,6 @@ def hazard_margin(hazard: float) -> float:
     if hazard in (0.0, 1.0):
         return CERTAIN if hazard else -CERTAIN
     return math.log(hazard) - math.log1p(-hazard)
-
-
-def open_gguf(path: Path, dtype: str) -> Source:
-    """Open a GGUF file, dequantised by transformers; the source's tensors are its state dict.
-
-    Args:
-        dtype: `"float32"`, or anything else for bfloat16: quantised weights have no dtype of
-            their own.
-
-    Raises:
-        UserError: the optional packages are missing, or transformers cannot read the file.
-    """
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"reading GGUF needs the package {error.name!r}: pip install gguf accelerate."
-        ) from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # noqa: BLE001 - its readers raise whatever the content trips over
-        raise UserError(f"transformers cannot read {path}: {first_line(error)}") from error
-    state = model.state_dict()
-
-    def copy_companions(out: Path) -> None:
-        tokenizer.save_pretrained(out)
-        model.generation_config.save_pretrained(out)
-
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)  # describes the file, not the dequantised weights
-    return Source(
-        name=str(path),
-        config=config,
-        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
-        load=state.__getitem__,
-        copy_companions=copy_companions,
-        load_config=lambda: model.config,
-    )
 
 
 def dense_fields(source: Source) -> dict[str, Any]:
