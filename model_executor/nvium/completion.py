@@ -190,14 +190,13 @@ class CatchUp:
         sequence = np.concatenate((waiting.sequence, sequence))
         positions = np.concatenate((waiting.positions, positions))
         slots = np.concatenate((waiting.slots, rows.slots))
-        if len(slots) <= self.max_rows:
-            order = np.lexsort((positions, sequence))
+        order = np.lexsort((positions, sequence))
+        if self._is_one_pass(sequence[order], positions[order]):
             joined = self._rows(batch, sequence[order], positions[order], slots[order])
-            if len(joined.first) <= self.max_ranges:
-                states = torch.cat([self.side_cache.read_states(waiting.slots), state])
-                self.side_cache.release(waiting.slots)
-                self.side_cache.marks[waiting.slots] = IN_FLIGHT
-                return joined, self._pass(joined, select(states, order), forward)
+            states = torch.cat([self.side_cache.read_states(waiting.slots), state])
+            self.side_cache.release(waiting.slots)
+            self.side_cache.marks[waiting.slots] = IN_FLIGHT
+            return joined, self._pass(joined, select(states, order), forward)
 
         self.split_passes += 1
         num_waiting = len(waiting.slots)
@@ -222,6 +221,13 @@ class CatchUp:
             output.index_copy_(0, target, select(states, moving))
         assert output is not None
         return rows, output
+
+    def _is_one_pass(self, sequence: np.ndarray, positions: np.ndarray) -> bool:
+        """Whether rows [T] fit into one pass. Found out before anything is made for them: a block
+        table of all ranges may be larger than all that vLLM has planned for."""
+        if len(positions) > self.max_rows:
+            return False
+        return len(range_starts(sequence, positions)) <= self.max_ranges
 
     def _pass(self, rows: Rows, state: torch.Tensor, forward: Segment) -> torch.Tensor:
         if rows is not self._entered:

@@ -13,6 +13,8 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+# The float64 before 1.
+_LARGEST = 1.0 - 2.0**-53
 _U30, _U27, _U31, _U11 = (np.uint64(s) for s in (30, 27, 31, 11))
 
 
@@ -38,7 +40,8 @@ def uniform_draws(seeds: np.ndarray, positions: np.ndarray, num_exits: int) -> n
         counters = positions.astype(np.uint64)[:, None] * np.uint64(num_exits + 1)
         counters = counters + np.arange(1, num_exits + 1, dtype=np.uint64)
         bits = _mix(_mix(seeds.astype(np.uint64))[:, None] + counters * _GOLDEN)
-    return ((bits >> _U11).astype(np.float64) + 0.5) * 2.0**-53
+    draws = ((bits >> _U11).astype(np.float64) + 0.5) * 2.0**-53
+    return np.minimum(draws, _LARGEST)  # the largest of 2^53 draws rounds to 1
 
 
 def margin_thresholds(seeds: np.ndarray, positions: np.ndarray, num_exits: int) -> np.ndarray:

@@ -4,17 +4,15 @@ has the target's own weights and writes the target's own KV cache, so it costs n
 later pass of the full model over the same positions makes good what it left open.
 """
 
-import types
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from vllm.compilation.backends import set_model_tag
-from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 
+from vllm_nvium.model_executor.layer_slice import make_slice
 from vllm_nvium.model_executor.rows import Rows, common_attention_metadata
 
 
@@ -103,26 +101,10 @@ class SlimVerifier:
 
 
 def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmConfig) -> nn.Module:
-    """A model of the class of `inner` that shares all of its modules and runs only some layers.
-
-    Its class and `forward` have names of their own: vLLM names what it compiled after them, and two
-    masks that shared a name would load each other's.
-    """
+    """A model of the class of `inner` that shares all of its modules and runs only some layers."""
     base = type(inner)
-    forward = base.forward
-    name = f"Slim{base.__name__}_{'_'.join(map(str, skipped))}"
-    own = types.FunctionType(
-        forward.__code__.replace(co_name=f"forward_{name}"),
-        forward.__globals__,
-        "forward",
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    own.__qualname__ = f"{name}.forward"
-    own.__annotations__ = dict(forward.__annotations__)
-    own.__kwdefaults__ = forward.__kwdefaults__
 
-    def __init__(self: nn.Module) -> None:
+    def share(self: nn.Module, **_: Any) -> None:
         layers = [layer for i, layer in enumerate(inner.layers) if i not in skipped]
         # Everything is shared but the list of layers; nn.Module's own __init__ would empty it all.
         self.__dict__.update(vars(inner))
@@ -132,9 +114,13 @@ def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmCo
         # What EAGLE-3 has the target hand out is read by its drafter after the full pass only.
         self.aux_hidden_state_layers = ()
 
-    cls = type(name, (base,), {"__init__": __init__, "forward": own, "__doc__": base.__doc__})
-    # `positions` is [T], or [3, T] with multimodal rotary embeddings.
-    dims = {"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
-    cls = support_torch_compile(dynamic_arg_dims=dims)(cls)
-    with set_model_tag("via_sd_slim"):
-        return cls(vllm_config=vllm_config)
+    return make_slice(
+        f"Slim{base.__name__}_{'_'.join(map(str, skipped))}",
+        base,
+        base.forward,
+        # `positions` is [T], or [3, T] with multimodal rotary embeddings.
+        {"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0},
+        "via_sd_slim",
+        vllm_config,
+        init=share,
+    )

@@ -30,14 +30,14 @@ def test_reports_what_it_found(working_command, capsys) -> None:
     assert str(hooks.vllm_version()) in shown
     assert "model runner: V" in shown
     assert "architecture NviumForCausalLM: registered" in shown
-    for hook in hooks.HOOKS:
+    for hook in hooks.all_hooks():
         assert hook.path in shown
     assert "Nothing is missing." in shown
 
 
 def test_missing_name_makes_it_fail(working_command, capsys, monkeypatch) -> None:
     gone = Hook("vllm.forward_context", "no_such_name", why="a test", breaks="catch-up is lost")
-    monkeypatch.setattr(hooks, "HOOKS", (gone,))
+    monkeypatch.setattr(hooks, "all_hooks", lambda: (gone,))
     monkeypatch.setattr(doctor, "report_architectures", lambda: [])
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out

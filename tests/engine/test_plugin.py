@@ -2,7 +2,6 @@
 """The entry point: it never raises, may run twice, can be switched off, and leaves other models
 alone whatever it finds."""
 
-import ast
 import importlib
 import importlib.metadata
 import json
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_nvium import model_executor, plugin
-from vllm_nvium.engine import hooks, patches
+from vllm_nvium import plugin
+from vllm_nvium.engine import common_hooks, hooks, patches
 from vllm_nvium.engine.hooks import Hook
 
 
@@ -183,7 +182,7 @@ def test_missing_name_is_logged_and_refuses_nvium_only(
     restored, monkeypatch, nvium_log, nvium_checkpoint: Path, dense_checkpoint: Path
 ) -> None:
     gone = Hook("vllm.forward_context", "no_such_name", why="a test", breaks="catch-up is lost")
-    monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, gone))
+    monkeypatch.setattr(common_hooks, "HOOKS", (*common_hooks.HOOKS, gone))
     # The release that was tested is not searched again.
     plugin.register()
     assert nvium_log.text == ""
@@ -238,49 +237,77 @@ def test_exactly_tested_releases(version: str | None, tested: bool) -> None:
 def test_looking_for_names_imports_nothing() -> None:
     """Also where a module would import what it is asked for: `vllm.LLM` is half of vLLM."""
     code = (
-        "import sys, vllm; from vllm_nvium import hooks; before = set(sys.modules);"
+        "import sys, vllm; from vllm_nvium.engine import hooks; before = set(sys.modules);"
         "print(hooks.check(), sorted(set(sys.modules) - before))"
     )
     assert python(code) == "[] []"
 
 
-@pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.path)
+@pytest.mark.parametrize(
+    "hook", [hook for hook in hooks.all_hooks() if hook.name], ids=lambda hook: hook.path
+)
 def test_reading_the_source_agrees_with_importing_it(hook: Hook) -> None:
     assert hooks.is_importable(hook) == ""
+    assert hooks.is_present(hook)
     source = hooks._source(hook.module)
     assert source is not None
-    assert hooks._defines(source, hook.name)
     assert not hooks._defines(source, hook.name + "_gone")
 
 
-def imported_from_vllm() -> Iterator[tuple[Path, str, str]]:
-    """Every `from vllm.x import name` and `import vllm.x` (with an empty name) of the package."""
-    package = Path(hooks.__file__).parent.parent
-    for folder in (package, Path(model_executor.__file__).parent):
-        for path in folder.rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("vllm."):
-                    yield from ((path, str(node.module), alias.name) for alias in node.names)
-                elif isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                    yield from ((path, name, "") for name in names if name.startswith("vllm."))
+def test_a_method_that_lacks_a_name_is_off_and_the_other_runs(
+    restored, monkeypatch, nvium_checkpoint: Path, dense_checkpoint: Path
+) -> None:
+    def missing(method: str) -> None:
+        gone = Hook("vllm.forward_context", "no_such_name", "a test", "nothing", method=method)
+        monkeypatch.setattr(hooks, "check", lambda: [gone])
+        plugin.register()
+
+    drafter = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    via_sd = {"via_sd": True, "speculative_config": drafter}
+    monkeypatch.setattr(hooks, "vllm_version", lambda: "0.32.7")
+    missing("via_sd")
+    assert "nvium" in engine_config(nvium_checkpoint).parallel_config.worker_cls
+    with pytest.raises(ValueError, match="--via-sd is given, but VIA-SD is off: .*no_such_name"):
+        engine_config(dense_checkpoint, **via_sd)
+    missing("nvium")
+    with pytest.raises(ValueError, match="lacks vllm.forward_context:no_such_name"):
+        engine_config(nvium_checkpoint)
+    assert "via_sd" in engine_config(dense_checkpoint, **via_sd).parallel_config.worker_cls
 
 
-def test_every_import_from_vllm_is_in_the_table() -> None:
-    names = {(hook.module, hook.name.split(".")[0]) for hook in hooks.HOOKS}
-    modules = {hook.module for hook in hooks.HOOKS}
-    imports = list(imported_from_vllm())
-    assert len(imports) > 50
-    unlisted = [
-        f"{path.name}: {module} {name}"
-        for path, module, name in imports
-        if (module, name) not in names and f"{module}.{name}".rstrip(".") not in modules
-    ]
-    assert unlisted == []
+def overridden() -> Iterator[tuple[str, str]]:
+    """What classes of this package override of vLLM's classes: module, `Class.name`."""
+    package = Path(plugin.__file__).parent
+    for folder, _, names in os.walk(package, followlinks=True):
+        parts = Path(folder).relative_to(package).parts
+        if parts[:1] in (("cli",), ("checkpoints",)) or "__pycache__" in parts:
+            continue
+        for name in (name for name in names if name.endswith(".py")):
+            module = importlib.import_module(".".join(["vllm_nvium", *parts, name[:-3]]))
+            for cls in vars(module).values():
+                if isinstance(cls, type) and cls.__module__ == module.__name__:
+                    yield from overridden_by(cls)
+
+
+def overridden_by(cls: type) -> Iterator[tuple[str, str]]:
+    own = [base for base in cls.__mro__ if base.__module__.startswith("vllm_nvium.")]
+    others = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+    for name in {name for base in own for name in vars(base) if not name.startswith("__")}:
+        for base in others:
+            if name in vars(base):
+                yield base.__module__, f"{base.__name__}.{name}"
+                break
+
+
+def test_every_override_is_in_the_table() -> None:
+    rows = {(hook.module, hook.name) for hook in hooks.all_hooks()}
+    found = set(overridden())
+    assert ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states") in found
+    assert sorted(found - rows) == []
 
 
 def test_no_row_is_there_twice() -> None:
-    paths = [hook.path for hook in hooks.HOOKS]
+    paths = [hook.path for hook in hooks.all_hooks()]
     assert len(paths) == len(set(paths))
 
 

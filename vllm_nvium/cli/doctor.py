@@ -87,7 +87,7 @@ def report_command() -> list[str]:
 def report_hooks(*, fast: bool) -> list[str]:
     """The hook table with a status for each row."""
     rows, problems = [("status", "name in vLLM", "used to")], []
-    for hook in hooks.HOOKS:
+    for hook in hooks.all_hooks():
         error = ("" if hooks.is_present(hook) else "no such name") if fast else _import(hook)
         rows.append(("MISSING" if error else "ok", hook.path, error or hook.why))
         if error:
@@ -129,7 +129,9 @@ def report_architectures() -> list[str]:
         known = row.name in ModelRegistry.get_supported_archs()
         say(f"architecture {row.name}: {'registered' if known else 'NOT registered'}")
         if not known:
-            problems.append(f"{row.name} is not registered: {plugin.why_not() or 'see the log'}")
+            problems.append(
+                f"{row.name} is not registered: {'; '.join(plugin.why_not().values()) or 'see the log'}"
+            )
             continue
         try:
             plugin.load(row.model)

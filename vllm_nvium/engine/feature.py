@@ -3,11 +3,15 @@
 that neither names a method, and a method never imports the other."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from vllm_nvium.engine.hooks import Hook
+from vllm_nvium.engine.options import flag, picked
+from vllm_nvium.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +33,8 @@ class Feature:
     """One method.
 
     Attributes:
-        name: for messages.
+        name: for messages; folder: where it stands in this package.
+        hooks: names of vLLM that it alone needs, beside those that it imports.
         keys: its options, as keys of `additional_config` and as keyword arguments of `LLM`.
         is_own: whether a key of `additional_config` or `vllm_xargs` is meant for it.
         add_arguments: adds its flags to vLLM's parser; unset flags are None.
@@ -46,6 +51,8 @@ class Feature:
     """
 
     name: str
+    folder: str
+    hooks: tuple[Hook, ...]
     keys: tuple[str, ...]
     is_own: Callable[[str], bool]
     add_arguments: Callable[["argparse.ArgumentParser"], None]
@@ -65,14 +72,45 @@ class Feature:
 FEATURES = ("vllm_nvium.nvium.feature:NVIUM", "vllm_nvium.via_sd.feature:VIA_SD")
 
 
+# Folder of a method -> why it cannot run with the installed vLLM.
+_off: dict[str, str] = {}
+
+
 @cache
 def features() -> tuple[Feature, ...]:
-    """Every method."""
+    """Every method; of one that is switched off, a record that refuses its options."""
     found = []
     for path in FEATURES:
         module, _, name = path.partition(":")
-        found.append(getattr(importlib.import_module(module), name))
+        feature = getattr(importlib.import_module(module), name)
+        reason = _off.get(feature.folder)
+        found.append(feature if reason is None else _refusing(feature, reason))
     return tuple(found)
+
+
+def switch_off(reasons: Mapping[str, str]) -> None:
+    """Engines with options of these methods (by folder) are refused from now on; others are not."""
+    _off.clear()
+    _off.update(reasons)
+    features.cache_clear()
+
+
+def _refusing(feature: Feature, reason: str) -> Feature:
+    def check_engine_args(engine_args: Any) -> None:
+        for key in picked(engine_args.additional_config, feature.is_own):
+            raise UserError(f"{flag(key)} is given, but {feature.name} is off: {reason}")
+
+    return Feature(
+        name=feature.name,
+        folder=feature.folder,
+        hooks=feature.hooks,
+        keys=feature.keys,
+        is_own=feature.is_own,
+        add_arguments=feature.add_arguments,
+        validate_request=_nothing,
+        is_on=lambda _: False,
+        check_engine_args=check_engine_args,
+    )
 
 
 def running(vllm_config: "VllmConfig", other_than: str = "") -> Feature | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vllm_nvium.engine.feature import Feature
 from vllm_nvium.errors import UserError
 from vllm_nvium.nvium import as_drafter, options
+from vllm_nvium.nvium.hooks import HOOKS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,6 +27,8 @@ def _check(vllm_config: "VllmConfig") -> None:
 
 NVIUM = Feature(
     name="N-vium",
+    folder="nvium",
+    hooks=HOOKS,
     keys=options.KEYS,
     is_own=options.is_own,
     add_arguments=options.add_arguments,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.engine.feature import Feature
 from vllm_nvium.via_sd import options, start
+from vllm_nvium.via_sd.hooks import HOOKS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,6 +25,8 @@ def _make_stat_logger(vllm_config: "VllmConfig", engine_indexes: Any, logs: bool
 
 VIA_SD = Feature(
     name="VIA-SD",
+    folder="via_sd",
+    hooks=HOOKS,
     keys=options.KEYS,
     is_own=options.is_own,
     add_arguments=options.add_arguments,

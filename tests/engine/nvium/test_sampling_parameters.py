@@ -170,6 +170,24 @@ def test_weights_that_are_loaded_again_count(nvium: TraceEngine, tmp_path: Path)
     assert list(after) == list(before)
 
 
+def test_weights_that_are_written_in_place_count(nvium: TraceEngine, tmp_path: Path) -> None:
+    """Updates in vLLM's own layout, as in reinforcement learning: `load_weights` is not called."""
+    make_nvium(tmp_path / "constant", seed=1, hazards=[1.0, 0.0, 0.0])
+    path = tmp_path / "constant" / "model.safetensors"
+    constant = {name: w for name, w in load_file(path).items() if ".router.head." in name}
+    model = nvium.runner.model
+    routers = {name: w.clone() for name, w in model.named_parameters() if name in constant}
+    before = answers(nvium, {"temperature": 1.0, "seed": 1}, "routed")[0].outputs[0].token_ids
+    for written, are_constant in ((constant, True), (routers, False)):
+        options = {"weights_iterator": list(written.items()), "is_checkpoint_format": False}
+        nvium.engine.collective_rpc("reload_weights", kwargs=options)
+        nvium.engine.reset_prefix_cache()
+        after = answers(nvium, {"temperature": 1.0, "seed": 1}, "routed")[0].outputs[0].token_ids
+        assert (model.constant_margins is not None) == are_constant
+        assert (set(nvium.emitted["0"].exits.values()) == {0}) == are_constant
+    assert list(after) == list(before)
+
+
 class Ban(LogitsProcessor):
     """Forbids every token below 200, and so the favourites of most texts."""
 

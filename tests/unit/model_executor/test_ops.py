@@ -4,6 +4,7 @@ says which requests may leave early. Each is held against a formula or a naive l
 """
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from scipy import stats
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_nvium.model_executor.nvium.completion import CatchUp
+from vllm_nvium.model_executor.ops import draws
 from vllm_nvium.model_executor.ops.draws import margin_thresholds, request_seed, uniform_draws
 from vllm_nvium.model_executor.ops.head_rows import (
     MIXTURE,
@@ -25,6 +28,7 @@ from vllm_nvium.model_executor.ops.head_rows import (
     unpack,
 )
 from vllm_nvium.model_executor.ops.ragged import passes_of, ragged_ranges, range_starts, slots_of
+from vllm_nvium.model_executor.rows import Batch, Rows
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.requests import RequestTable, is_ancestral, is_plain_greedy
 
@@ -409,3 +413,63 @@ def test_custom_processors_make_every_request_of_the_mixture_go_to_full_depth() 
     table.completed(np.array([3, 3]))
     sampling = _step(table, ["a", "b"], [4, 4])
     assert sampling.mixture.all() and not sampling.greedy.any() and not sampling.may_stop.any()
+
+
+def test_nothing_is_made_for_more_ranges_than_a_pass_may_have() -> None:
+    """Before a pass is split, too: vLLM has planned memory for `max_ranges` block tables."""
+    block_size, num_segments, num_blocks, max_ranges = 16, 4, 64, 4
+    marks = np.full((num_blocks + 1) * block_size, num_segments, dtype=np.uint8)
+    # A position waits in every second block, as after prefix hits on blocks of two origins.
+    waiting = np.arange(1, num_blocks, 2) * block_size
+    marks[waiting] = 1
+    cache = SimpleNamespace(
+        marks=marks,
+        release=lambda slots: None,
+        read_states=lambda slots: torch.zeros(len(slots), 4),
+        replace_states=lambda slots, states: None,
+    )
+    made: list[int] = []
+    ran: list[int] = []
+
+    class Watched(CatchUp):
+        def _rows(self, *args: Any) -> Rows:
+            rows = super()._rows(*args)
+            made.append(len(rows.block_table))
+            return rows
+
+    catch_up = Watched(
+        cache,  # type: ignore[arg-type]
+        num_segments,
+        block_size,
+        lambda rows: None,
+        max_rows=1024,
+        max_ranges=max_ranges,
+    )
+    last = num_blocks * block_size - 1
+    table = np.arange(1, num_blocks + 1, dtype=np.int32)[None]
+    batch = Batch(
+        query_start=np.array([0, 1], dtype=np.int32),
+        first=np.array([last]),
+        last=np.array([last]),
+        complete=np.array([0]),
+        block_table=table,
+        block_table_device=torch.from_numpy(table),
+        slots_device=torch.tensor([num_blocks * block_size + block_size - 1]),
+    )
+    rows = catch_up.start(batch, torch.tensor([last]))
+
+    def forward(state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        ran.extend(positions.tolist())
+        return state
+
+    catch_up.run(batch, rows, torch.zeros(1, 4), 1, forward)
+    assert sorted(ran) == sorted([*(waiting - block_size), last])
+    assert max(made) <= max_ranges and catch_up.split_passes == 1
+
+
+def test_draws_lie_between_the_hazards_that_always_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bits in (0, 2**64 - 1):
+        monkeypatch.setattr(draws, "_mix", lambda z, bits=bits: np.full_like(z, bits))
+        one = np.zeros(1, dtype=np.uint64)
+        assert 0.0 < draws.uniform_draws(one, one, 1)[0, 0] < 1.0
+        assert abs(draws.margin_thresholds(one, one, 1)[0, 0]) < 100.0

@@ -57,6 +57,7 @@ def all_patches() -> tuple[Patch, ...]:
         scheduler,
         stat_loggers,
         vllm_config,
+        worker,
     )
 
     modules = (
@@ -68,5 +69,6 @@ def all_patches() -> tuple[Patch, ...]:
         beam_search,
         scheduler,
         stat_loggers,
+        worker,
     )
     return tuple(patch for module in modules for patch in module.PATCHES)

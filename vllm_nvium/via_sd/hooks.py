@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of vLLM that VIA-SD overrides, replaces or reads as attributes; see `engine/hooks.py`."""
+
+from vllm_nvium.engine.hooks import Hook, rows
+
+HOOKS: tuple[Hook, ...] = (
+    # VIA-SD: start-up.
+    *rows(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "additional_config speculative_config scheduler_cls worker_cls async_scheduling",
+        "set while vLLM makes its configuration for a start with --via-sd",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.config.model",
+        "ModelConfig",
+        "architecture hf_config hf_text_config served_model_name max_model_len seed "
+        "logprobs_mode runner_type get_diff_sampling_param",
+        "says whether the target can lose layers, and names it in the metrics",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.config.speculative",
+        "SpeculativeConfig",
+        "method num_speculative_tokens uses_draft_model parallel_drafting rejection_sample_method",
+        "which drafter a window is grown with",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.sampling_params",
+        "SamplingParams",
+        "max_tokens ignore_eos all_stop_token_ids",
+        "where a window has to end",
+        "windows would go past the end of a request",
+    ),
+    *rows(
+        "vllm.config.offload",
+        "OffloadConfig",
+        "offload_backend prefetch",
+        "refused, because layers that fetch each other's weights cannot be skipped",
+        "a slim pass would run layers with the weights of others",
+    ),
+    # VIA-SD: the runner.
+    *rows(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_sample propose_draft_token_ids _dummy_run",
+        "overridden to let kept tokens through, to choose the number of drafts and to compile "
+        "the slim verifier at start",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "execute_model_state sampler rejection_sampler speculative_config drafter vllm_config "
+        "device max_model_len",
+        "what a step has, and the drafter that is called again inside a window",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_draft_token_ids _draft_token_req_ids _draft_probs _draft_prob_req_ids",
+        "a window is handed over in the place of the drafter's answer",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        "num_tokens_no_spec num_prompt_tokens token_ids_cpu vocab_size sampling_metadata",
+        "the tokens and the sampling law that a window starts from",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_preempt_request",
+        "wrapped to take back blocks that were planned and never computed",
+        "under --scheduling-policy priority a prefix hit may read such a block",
+    ),
+    *rows(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager",
+        "get_blocks evict_blocks",
+        "find and take back those blocks",
+        "as above",
+    ),
+    *rows(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata",
+        "temperature top_k top_p generators",
+        "the law under which the slim verifier checks a request",
+        "sampled tokens would follow another law",
+    ),
+    *rows(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler",
+        "apply_logits_processors",
+        "overridden to let the tokens through that the paper's rule keeps unasked",
+        "no paper mode",
+    ),
+    *rows(
+        "vllm.v1.spec_decode.metadata",
+        "SpecDecodeMetadata",
+        "draft_token_ids num_draft_tokens",
+        "the drafts of the step that is verified",
+        "no paper mode",
+    ),
+    *rows(
+        "vllm.v1.spec_decode.ngram_proposer",
+        "NgramProposer",
+        "propose",
+        "called again inside a window",
+        "one round per window with n-grams",
+    ),
+    *rows(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer",
+        "propose take_last_draft_probs kv_cache_gid",
+        "called again inside a window",
+        "one round per window with draft models",
+    ),
+    *rows(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "scheduled_spec_decode_tokens num_scheduled_tokens num_spec_tokens_to_schedule "
+        "preempted_req_ids",
+        "what a step verifies, and how many drafts are asked for",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.outputs",
+        "ModelRunnerOutput",
+        "sampled_token_ids",
+        "what the full model made of a window; the counts travel to the scheduler as an added "
+        "attribute",
+        "no metrics of VIA-SD and no measured acceptances",
+    ),
+    # VIA-SD: the scheduler and the metrics.
+    *rows(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "num_lookahead_tokens num_spec_tokens",
+        "overridden to reserve KV slots for a window",
+        "windows would be written into blocks of other requests",
+    ),
+    *rows(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "dynamic_sd_lookup scheduler_config",
+        "a table of draft counts, so that new requests are not padded with drafts that nobody made",
+        "seeds would draw other tokens where a prompt is cached",
+    ),
+    *rows(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "effective_drafter_max_model_len",
+        "how far a draft model can go on in a window",
+        "a draft model would be run past its context",
+    ),
+    *rows(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_input_fits_in_drafter",
+        "overridden: drafters are asked for fewer tokens than a window has",
+        "nobody has drafts while one text is a window away from the end of the context",
+    ),
+    *rows(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "spec_method spec_model spec_tokens",
+        "short flags that name a drafter too",
+        "they would be overlooked beside --via-sd",
+    ),
+    *rows(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "update_from_output make_stats",
+        "overridden to add the counts of a step to its statistics",
+        "no metrics of VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.metrics.stats",
+        "SchedulerStats",
+        "kv_connector_stats",
+        "the free-form field in which the counts cross to the API process",
+        "no metrics of VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.metrics.loggers",
+        "",
+        "StatLoggerManager.__init__ StatLoggerManager.stat_loggers "
+        "StatLoggerManager.engine_indexes",
+        "base class of the logger of VIA-SD, and the list that it is put into",
+        "no metrics of VIA-SD",
+    ),
+)
