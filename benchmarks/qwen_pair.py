@@ -13,8 +13,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_nvium.cli.demo import building, cache_folder, dequantise, is_complete, sha256
-from vllm_nvium.console import progress
+from vllm_nvium.checkpoints.convert.gguf import dequantise
+from vllm_nvium.cli.demo import cache_folder, made_once, sha256
+from vllm_nvium.console import progress, say
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,15 @@ PAIR = (
 
 def folder_of(file: InParts) -> Path:
     """The bfloat16 checkpoint, made when it is not there yet."""
-    out = cache_folder() / file.model
-    if not is_complete(out):
+
+    def make(out: Path) -> None:
         gguf = cache_folder() / "downloads" / f"{file.model}-Q4_K_M.gguf"
         if not gguf.is_file():
             assemble(file, gguf)
-        with building(out) as folder, progress("Dequantising to bfloat16", 2, "step") as bar:
-            dequantise(gguf, folder, bar.update)
-    return out
+        say("Dequantising to bfloat16 ...")
+        dequantise(gguf, out)
+
+    return made_once(file.model, make)
 
 
 def assemble(file: InParts, out: Path) -> None:

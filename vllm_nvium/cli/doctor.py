@@ -88,17 +88,17 @@ def report_hooks(*, fast: bool) -> list[str]:
     """The hook table with a status for each row."""
     rows, problems = [("status", "name in vLLM", "used to")], []
     for hook in hooks.all_hooks():
-        error = ("" if hooks.is_present(hook) else "no such name") if fast else _import(hook)
+        error = (
+            ("" if hooks.is_present(hook) else "no such name")
+            if fast
+            else hooks.is_importable(hook)
+        )
         rows.append(("MISSING" if error else "ok", hook.path, error or hook.why))
         if error:
             problems.append(f"vLLM has no {hook.path} ({error}): {hook.breaks}.")
     say("", "Names of vLLM that are relied on:")
     table(rows)
     return problems
-
-
-def _import(hook: hooks.Hook) -> str:
-    return hooks.is_importable(hook)
 
 
 def report_runner() -> list[str]:
@@ -129,9 +129,8 @@ def report_architectures() -> list[str]:
         known = row.name in ModelRegistry.get_supported_archs()
         say(f"architecture {row.name}: {'registered' if known else 'NOT registered'}")
         if not known:
-            problems.append(
-                f"{row.name} is not registered: {'; '.join(plugin.why_not().values()) or 'see the log'}"
-            )
+            reasons = "; ".join(plugin.why_not().values()) or "see the log"
+            problems.append(f"{row.name} is not registered: {reasons}")
             continue
         try:
             plugin.load(row.model)

@@ -53,12 +53,16 @@ def test_the_demo_puts_them_into_its_model(
     monkeypatch.setattr(demo, "dense_smollm2", lambda: dense_checkpoint)
     asked: list[Path | None] = []
 
-    def convert(dense: Path, out: Path, *args: object, trained: Path | None = None) -> None:
-        asked.append(trained)
+    def convert(
+        dense: Path, out: Path, options: object = None, *, exits: Path | None = None
+    ) -> list[str]:
+        asked.append(exits)
+        out.mkdir()
         (out / "config.json").write_text("{}")
+        return []
 
-    monkeypatch.setattr(demo, "_convert", convert)
-    made = Path(demo.prepare(""))
+    monkeypatch.setattr(demo, "convert", convert)
+    made = demo.prepare("")
     assert made.parent == tmp_path and "trained" in made.name
     assert demo.prepare("") == made and asked == [demo.TRAINED_EXITS]
     # Asked for other exits, it makes untrained ones.

@@ -86,12 +86,20 @@ def open_source(name: str, dtype: str = "auto") -> "Source":
     from vllm_nvium.checkpoints.convert.gguf import open_gguf
 
     path = Path(name).expanduser()
+    if is_hub_id(name):
+        return open_folder(from_hub(name), name)
     if path.is_dir():
         return open_folder(path, name)
-    if path.is_file() and path.suffix == ".gguf":
-        return open_gguf(path, dtype)
-    if path.exists():
-        raise UserError(f"{name} is a file, and a folder, a hub id or a .gguf file is needed.")
-    if path.suffix == ".gguf" or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if not path.exists():
         raise UserError(f"{name!r} does not exist, and it is no hub id like 'owner/name'.")
-    return open_folder(from_hub(name), name)
+    if path.suffix == ".gguf":
+        return open_gguf(path, dtype)
+    raise UserError(f"{name} is a file, and a folder, a hub id or a .gguf file is needed.")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this names a model on the hub: nothing here is called so, and it does not look like
+    a path."""
+    path = Path(name)
+    looks_like_a_path = name.startswith(("/", ".", "~")) or path.suffix == ".gguf"
+    return not path.exists() and not looks_like_a_path and name.count("/") <= 1

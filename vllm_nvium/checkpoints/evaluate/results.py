@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
 class Result:
-    """A dataclass whose fields and properties are all written as JSON."""
+    """Numbers as fields and properties, all of which are written as JSON."""
 
     def to_json(self) -> dict[str, Any]:
         """Every number as a plain value for `json.dumps`; what is not finite becomes `None`, for
         which JSON has no word. Fields that are left out of `repr` are left out here too."""
-        entries = dataclasses.fields(self)  # type: ignore[arg-type] - subclasses are dataclasses
-        names = [entry.name for entry in entries if entry.repr]
+        names = [entry.name for entry in dataclasses.fields(self) if entry.repr]
         names += [name for name, kind in vars(type(self)).items() if isinstance(kind, property)]
         return {name: _plain(getattr(self, name)) for name in names}
 
