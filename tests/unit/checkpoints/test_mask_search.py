@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search for a slim verifier's layers: objectives against formulas written out, skipped layers
-against models that never had them, a planted best mask that is found, and searches that are stopped
-and go on as if they had not been."""
+against models that never had them, a planted best mask that is found, and stopped searches that go
+on without trying a mask again."""
 
-import json
 import math
 import random
 import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -29,26 +34,30 @@ from transformers import (
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, save_tokenizer
 from vllm_nvium.checkpoints.mask_search import command as search_command
-from vllm_nvium.checkpoints.mask_search import search as mask_search
-from vllm_nvium.checkpoints.mask_search.command import WEIGHTS, best_so_far
-from vllm_nvium.checkpoints.mask_search.search import (
-    Journal,
-    Plan,
-    Score,
-    Space,
-    SpeedRun,
+from vllm_nvium.checkpoints.mask_search import speed
+from vllm_nvium.checkpoints.mask_search import target as search_target
+from vllm_nvium.checkpoints.mask_search.command import WEIGHTS
+from vllm_nvium.checkpoints.mask_search.objectives import (
     TeacherForcing,
-    Trial,
     agreement,
-    best_of,
     divergence,
-    measure_speed,
     most_tokens,
-    propose,
-    ranked_layers,
-    search,
-    without_layers,
+    skipping_layers,
 )
+from vllm_nvium.checkpoints.mask_search.search import (
+    Mask,
+    Score,
+    SearchSettings,
+    begin_study,
+    cheapest_layers,
+    mask_of,
+    resume_study,
+    scored_masks,
+    scores_alone,
+    scores_left,
+    search,
+)
+from vllm_nvium.checkpoints.mask_search.speed import SpeedRun, measure_speed
 from vllm_nvium.cli import main
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import even_layers, read_mask_file, skipped_layers
@@ -125,12 +134,12 @@ def make_model(kind: str, num_layers: int) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", [*DENSE_KINDS, "gemma2", "gemma3_text"])
-def test_without_layers_is_a_model_that_never_had_them(kind: str) -> None:
+def test_a_slim_model_is_a_model_that_never_had_them(kind: str) -> None:
     model, kept = make_model(kind, 6), [0, 2, 5]
     ids = torch.randint(3, 256, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         full = model(input_ids=ids, use_cache=False).logits
-        with without_layers(model, (1, 3, 4)):
+        with skipping_layers(model, (1, 3, 4)):
             slim = model(input_ids=ids, use_cache=False).logits
         again = model(input_ids=ids, use_cache=False).logits
     assert torch.equal(full, again), "the model is whole again"
@@ -162,7 +171,7 @@ def test_without_layers_is_a_model_that_never_had_them(kind: str) -> None:
 def test_the_model_is_whole_after_an_error() -> None:
     model = make_model("llama", 3)
     layers = list(model.model.layers)
-    with pytest.raises(RuntimeError), without_layers(model, (1,)):
+    with pytest.raises(RuntimeError), skipping_layers(model, (1,)):
         raise RuntimeError
     assert list(model.model.layers) == layers
 
@@ -178,7 +187,7 @@ def test_scores_are_means_over_every_prefix(objective: str, alpha: float, beta: 
     found = TeacherForcing(model, blocks, objective, alpha, beta)((1, 2))
     with torch.inference_mode():
         q = model(input_ids=blocks, use_cache=False).logits.double().log_softmax(-1)
-        with without_layers(model, (1, 2)):
+        with skipping_layers(model, (1, 2)):
             p = model(input_ids=blocks, use_cache=False).logits.double().log_softmax(-1)
     if objective == "agreement":
         expected = (q.argmax(-1) == p.argmax(-1)).double().mean().item()
@@ -209,26 +218,37 @@ def test_the_cache_is_bounded() -> None:
 # --- which mask is tried next ---------------------------------------------------------------------
 
 
-def distance_to(target: tuple[int, ...]) -> Score:
+def distance_to(target: Mask) -> Score:
     """A landscape with one best mask: layers that are in one mask and not in the other."""
     return lambda mask: float(len(set(mask) ^ set(target)))
 
 
-def tried(space: Space, plan: Plan, score: Score) -> list[Trial]:
-    journal = Journal()
-    search(space, plan, score, journal)
-    return journal.trials
+def new_study(maximise: bool = False) -> Study:
+    return optuna.create_study(direction="maximize" if maximise else "minimize")
+
+
+def tried(settings: SearchSettings, score: Score, maximise: bool = False) -> list[FrozenTrial]:
+    study = new_study(maximise)
+    search(study, settings, score)
+    return list(scored_masks(study).values())
+
+
+def masks(trials: list[FrozenTrial]) -> list[Mask]:
+    return [mask_of(trial) for trial in trials]
+
+
+def sources(trials: list[FrozenTrial]) -> list[str]:
+    return [trial.user_attrs["source"] for trial in trials]
 
 
 def test_order_of_sources() -> None:
-    space, target = Space(24, 9), tuple(range(5, 14))
-    trials = tried(space, Plan(40), distance_to(target))
-    sources = [trial.source for trial in trials]
-    assert sources[:2] == ["even", "ranking"]
-    assert trials[0].skipped == even_layers(24, 9)
+    trials = tried(SearchSettings(24, 9, 40), distance_to(tuple(range(5, 14))))
+    found = sources(trials)
+    assert found[:2] == ["even", "ranking"]
+    assert mask_of(trials[0]) == even_layers(24, 9)
     # Until there is something to learn from every draw is uniform, then they take turns.
-    assert set(sources[2:10]) == {"random"}
-    assert sources[10:] == ["bayes", "random"] * 15
+    assert set(found[2:10]) == {"random"}
+    assert found[10:] == ["bayes", "random"] * 15
 
 
 @pytest.mark.parametrize(
@@ -238,14 +258,16 @@ def test_order_of_sources() -> None:
 )  # fmt: skip
 def test_few_trials_are_not_all_uniform(number: int, expected: list[str]) -> None:
     """Where an engine is started for every mask, few are tried."""
-    trials = tried(Space(24, 9), Plan(number, ranking=False), distance_to(tuple(range(5, 14))))
-    assert [trial.source for trial in trials] == ["even", *expected]
+    settings = SearchSettings(24, 9, number, ranking=False)
+    trials = tried(settings, distance_to(tuple(range(5, 14))))
+    assert sources(trials) == ["even", *expected]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
 def test_random_share(share: float, expected: int) -> None:
-    trials = tried(Space(30, 13), Plan(30, random_share=share, ranking=False), lambda mask: mask[0])
-    assert Counter(trial.source for trial in trials[10:])["random"] == expected
+    settings = SearchSettings(30, 13, 30, random_share=share, ranking=False)
+    trials = tried(settings, lambda mask: mask[0])
+    assert Counter(sources(trials)[10:])["random"] == expected
 
 
 @settings(deadline=None, max_examples=15)
@@ -254,70 +276,79 @@ def test_masks_are_as_wanted_and_new(
     num_layers: int, allow_ends: bool, seed: int, data: st.DataObject
 ) -> None:
     count = data.draw(st.integers(1, num_layers - 2))
-    space = Space(num_layers, count, allow_ends)
-    plan = Plan(25, seed=seed, ranking=data.draw(st.booleans()))
-    trials = tried(space, plan, lambda mask: float(sum(mask) % 5))
-    assert len(trials) == min(25, space.size)
-    assert len({trial.skipped for trial in trials}) == len(trials)
-    for trial in trials:
-        assert len(trial.skipped) == count
-        assert list(trial.skipped) == sorted(set(trial.skipped) & set(space.free))
+    settings = SearchSettings(
+        num_layers, count, 25, allow_ends, seed=seed, ranking=data.draw(st.booleans())
+    )
+    study = new_study()
+    search(study, settings, lambda mask: float(sum(mask) % 5))
+    found = masks(study.trials)
+    assert len(found) == settings.masks == min(25, math.comb(len(settings.free), count))
+    assert len(set(found)) == len(found) == len(scored_masks(study))
+    for mask in found:
+        assert len(mask) == count
+        assert list(mask) == sorted(set(mask) & set(settings.free))
     if not allow_ends:
-        assert not any({0, num_layers - 1} & set(trial.skipped) for trial in trials)
+        assert not any({0, num_layers - 1} & set(mask) for mask in found)
 
 
 def test_ends_are_skipped_when_they_may_be() -> None:
-    trials = tried(Space(6, 2, allow_ends=True), Plan(100), distance_to((0, 5)))
-    assert len(trials) == 15, "all that there are"
-    assert best_of(trials, maximise=False).skipped == (0, 5)
+    study = new_study()
+    best = search(study, SearchSettings(6, 2, 100, allow_ends=True), distance_to((0, 5)))
+    assert len(study.trials) == 15, "all that there are"
+    assert mask_of(best) == (0, 5)
 
 
 def test_uniform_draws_are_uniform() -> None:
-    space, plan = Space(30, 14), Plan(2000, random_share=1.0, ranking=False)
-    counts = Counter(
-        layer
-        for number in range(1, 500)
-        for layer in propose(space, plan, [Trial("even", (number,), 0.0)] * number, {})[1]
-    )
+    settings = SearchSettings(30, 14, 400, random_share=1.0, ranking=False)
+    trials = tried(settings, lambda mask: 0.0)[1:]
+    counts = Counter(layer for mask in masks(trials) for layer in mask)
     assert set(counts) == set(range(1, 29))
-    assert all(abs(count - 499 / 2) < 5 * math.sqrt(499 / 4) for count in counts.values())
+    assert all(abs(count - 399 / 2) < 5 * math.sqrt(399 / 4) for count in counts.values())
 
 
 @pytest.mark.parametrize("maximise", [False, True])
 def test_bayesian_draws_beat_uniform_ones(maximise: bool) -> None:
-    space, target = Space(30, 13), tuple(sorted(random.Random(3).sample(range(1, 29), 13)))
+    target = tuple(sorted(random.Random(3).sample(range(1, 29), 13)))
     sign = -1.0 if maximise else 1.0
-    trials = tried(
-        space,
-        Plan(120, ranking=False, maximise=maximise),
-        lambda mask: sign * distance_to(target)(mask),
-    )
+    study = new_study(maximise)
+    settings = SearchSettings(30, 13, 120, ranking=False)
+    best = search(study, settings, lambda mask: sign * distance_to(target)(mask))
     by_source = {
-        source: [sign * t.score for t in trials[60:] if t.source == source]
+        source: [sign * t.value for t in study.trials[60:] if t.user_attrs["source"] == source]
         for source in ("bayes", "random")
     }
     mean = {source: sum(scores) / len(scores) for source, scores in by_source.items()}
     assert mean["bayes"] < mean["random"] - 3
-    best = best_of(trials, maximise)
-    assert sign * best.score <= 6 < min(by_source["random"]) + 3 and best.source == "bayes"
+    assert sign * best.value <= 6 < min(by_source["random"]) + 3
+    assert best.user_attrs["source"] == "bayes"
 
 
-def test_ranked_layers_cost_least() -> None:
+def test_the_same_seed_tries_the_same_masks() -> None:
+    one, other, third = (
+        masks(tried(SearchSettings(16, 6, 20, seed=seed), rugged)) for seed in (0, 0, 1)
+    )
+    assert one == other
+    assert one[:2] == third[:2]
+    assert len(set(one[2:]) & set(third[2:])) < 5
+
+
+def test_cheapest_layers() -> None:
     alone = {1: 0.5, 2: 0.1, 3: 0.3, 4: 0.1}
-    assert ranked_layers(Space(6, 2), Plan(1), alone) == (2, 4)
-    assert ranked_layers(Space(6, 2), Plan(1, maximise=True), alone) == (1, 3)
+    assert cheapest_layers(alone, 2, maximise=False) == (2, 4)
+    assert cheapest_layers(alone, 2, maximise=True) == (1, 3)
 
 
-def test_the_first_of_equal_masks_is_best() -> None:
-    trials = [Trial("a", (1,), 2.0), Trial("b", (2,), 1.0), Trial("c", (3,), 1.0)]
-    assert best_of(trials, maximise=False).source == "b"
-    assert best_of(trials, maximise=True).source == "a"
+@pytest.mark.parametrize("maximise", [False, True])
+def test_the_first_of_equal_masks_is_best(tmp_path: Path, maximise: bool) -> None:
+    for study in (new_study(maximise), begin_study(tmp_path / "a", {}, maximise)):
+        best = search(study, SearchSettings(8, 3, 6, ranking=False), lambda mask: 1.0)
+        assert best.number == 0 and best.user_attrs["source"] == "even"
 
 
 # --- a planted best mask --------------------------------------------------------------------------
 
 
-def plant(model: PreTrainedModel, free: tuple[int, ...]) -> None:
+def plant(model: PreTrainedModel, free: Mask) -> None:
     """Layers that add nothing: skipping them changes no prediction."""
     with torch.no_grad():
         for layer in free:
@@ -333,15 +364,14 @@ def test_the_planted_mask_is_found(objective: str, ranking: bool) -> None:
     plant(model, planted)
     blocks = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(1))
     score = TeacherForcing(model, blocks, objective)
-    journal = Journal()
-    plan = Plan(3 if ranking else 40, ranking=ranking, maximise=objective == "agreement")
-    space = Space(10, 3)
-    assert space.size == 56, "more than there are trials"
-    best = search(space, plan, score, journal)
-    assert best.skipped == planted
-    assert best.source == "ranking" if ranking else best.source in ("random", "bayes")
-    assert best.score == (1.0 if objective == "agreement" else pytest.approx(0, abs=2e-3))
-    others = [trial.score for trial in journal.trials if trial.skipped != planted]
+    study = new_study(maximise=objective == "agreement")
+    assert math.comb(8, 3) == 56, "more than there are trials"
+    best = search(study, SearchSettings(10, 3, 3 if ranking else 40, ranking=ranking), score)
+    assert mask_of(best) == planted
+    source = best.user_attrs["source"]
+    assert source == "ranking" if ranking else source in ("random", "bayes")
+    assert best.value == (1.0 if objective == "agreement" else pytest.approx(0, abs=2e-3))
+    others = [trial.value for trial in study.trials if mask_of(trial) != planted]
     assert max(others) < 1 if objective == "agreement" else min(others) > 0.01
 
 
@@ -356,7 +386,7 @@ def stopping(score: Score, after: int) -> Score:
     """A score that cannot be computed more than so many times."""
     calls = iter(range(after))
 
-    def stopped(mask: tuple[int, ...]) -> float:
+    def stopped(mask: Mask) -> float:
         if next(calls, None) is None:
             raise Stop
         return score(mask)
@@ -364,72 +394,130 @@ def stopping(score: Score, after: int) -> Score:
     return stopped
 
 
-def rugged(mask: tuple[int, ...]) -> float:
+def rugged(mask: Mask) -> float:
     """No two masks cost the same."""
     return random.Random(repr(mask)).random() + len(set(mask) ^ set(range(4, 10)))
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 14, 15, 26, 27, 40, 54])
-def test_resumed_is_unbroken(tmp_path: Path, after: int) -> None:
-    space, plan = Space(16, 6), Plan(40, seed=7)
-    whole = Journal.create(tmp_path / "whole", {})
-    expected = search(space, plan, rugged, whole)
+def test_a_resumed_search_tries_nothing_again(tmp_path: Path, after: int) -> None:
+    settings, path = SearchSettings(16, 6, 40, seed=7), tmp_path / "record"
+    asked = []
 
-    path = tmp_path / "stopped"
-    journal = Journal.create(path, {})
-    # 14 layers alone, then 40 masks.
+    def score(mask: Mask) -> float:
+        asked.append(mask)
+        return rugged(mask)
+
+    study = begin_study(path, {}, maximise=False)
+    assert scores_left(study, settings) == 54  # 14 layers alone, then 40 masks
     if after < 54:
         with pytest.raises(Stop):
-            search(space, plan, stopping(rugged, after), journal)
+            search(study, settings, stopping(score, after))
     else:
-        search(space, plan, rugged, journal)
-    resumed = Journal.resume(path, {})
-    assert search(space, plan, stopping(rugged, 54 - after), resumed) == expected
-    assert path.read_text() == whole.path.read_text()
-    assert resumed.trials == whole.trials and resumed.alone == whole.alone
+        search(study, settings, score)
+    resumed = resume_study(path, {})
+    before = scored_masks(resumed)
+    assert (
+        masks(list(before.values())) == asked[14:] and scores_left(resumed, settings) == 54 - after
+    )
+    best = search(resumed, settings, score)
+    assert len(asked) == len(set(asked)) == 54, "whatever has a score is not scored again"
+    assert scores_alone(resumed) == {layer: rugged((layer,)) for layer in range(1, 15)}
+    again = scored_masks(resume_study(path, {}))
+    assert {mask: trial.value for mask, trial in again.items()} == {
+        mask: rugged(mask) for mask in asked[14:]
+    }
+    assert list(again)[: len(before)] == list(before)
+    assert sources(list(again.values()))[:2] == ["even", "ranking"]
+    assert mask_of(best) == min(asked[14:], key=rugged)
 
 
-def test_a_longer_search_begins_like_a_shorter_one(tmp_path: Path) -> None:
-    space = Space(16, 6)
-    short = Journal.create(tmp_path / "a", {})
-    search(space, Plan(20), rugged, short)
-    search(space, Plan(30), rugged, resumed := Journal.resume(tmp_path / "a", {}))
-    assert resumed.trials == tried(space, Plan(30), rugged)
+def test_a_resumed_search_goes_elsewhere(tmp_path: Path) -> None:
+    """Its draws are not those that the first part began with."""
+    settings = SearchSettings(30, 14, 20, ranking=False, random_share=1.0)
+    search(begin_study(tmp_path / "a", {}, maximise=False), settings, rugged)
+    draws = []
+
+    def score(mask: Mask) -> float:
+        draws.append(mask)
+        return 0.0
+
+    study = resume_study(tmp_path / "a", {})
+    search(study, replace(settings, trials=40), score)
+    assert len(draws) == 20 and not set(draws) & set(list(scored_masks(study))[:20])
 
 
-def test_other_seeds_try_other_masks() -> None:
-    one, other = (tried(Space(16, 6), Plan(20, seed=seed), rugged) for seed in (0, 1))
-    assert one[:2] == other[:2]
-    assert len({trial.skipped for trial in one[2:]} & {trial.skipped for trial in other[2:]}) < 5
+def test_a_mask_that_waits_is_scored_once(tmp_path: Path) -> None:
+    """A search may be killed after it put a mask into the queue and before it took it out."""
+    study, settings = begin_study(tmp_path / "a", {}, maximise=False), SearchSettings(8, 3, 6)
+    for _ in range(2):
+        even = even_layers(8, 3)
+        study.enqueue_trial({str(layer): layer in even for layer in settings.free})
+    asked = []
+
+    def score(mask: Mask) -> float:
+        asked.append(mask)
+        return rugged(mask)
+
+    study = resume_study(tmp_path / "a", {})
+    search(study, settings, score)
+    assert len(asked) == len(set(asked)) == 6 + 6 and len(scored_masks(study)) == 6
 
 
-def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
-    path, space, plan = tmp_path / "a", Space(16, 6), Plan(12, ranking=False)
-    search(space, plan, rugged, Journal.create(path, {}))
-    whole = path.read_text()
-    path.write_text(whole[:-20])
-    resumed = Journal.resume(path, {})
-    assert len(resumed.trials) == 11
-    search(space, plan, rugged, resumed)
-    assert path.read_text() == whole
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_line_cut_short_is_dropped(tmp_path: Path, cut: int) -> None:
+    path, settings = tmp_path / "a", SearchSettings(16, 6, 12, ranking=False)
+    search(begin_study(path, {}, maximise=False), settings, rugged)
+    path.write_text(path.read_text()[:-cut])
+    resumed = resume_study(path, {})
+    assert len(scored_masks(resumed)) == 11
+    search(resumed, settings, rugged)
+    assert len(scored_masks(resume_study(path, {}))) == 12
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "{}\n",
-        "[]\n",
-        "x\n",
-        '{"told": 3}\n',
-        '{"told": {}}\nx\n',
-        '{"told": {}}\n{"source": "a"}\n',
+        b"",
+        b"\xff\n",
+        b"{}\n",
+        b"[]\n",
+        b"x\n",
+        b'{"op_code": 99}\n',
+        b'{"told": {}}\n',
+        b'{"op_code":0,"worker_id":"a","study_name":"via-sd-mask","directions":[1]}\n',
+        b'{"op_code":0,"worker_id":"a","study_name":"another","directions":[1]}\n',
     ],
 )
-def test_what_is_no_record_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a").write_text(content)
+def test_what_is_no_record_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match="is no record of a search: move it away"):
-        Journal.resume(tmp_path / "a", {})
+        resume_study(tmp_path / "a", {})
+    assert (tmp_path / "a").read_bytes() == content
+
+
+def test_a_record_with_a_broken_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    search(begin_study(path, {}, maximise=False), SearchSettings(8, 3, 3, ranking=False), rugged)
+    path.write_text(path.read_text() + "x\n")
+    with pytest.raises(UserError, match="is no record of a search: move it away"):
+        resume_study(path, {})
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, settings = tmp_path / "a", SearchSettings(8, 3, 6, ranking=False)
+    study = begin_study(path, {}, maximise=False)
+    search(study, replace(settings, trials=3), rugged)
+
+    def full(self: JournalFileBackend, logs: list[Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
+        patch.setattr(JournalFileBackend, "append_logs", full)
+        search(study, settings, rugged)
+    assert str(refused.value) == f"{path} could not be written (No space left on device)."
+    search(resume_study(path, {}), settings, rugged)
+    assert len(scored_masks(resume_study(path, {}))) == 6
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -457,9 +545,9 @@ def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: st
 
     fake = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    monkeypatch.setattr(mask_search, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run = SpeedRun(**{**vars(RUN), "drafter": drafter})
-    assert mask_search._generate(run, [1, 2, 5]) == 8.0  # 16 tokens in 1, 2 or 4 seconds
+    assert speed._generate(run, [1, 2, 5]) == 8.0  # 16 tokens in 1, 2 or 4 seconds
     (model, options), sampling = made[0], asked[-1][1]
     assert model == "target" and [count for count, _ in asked] == [2, 2, 2, 2]
     assert options["additional_config"] == {
@@ -472,27 +560,27 @@ def test_speed_is_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch, drafter: st
     assert sampling.temperature == 0 and sampling.ignore_eos
     worker[0] = "vllm.v1.worker.cpu_worker.CPUWorker"
     with pytest.raises(UserError, match="VLLM_PLUGINS leaves vllm-nvium out"):
-        mask_search._generate(run, [1])
+        speed._generate(run, [1])
 
 
 def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
     """Let the engine's process be this program."""
     program = tmp_path / "child.py"
     program.write_text(code)
-    start = mask_search.subprocess.run
+    start = speed.subprocess.run
 
     def run(command: list[str], **options: Any) -> Any:
-        assert command[1:3] == ["-m", "vllm_nvium.checkpoints.mask_search.search"]
+        assert command[1:3] == ["-m", "vllm_nvium.checkpoints.mask_search.speed"]
         return start([command[0], str(program), *command[3:]], **options)
 
-    monkeypatch.setattr(mask_search.subprocess, "run", run)
+    monkeypatch.setattr(speed.subprocess, "run", run)
 
 
 def test_speed_is_measured_in_another_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from vllm_nvium.checkpoints.mask_search import search as m\n"
+        "import sys; from vllm_nvium.checkpoints.mask_search import speed as m\n"
         "m._generate = lambda run, skipped: run.new_tokens + sum(skipped) / 4\n"
         "m.main(sys.argv[1:])\n"
     )
@@ -503,7 +591,7 @@ def test_speed_is_measured_in_another_process(
 def test_an_engine_on_a_cpu_leaves_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Otherwise vLLM asks for most of it; what the environment says counts."""
     code = (
-        "import os, sys; from vllm_nvium.checkpoints.mask_search import search as m\n"
+        "import os, sys; from vllm_nvium.checkpoints.mask_search import speed as m\n"
         "m._generate = lambda run, skipped: float(os.environ['VLLM_CPU_KVCACHE_SPACE'])\n"
         "m.main(sys.argv[1:])\n"
     )
@@ -524,7 +612,7 @@ def test_why_an_engine_stops_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """In the words of what was raised, not of what else was printed."""
     code = (
         "import sys; from pydantic import BaseModel\n"
-        "from vllm_nvium.checkpoints.mask_search import search as m\n"
+        "from vllm_nvium.checkpoints.mask_search import speed as m\n"
         "class Drafter(BaseModel):\n    count: int\n"
         "def stop(run, skipped):\n"
         "    if skipped == [1]: raise ValueError('no memory.\\nmore')\n"
@@ -583,8 +671,9 @@ def test_command(
         "mask.trials.jsonl",
     }
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
-    lines = [json.loads(line) for line in (tmp_path / "mask.trials.jsonl").read_text().splitlines()]
-    assert len(lines) == 1 + (LAYERS - 2) + 12
+    record = JournalStorage(JournalFileBackend(str(tmp_path / "mask.trials.jsonl")))
+    study = optuna.load_study(study_name="via-sd-mask", storage=record)
+    assert len(scores_alone(study)) == LAYERS - 2 and len(study.trials) == 12
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
     assert rows["best"][2] == rows["ranking"][2] == "1,4,6"
@@ -607,11 +696,11 @@ def test_command_by_speed(
 ) -> None:
     runs = []
 
-    def speed(run: SpeedRun, skipped: tuple[int, ...]) -> float:
+    def measured(run: SpeedRun, skipped: Mask) -> float:
         runs.append(run)
         return 100.0 - distance_to((2, 3, 5))(skipped)
 
-    monkeypatch.setattr(mask_search, "measure_speed", speed)
+    monkeypatch.setattr(search_target, "measure_speed", measured)
     out = tmp_path / "mask.json"
     more = ["--objective", "speed", "--drafter", str(target), "--trials", "20"]
     assert main(command(target, text, out, *more)) == 0
@@ -627,10 +716,10 @@ def test_a_first_trial_that_fails_leaves_nothing(
 ) -> None:  # fmt: skip
     """The corrected command would be refused because of its record."""
 
-    def stop(run: SpeedRun, skipped: tuple[int, ...]) -> float:
+    def stop(run: SpeedRun, skipped: Mask) -> float:
         raise UserError("vLLM stopped.")
 
-    monkeypatch.setattr(mask_search, "measure_speed", stop)
+    monkeypatch.setattr(search_target, "measure_speed", stop)
     out = tmp_path / "mask.json"
     assert "vLLM stopped" in refusal(capsys, command(target, text, out, "--objective", "speed"))
     assert not list(tmp_path.iterdir())
@@ -643,27 +732,37 @@ def test_command_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, out = tmp_path / "whole.json", tmp_path / "mask.json"
-    assert main(command(target, text, whole, "--seed", "3")) == 0
+    out, record = tmp_path / "mask.json", tmp_path / "mask.trials.jsonl"
+    asked = []
+    score, calls = TeacherForcing.__call__, iter(range(13))
+
+    def counted(self: TeacherForcing, skipped: Mask) -> float:
+        found = score(self, skipped)
+        asked.extend([skipped] if skipped else [])
+        return found
+
+    def interrupted(self: TeacherForcing, skipped: Mask) -> float:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return counted(self, skipped)
+
     with monkeypatch.context() as patch:
-        score, calls = TeacherForcing.__call__, iter(range(13))
-
-        def interrupted(self: TeacherForcing, skipped: tuple[int, ...]) -> float:
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return score(self, skipped)
-
         patch.setattr(TeacherForcing, "__call__", interrupted)
         assert main(command(target, text, out, "--seed", "3")) == 130
     assert "interrupted; the same command with --resume goes on." in capsys.readouterr().err
-    assert not out.exists()
+    assert not out.exists() and record.is_file()
+    monkeypatch.setattr(TeacherForcing, "__call__", counted)
     assert main(command(target, text, out, "--seed", "3", "--resume")) == 0
-    assert read_mask_file(out) == read_mask_file(whole)
-    records = [path.with_suffix(".trials.jsonl").read_text() for path in (out, whole)]
-    assert records[0] == records[1]
+    mask = read_mask_file(out)
+    assert (mask.skipped, mask.trials) == (PLANTED, 12)
     # More of the same.
     assert main(command(target, text, out, "--seed", "3", "--resume", "--trials", "15")) == 0
-    assert read_mask_file(out).trials == 15
+    assert read_mask_file(out).trials == 15 and read_mask_file(out).skipped == PLANTED
+    assert len(asked) == len(set(asked)) == (LAYERS - 2) + 15
+    # As many as there are: nothing is scored, and the results are written again.
+    before = record.read_bytes()
+    assert main(command(target, text, out, "--seed", "3", "--resume", "--trials", "12")) == 0
+    assert read_mask_file(out).trials == 15 and record.read_bytes() == before
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -799,16 +898,13 @@ def test_weights_of_a_search_that_goes_on(
     shutil.copytree(target, copy)
     assert main(command(copy, text, out)) == 0
     record = tmp_path / "mask.trials.jsonl"
-    lines = record.read_text().splitlines(keepends=True)
-    told = json.loads(lines[0])["told"]
-    weights = told.pop(WEIGHTS)
-    assert weights == fingerprint(str(copy), LAYERS)
-    # Records of before the weights were looked at lack them, others could not tell them.
-    for began in (told, told | {WEIGHTS: None}):
-        record.write_text("".join([json.dumps({"told": began}) + "\n", *lines[1:]]))
-        assert main(command(copy, text, out, "--resume")) == 0
-        assert read_mask_file(out).weights == weights
-    record.write_text("".join(lines))
+    content, weights = record.read_text(), read_mask_file(out).weights
+    assert weights == fingerprint(str(copy), LAYERS) and content.count(f'"{weights}"') == 1
+    # A search that could not tell the weights.
+    record.write_text(content.replace(f'"{weights}"', "null"))
+    assert main(command(copy, text, out, "--resume")) == 0
+    assert read_mask_file(out).weights == weights
+    record.write_text(content)
     make_dense(tmp_path / "other", num_hidden_layers=LAYERS, seed=5)
     shutil.copy(tmp_path / "other" / "model.safetensors", copy)
     capsys.readouterr()
@@ -826,8 +922,3 @@ def test_a_package_that_is_missing(
     monkeypatch.setattr(search_command, "find_spec", lambda name: None)
     said = refusal(capsys, command(target, text, tmp_path / "mask.json"))
     assert said == "the package 'optuna' is not installed: pip install 'vllm-nvium[search]'."
-
-
-def test_best_so_far() -> None:
-    assert best_so_far([3.0, 4.0, 2.0, 5.0], min) == [3.0, 3.0, 2.0, 2.0]
-    assert best_so_far([3.0, 4.0, 2.0, 5.0], max) == [3.0, 4.0, 4.0, 5.0]
