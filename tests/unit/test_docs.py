@@ -34,6 +34,14 @@ def file_names() -> frozenset[str]:
     return frozenset(file.name for file in files)
 
 
+@cache
+def source() -> str:
+    folders = ("vllm_nvium", "model_executor", "tests", "benchmarks")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    files += [ROOT / "pyproject.toml", ROOT / "Makefile"]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def is_there(name: str) -> bool:
     if "/" not in name:
         return name in file_names() or (ROOT / name).exists()
@@ -58,4 +66,15 @@ def test_files_that_are_named_exist(document: Path) -> None:
     words = {word for word in re.findall(r"`([^`\n]+)`", text) if " " not in word}
     named = {word for word in words if FILE.fullmatch(word) or FOLDER.fullmatch(word)}
     missing = sorted(name for name in named if not is_there(name))
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_names_of_the_code_exist(name: str) -> None:
+    words = re.findall(
+        r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`", (ROOT / name).read_text(encoding="utf-8")
+    )
+    named = {word.rpartition(".")[2] for word in words if not FILE.fullmatch(word)}
+    assert len(named) > 30
+    missing = sorted(word for word in named if not re.search(rf"\b{word}\b", source()))
     assert not missing
