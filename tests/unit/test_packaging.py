@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed from a checkout: every module and data file, inside `vllm_nvium` only. By wheel,
-sdist, editable install and archive. No network, and no new environment: packages go to folders,
-and Python is told of these folders only."""
+"""What is installed from a checkout by wheel, sdist, editable install and archive: every module and
+data file, inside `vllm_nvium` only. No network, and no new environment: packages go to folders, and
+Python is told of these folders only."""
 
 import hashlib
 import json
