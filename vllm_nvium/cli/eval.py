@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_nvium.checkpoints import require
+from vllm_nvium.checkpoints.evaluate import evaluate
 from vllm_nvium.cli.common import (
     DTYPES,
     check_at_least,
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check(args)
     texts = parse_texts(args.text)
-    from vllm_nvium.checkpoints.evaluate.checkpoint import Request, evaluate_checkpoint
+    from vllm_nvium.checkpoints.evaluate.checkpoint import Request
     from vllm_nvium.checkpoints.evaluate.history import read_history
     from vllm_nvium.checkpoints.evaluate.plots import draw
     from vllm_nvium.checkpoints.evaluate.tables import print_report
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         text_field=args.text_field,
         split=args.split,
     )
-    report = evaluate_checkpoint(request)
+    report = evaluate(request)
     print_report(report)
     if args.json is not None:
         text = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates an N-vium checkpoint on texts, beside its dense parent if one is given, with one model
-in memory at a time.
+"""From the names of a checkpoint, its dense parent and texts to a report. One model is in memory at
+a time.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.checkpoints.evaluate.measure import evaluate, evaluate_dense
+from vllm_nvium.checkpoints.evaluate.measure import evaluate_dense, evaluate_nvium
 from vllm_nvium.checkpoints.evaluate.results import (
     Comparison,
     DenseEvaluation,
@@ -101,12 +101,7 @@ class Report:
 
 
 def evaluate_checkpoint(request: Request) -> Report:
-    """Load texts and models, and evaluate them.
-
-    Raises:
-        UserError: a model or a text cannot be used; found before any weights are loaded, unless
-            they are the reason.
-    """
+    """Load texts and models, and evaluate them; see `evaluate` of this package."""
     texts = _open_texts(request)
     dense: dict[str, DenseEvaluation] = {}
     if request.dense is not None:
@@ -122,7 +117,7 @@ def evaluate_checkpoint(request: Request) -> Report:
     for name, text in texts.items():
         top = dense[name].top if dense else None
         with progress(f"N-vium on {name}", len(text), "block") as bar:
-            found = evaluate(model, text, request.batch_size, parent_top=top, progress=bar)
+            found = evaluate_nvium(model, text, request.batch_size, parent_top=top, progress=bar)
         results[name] = (
             TextResult(found, dense[name], compare(found, dense[name]))
             if dense

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from vllm_nvium.checkpoints.train.loss import CHUNK
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
+from vllm_nvium.model_executor.nvium.policy import first_exit, leaves
 
 if TYPE_CHECKING:
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -34,9 +35,7 @@ def greedy_exits(margins: torch.Tensor, greedy_margin: float) -> torch.Tensor:
     Returns:
         `[...]` int64 in 0 .. N-1, N-1 for the final head.
     """
-    # The final head takes whoever is left.
-    leaves = F.pad(margins > greedy_margin, (0, 1), value=True)
-    return leaves.int().argmax(dim=-1)  # of equal values argmax returns the first
+    return first_exit(leaves(margins, greedy_margin))
 
 
 def greedy_shares(margins: torch.Tensor, greedy_margin: float) -> torch.Tensor:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_nvium(
     model: "NviumForCausalLM",
     blocks: "Dataset | torch.Tensor",
     batch_size: int = 1,
@@ -106,7 +106,7 @@ def evaluate_dense(
     chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> DenseEvaluation:
-    """Run a dense model over blocks of tokens; see `evaluate`.
+    """Run a dense model over blocks of tokens; see `evaluate_nvium`.
 
     Args:
         model: a causal language model of transformers whose logits are its unembedding applied to
