@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `vllm-nvium` command. Each sub-command is a module with `add_arguments` and `run`, which is
-imported only when that command is meant: most need torch, `--help` and `setup-cpu` must not."""
+"""The `vllm-nvium` command. Each sub-command is a module with `run` and `add_arguments`, or in its
+place `make_parser`. It is imported only when that command is meant: most need torch, `--help` and
+`setup-cpu` must not."""
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from vllm_nvium.console import complain
 from vllm_nvium.errors import UserError
@@ -44,11 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = build_parser().parse_args(words[:1]).command
     command = importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
-    parser = argparse.ArgumentParser(prog=f"vllm-nvium {name}", description=command.__doc__)
-    command.add_arguments(parser)
-    args = parser.parse_args(words[1:])
     try:
-        return int(command.run(args) or 0)
+        parser = _parser_of(command, f"vllm-nvium {name}")
+        return int(command.run(parser.parse_args(words[1:])) or 0)
     except UserError as error:
         complain(f"vllm-nvium {name}: error: {error}")
         return 2
+
+
+def _parser_of(command: ModuleType, prog: str) -> argparse.ArgumentParser:
+    if hasattr(command, "make_parser"):
+        return command.make_parser(prog=prog, description=command.__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=command.__doc__)
+    command.add_arguments(parser)
+    return parser

@@ -5,14 +5,16 @@ for what greedy decoding picks. The controller steers to within what a few thous
 this uses more of them, and costs two passes.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from vllm_nvium.checkpoints import IGNORED
-from vllm_nvium.checkpoints.evaluate.measure import greedy_exits
+from vllm_nvium.checkpoints.evaluate.formulas import greedy_exits
 from vllm_nvium.checkpoints.train.loss import mixture_target_log_probs, next_tokens
+from vllm_nvium.checkpoints.train.validation import Losses
+from vllm_nvium.console import say, table
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights, expected_depth
 
@@ -70,6 +72,49 @@ class Calibration:
     losses: dict[str, float]
     depth: float
     reached: bool
+
+
+def calibrate(
+    model: NviumForCausalLM,
+    texts: dict[str, Any],
+    parent: Losses,
+    tolerance: float,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Calibrates a model in place, and says how.
+
+    Args:
+        texts: name -> dataset of `input_ids` and `labels`, `[T]` each.
+        parent: losses of the dense parent on them.
+        tolerance: how much worse than the parent the model may be, nats per token.
+
+    Returns:
+        what the record of the run keeps of it.
+    """
+    model.eval()
+    observed = {name: observe(model, text, batch_size) for name, text in texts.items()}
+    largest = {name: loss + tolerance for name, loss in parent.by_text.items()}
+    found = find_shift(observed, largest, depths_of(model))
+    shift_margins(model, found.shift)
+    shifted = {name: text.shifted(found.shift) for name, text in observed.items()}
+    greedy_margin = model.config.greedy_margin = find_greedy_margin(shifted, largest)
+    greedy = {name: text.greedy_loss(greedy_margin) for name, text in shifted.items()}
+    _report(found, greedy_margin, greedy, parent)
+    return asdict(found) | {"greedy_margin": greedy_margin, "greedy_losses": greedy}
+
+
+def _report(
+    found: Calibration, greedy_margin: float, greedy: dict[str, float], parent: Losses
+) -> None:
+    say(f"Calibrated: margins shifted by {found.shift:+.2f}, {found.depth:.1%} of the layers run.")
+    say(f"At temperature 0 tokens leave where the margin exceeds {greedy_margin:.2f}.")
+    rows = [
+        (name, f"{loss:.4f}", f"{greedy[name]:.4f}", f"{parent.by_text[name]:.4f}")
+        for name, loss in found.losses.items()
+    ]
+    table([("text", "loss", "greedy", "parent's"), *rows], numbers=True)
+    if not found.reached:
+        say("No shift makes the mixture as good as the parent on every text.")
 
 
 def find_shift(

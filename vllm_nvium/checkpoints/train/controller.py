@@ -5,12 +5,17 @@ controller of the largest run).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from vllm_nvium.checkpoints.train.folder import check_twin
+from vllm_nvium.checkpoints.train.options import TrainOptions
 from vllm_nvium.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm_nvium.checkpoints.train.retrofit import Start
 
 
 @dataclass
@@ -33,6 +38,11 @@ class BetaController:
     fall: float = 4.0
     largest_change: float = 100.0
     largest: float = 10.0
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> "BetaController":
+        """As a run begins."""
+        return cls(options.beta, tolerance=options.tolerance)
 
     def update(self, dense_loss: float, mixture_loss: float) -> float:
         """Takes both losses at the same step and returns the new `beta`."""
@@ -78,6 +88,43 @@ class DenseCurve:
             return self.losses[before]
         share = min(max((step - before) / (after - before), 0.0), 1.0)
         return (1 - share) * self.losses[before] + share * self.losses[after]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What a run's beta is steered by.
+
+    Attributes:
+        kind: the dense parent's losses, the curve of a dense twin, or nothing.
+        curve: mean validation loss of the twin at a step.
+    """
+
+    kind: Literal["parent", "curve", "off"]
+    curve: Callable[[int], float] | None = None
+
+
+def steering_of(options: TrainOptions, start: "Start") -> Steering:
+    """What `--controller` means for a start.
+
+    Raises:
+        UserError: there is no such parent or curve.
+    """
+    has_parent = start.has_parent or bool(options.dense)
+    given = options.controller or ("parent" if has_parent else "off")
+    if given == "off":
+        return Steering("off")
+    if start.is_dense:
+        raise UserError(f"--controller is {given!r}, and a dense model has nothing to steer.")
+    if given != "parent":
+        history = Path(given).expanduser()
+        check_twin(history, options)
+        return Steering("curve", DenseCurve(history).at)
+    if not has_parent:
+        raise UserError(
+            f"--controller is 'parent', and {options.model} is no dense model whose loss could be "
+            "measured: give its parent with --dense, or 'off'."
+        )
+    return Steering("parent")
 
 
 def _fits(line: Any) -> bool:

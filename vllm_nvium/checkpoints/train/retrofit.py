@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
+from vllm_nvium.checkpoints.convert import convert, open_source
 from vllm_nvium.checkpoints.convert.checkpoint import copy_companions
-from vllm_nvium.checkpoints.convert.command import convert, open_source
 from vllm_nvium.checkpoints.convert.dense import CERTAIN, DenseOptions
 from vllm_nvium.checkpoints.convert.exits import OWN, fingerprint, write_exits
 from vllm_nvium.checkpoints.inputs import (
@@ -27,7 +27,7 @@ from vllm_nvium.checkpoints.inputs import (
     open_parent,
 )
 from vllm_nvium.checkpoints.train.options import TrainOptions
-from vllm_nvium.errors import UserError
+from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import (
@@ -115,9 +115,8 @@ def open_dense(options: TrainOptions) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(options.dense, dtype=dtype)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
         raise UserError(
-            f"--dense is {options.dense!r}, which cannot be read ({reason})."
+            f"--dense is {options.dense!r}, which cannot be read ({first_line(error)})."
         ) from error
 
 

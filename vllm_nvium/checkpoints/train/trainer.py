@@ -5,10 +5,12 @@ and checkpoints that hold only what is trained.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from vllm_nvium.checkpoints.train.loss import (
     next_tokens,
     warm_up_penalty,
 )
+from vllm_nvium.checkpoints.train.options import TrainOptions
 from vllm_nvium.checkpoints.train.retrofit import load_trainable_state, trainable_state
 from vllm_nvium.checkpoints.train.validation import Losses, worst_text
-from vllm_nvium.errors import UserError
+from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.files import write_atomically
 from vllm_nvium.model_executor.ops.mixture import expected_depth
 
@@ -52,6 +55,14 @@ class Schedule:
 
     hazard_warm_up_steps: int
     head_loss_steps: int
+
+    @classmethod
+    def of(cls, options: TrainOptions, steps: int) -> "Schedule":
+        """The shares that the options name, of a number of steps."""
+        return cls(
+            hazard_warm_up_steps=round(options.hazard_warm_up * steps),
+            head_loss_steps=round(options.head_loss_share * steps),
+        )
 
 
 def nvium_loss(
@@ -270,14 +281,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def training_arguments(
-    out: Path, steps: int, save_every: int, options: Any, extra: dict[str, Any]
-) -> TrainingArguments:
+def interval(given: int, steps: int) -> int:
+    """Steps between two measurements or checkpoints: 5 % of all, as in the paper, unless given."""
+    return given or max(1, math.ceil(0.05 * steps))
+
+
+def autocast_of(options: TrainOptions) -> Callable[[], contextlib.AbstractContextManager]:
+    """Makes contexts that compute in `--dtype`."""
+    if options.dtype == "float32":
+        return contextlib.nullcontext
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return partial(torch.autocast, device, dtype=torch.bfloat16)
+
+
+def training_arguments(out: Path, steps: int, options: TrainOptions) -> TrainingArguments:
     """The paper's recipe: AdamW (.9, .95), 1 % warm-up, cosine to a tenth, clip 1.0.
 
     Raises:
-        UserError: `extra` (the `trainer` part of a configuration file) holds a name or a value
-            that TrainingArguments does not take.
+        UserError: `--trainer` holds a name or a value that TrainingArguments does not take.
     """
     fields: dict[str, Any] = {
         "output_dir": str(out),
@@ -291,7 +312,7 @@ def training_arguments(
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "max_grad_norm": 1.0,
-        "save_steps": save_every,
+        "save_steps": interval(options.save_every, steps),
         # The last one may be cut by a crash; the one before it must still be there.
         "save_total_limit": 2,
         "logging_steps": max(1, steps // 100),
@@ -303,7 +324,6 @@ def training_arguments(
         "use_cpu": not torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(**(fields | extra))
+        return TrainingArguments(**(fields | options.trainer))
     except (TypeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"trainer: {reason}.") from error
+        raise UserError(f"trainer: {first_line(error)}.") from error

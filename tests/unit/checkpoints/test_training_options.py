@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags and configuration files of `vllm-nvium train`: flags win over the file, the file over the
+defaults, and a value of the wrong kind is refused in one sentence wherever it stands."""
+
+from pathlib import Path
+
+import pytest
+
+from vllm_nvium.checkpoints.train.flags import FlagParser, options_of
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.cli import main
+from vllm_nvium.errors import UserError
+
+NEEDED = ["MODEL", "--out", "run", "--text", "a.txt", "b", "--validation", "c.txt"]
+
+
+def parsed(*words: str) -> TrainOptions:
+    return options_of(FlagParser().parse_args(words))
+
+
+def config(folder: Path, text: str, name: str = "run.yaml") -> list[str]:
+    (folder / name).write_text(text)
+    return ["--config", str(folder / name)]
+
+
+def test_flags() -> None:
+    options = parsed(*NEEDED, "--exit-layers", "1,3", "--learning-rate", "1e-3")
+    assert options == TrainOptions(
+        model="MODEL",
+        out="run",
+        text=["a.txt", "b"],
+        validation=["c.txt"],
+        exit_layers=[1, 3],
+        learning_rate=1e-3,
+    )
+    # The word after a switch is not the switch's.
+    assert parsed("--resume", *NEEDED) == parsed(*NEEDED, "--resume")
+    assert parsed(*NEEDED[1:], "--model", "MODEL") == parsed(*NEEDED)
+    assert parsed(*NEEDED, "--trainer", '{"max_grad_norm": 0.5}').trainer == {"max_grad_norm": 0.5}
+
+
+def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
+    file = config(
+        tmp_path,
+        "model: other\ntext: other.txt\nexit-layers: [2, 3]\nblock_size: 32\nbatch_size: 4\n"
+        "learning_rate: 1e-3\nresume: true\nprompts: []\ncontroller: 'off'\n"
+        "trainer: {max_grad_norm: 0.5}\n",
+    )
+    options = parsed(*NEEDED, *file, "--batch-size", "2", "--beta", "0")
+    assert (options.model, options.text) == ("MODEL", ["a.txt", "b"])
+    assert (options.block_size, options.batch_size, options.beta) == (32, 2, 0.0)
+    assert (options.exit_layers, options.learning_rate) == ([2, 3], 1e-3)
+    assert options.resume and options.controller == "off" and options.prompts == []
+    assert options.trainer == {"max_grad_norm": 0.5}
+    assert options.seed == TrainOptions().seed
+
+
+def test_a_file_alone(tmp_path: Path) -> None:
+    text = (
+        '{"model": "m", "out": "-run", "text": "a.txt", "validation": ["b c", "d"], '
+        '"exit_layers": 2, "beta": 1e-3, "resume": false}'
+    )
+    assert parsed(*config(tmp_path, text, "run.json")) == TrainOptions(
+        model="m", out="-run", text=["a.txt"], validation=["b c", "d"], exit_layers=[2], beta=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
+        (["--exit-layers", "1,x"], "'1,x' is not a comma-separated list of int values"),
+        (["--method", "all"], "--method: invalid choice: 'all' (choose from 'exits', 'lora'"),
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--trainer", "[3]"], "--trainer: '[3]' is not a JSON object"),
+        (["--trainer", "{"], "--trainer: '{' is not a JSON object"),
+        (["--no-such-flag", "3"], "unrecognized arguments: --no-such-flag 3"),
+        (["--block-size", "1"], "--block-size is 1, and it must be at least 2"),
+        (["--learning-rate", "0"], "--learning-rate is 0.0, and it must be greater than 0"),
+        (["--hazard-warm-up", "2"], "--hazard-warm-up is 2.0, and a share lies in 0..1"),
+    ],
+)
+def test_refused_flags(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *NEEDED, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-nvium train: error: ") and error.count("\n") == 1
+    assert sentence in error
+
+
+@pytest.mark.parametrize("name", ["model", "out", "text", "validation"])
+def test_what_every_run_needs(name: str, tmp_path: Path) -> None:
+    lines = {"model": "m", "out": "o", "text": "t", "validation": "v"}
+    text = "".join(f"{key}: {value}\n" for key, value in lines.items() if key != name)
+    with pytest.raises(UserError, match="is missing, and a run needs it") as refusal:
+        parsed(*config(tmp_path, text))
+    assert str(refusal.value).startswith("MODEL" if name == "model" else f"--{name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("tokens: many", "argument --tokens: invalid int value: 'many'"),
+        ("tokens: 1.5", "argument --tokens: invalid int value: '1.5'"),
+        ("tokens: true", "--tokens is True; YAML reads words such as off"),
+        ("tokens:", "--tokens is None; YAML reads"),
+        ("controller: off", "--controller is False; YAML reads words such as off"),
+        ("text: [a, null]", "--text is ['a', None]; YAML reads"),
+        ("tokens: [3]", "--tokens is [3], and one value is needed"),
+        ("out: {a: b}", "--out is {'a': 'b'}, and one value is needed"),
+        ("trainer: 3", "--trainer: '3' is not a JSON object"),
+        ("method: all", "--method: invalid choice: 'all'"),
+        ("resume: 3", "--resume: ignored explicit argument '3'"),
+        ("blocksize: 3", "'blocksize' is no option; the options are model, out, text"),
+        ("config: other.yaml", "'config' is no option"),
+        ("- a", "it holds no options by name"),
+        ("a: [", "it cannot be read (while parsing"),
+    ],
+)
+def test_refused_files(tmp_path: Path, text: str, sentence: str) -> None:
+    file = config(tmp_path, text)
+    with pytest.raises(UserError) as refusal:
+        parsed(*NEEDED, *file)
+    assert str(refusal.value).startswith(f"--config {file[1]}: ")
+    assert sentence in str(refusal.value)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(UserError, match="--config no.yaml: it cannot be read .* No such file"):
+        parsed(*NEEDED, "--config", "no.yaml")
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--block-size BLOCK_SIZE context length in training, tokens (default: 512)" in text
+    assert "--exit-layers L1,L2,... of a dense start" in text

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `vllm-nvium train`, and the `--config` file that it overrides. Importing this
+module imports transformers.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from transformers import HfArgumentParser
+
+from vllm_nvium.checkpoints.train.options import TrainOptions, check, flag_of
+from vllm_nvium.errors import UserError, first_line
+
+
+class FlagParser(HfArgumentParser):
+    """A flag for every field of `TrainOptions`, and `MODEL` and `--config` besides.
+
+    A `--config` file is read as if its names were flags, before those that are really given, so
+    both are checked alike and flags win.
+    """
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(TrainOptions, formatter_class=argparse.HelpFormatter, **about)
+        self.add_argument(
+            "model",
+            nargs="?",
+            metavar="MODEL",
+            # With another default, a MODEL that is left out would replace the one of the file.
+            default=argparse.SUPPRESS,
+            help="what to start from; the same as --model",
+        )
+        self.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML or JSON with these options; flags win"
+        )
+
+    def add_argument(
+        self, *names: str, reads: Callable[[str], Any] | None = None, **about: Any
+    ) -> argparse.Action:
+        """As HfArgumentParser asks for, but each flag in one spelling.
+
+        Args:
+            reads: turns the one word after the flag into a list or a mapping.
+        """
+        if reads is not None:
+            about |= {"type": reads, "nargs": None}
+        if about.get("const") is True:
+            # HfArgumentParser would take MODEL in `--resume MODEL` for the flag's truth value.
+            about = {"action": "store_true", "help": about["help"]}
+        return super().add_argument(*(name for name in names if "_" not in name), **about)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Flags over the file over the defaults."""
+        found, rest = super().parse_known_args(args, namespace)
+        if namespace is not None or found.config is None:
+            return found, rest
+        try:
+            words = _words(_read(found.config))
+            from_file = self.parse_args(words, argparse.Namespace())
+        except UserError as error:
+            raise UserError(f"--config {found.config}: {error}") from error
+        return super().parse_known_args(args, from_file)
+
+    def error(self, message: str) -> Any:
+        """Refuses in one sentence, without the page of usage that argparse prints."""
+        raise UserError(message)
+
+
+def options_of(args: argparse.Namespace) -> TrainOptions:
+    """What a `FlagParser` parsed, checked.
+
+    Raises:
+        UserError: an option is missing, out of range, or means nothing beside `--method`.
+    """
+    (options,) = FlagParser().parse_dict(vars(args), allow_extra_keys=True)
+    check(options)
+    return options
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The names and values of a file."""
+    import yaml
+
+    try:
+        text = path.read_text()
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"it cannot be read ({first_line(error)}).") from error
+    if not isinstance(found, Mapping):
+        raise UserError("it holds no options by name.")
+    return {str(name).replace("-", "_"): value for name, value in found.items()}
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    """Names and values as a command line."""
+    known = {entry.name: entry for entry in dataclasses.fields(TrainOptions)}
+    words: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{name!r} is no option; the options are {', '.join(known)}.")
+        words += _flag_words(known[name], value)
+    return words
+
+
+def _flag_words(entry: dataclasses.Field, value: Any) -> list[str]:
+    flag, kind = flag_of(entry.name), get_origin(entry.type) or entry.type
+    if kind is bool and isinstance(value, bool):
+        return [flag] if value else []
+    if kind is dict and isinstance(value, dict):
+        return [f"{flag}={json.dumps(value)}"]
+    if isinstance(value, dict) or (isinstance(value, list) and kind is not list):
+        raise UserError(f"{flag} is {value!r}, and one value is needed.")
+    values = value if isinstance(value, list) else [value]
+    if any(one is None or isinstance(one, bool) for one in values):
+        raise UserError(
+            f"{flag} is {value!r}; YAML reads words such as off, yes and null in its own way: put "
+            "the word in quotes, or leave the option out."
+        )
+    if not values:
+        return []
+    if "reads" in entry.metadata:
+        return [f"{flag}={','.join(map(str, values))}"]
+    return [flag, *map(str, values)] if kind is list else [f"{flag}={value}"]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: made when a run begins, compared when it goes on, and as it was before when
+the run was refused.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
+from vllm_nvium.errors import UserError
+from vllm_nvium.files import write_atomically
+
+RECORD = "run.json"
+SELF_DISTILLED = "self_distilled.jsonl"
+
+
+def claim(out: Path, options: TrainOptions) -> bool:
+    """Makes the run's folder, or checks that it is this run's.
+
+    Returns:
+        whether the run is new.
+
+    Raises:
+        UserError: the folder holds something else, or a run with other options.
+    """
+    record = out / RECORD
+    wanted = json.loads(json.dumps(options.record()))
+    if record.is_file():
+        if not options.resume:
+            raise UserError(
+                f"--out is {str(out)!r}, which holds a run already: give --resume to go on with "
+                "it, or another folder."
+            )
+        _check_same(out, wanted)
+        return False
+    if options.resume:
+        raise UserError(f"--resume needs a run in --out, and {str(out)!r} holds none.")
+    if out.exists() and (not out.is_dir() or any(_not_sampled(out))):
+        raise UserError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
+    except OSError as error:
+        raise UserError(
+            f"--out is {str(out)!r}, and it cannot be written ({error.strerror})."
+        ) from error
+    return True
+
+
+def unclaim(out: Path) -> None:
+    """Leaves nothing of a run that was refused, so that the corrected command can be given."""
+    for path in _not_sampled(out):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+def check_twin(history: Path, options: TrainOptions) -> None:
+    """Refuses a dense twin whose losses were measured on other text, or in other tokens.
+
+    Raises:
+        UserError: they were.
+    """
+    record = history.with_name(RECORD)
+    if not record.is_file():
+        return  # another program wrote the history: only the user knows how
+    found = json.loads(record.read_text())
+    for name in ("tokenizer", "validation", "validation_tokens", "block_size"):
+        mine, theirs = getattr(options, name), found.get(name)
+        if mine != theirs:
+            raise UserError(
+                f"{flag_of(name)} is {mine!r}, and the twin whose curve --controller "
+                f"{str(history)!r} names was measured with {theirs!r}: give the same to both."
+            )
+
+
+def _check_same(out: Path, wanted: dict[str, Any]) -> None:
+    found = json.loads((out / RECORD).read_text())
+    for name, value in wanted.items():
+        if name != "out" and found.get(name) != value:
+            raise UserError(
+                f"{flag_of(name)} is {value!r}, and the run in {out} was started with "
+                f"{found.get(name)!r}: use that, or another --out."
+            )
+
+
+def _not_sampled(out: Path) -> list[Path]:
+    """What is in a run's folder besides sampled text, which another run may use again."""
+    stem = Path(SELF_DISTILLED).stem
+    return [path for path in out.iterdir() if not path.name.startswith(stem)]
