@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from generate_greedy import NEW_TOKENS, greedy_tokens
 
 from tiny_models import DENSE_KINDS, make_dense
-from vllm_nvium.checkpoints.convert.command import convert
+from vllm_nvium.checkpoints.convert import convert
 from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "generate_greedy.py"

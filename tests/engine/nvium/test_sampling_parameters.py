@@ -25,7 +25,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine
 
 from tiny_models import make_dense, make_nvium, save_character_tokenizer
-from vllm_nvium.checkpoints.convert.command import convert
+from vllm_nvium.checkpoints.convert import convert
 from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
 PROMPTS = [[60, 60, 9, 8, 7], [5] * 12, [11, 12, 13] * 13]
