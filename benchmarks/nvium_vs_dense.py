@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import EngineProcess
 from measured import machine, rates, ratios, read_prompts
 
-from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
+from vllm_nvium.model_executor.nvium.policy import first_exit, leaves, thresholds
+from vllm_nvium.model_executor.ops.draws import request_seed
 
 PAPER_SPEEDUP = 1.579
 # H 1536, 48 layers, exits after 12/24/36 (arXiv:2605.13190, largest model); the MLP is as wide as
@@ -96,11 +98,14 @@ def executed_share(
     so this is what happened, not an expectation.
     """
     deepest = np.zeros(new_tokens - 1, dtype=int)
+    with np.errstate(divide="ignore"):
+        margins = np.log(hazards) - np.log1p(-np.asarray(hazards))
     for i in range(batch):
         positions = prompts[i] + np.arange(new_tokens - 1)
         seeds = np.full(len(positions), request_seed(seed * 1000 + i, "", 0), dtype=np.uint64)
-        leave = uniform_draws(seeds, positions, len(hazards)) < np.asarray(hazards)
-        exits = np.where(leave.any(axis=1), leave.argmax(axis=1), len(hazards))
+        sampled = np.zeros(len(positions), dtype=bool)
+        needed = thresholds(seeds, positions, sampled, 0.0, len(hazards))
+        exits = first_exit(torch.from_numpy(leaves(margins, needed))).numpy()
         deepest = np.maximum(deepest, exits)
     return float(np.asarray(depths)[deepest].mean())
 

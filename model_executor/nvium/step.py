@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_nvium.model_executor.nvium.completion import CatchUp
+from vllm_nvium.model_executor.nvium.policy import leaves
 from vllm_nvium.model_executor.ops.head_rows import HeadRows
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights
 from vllm_nvium.model_executor.ranks import of_first_rank
@@ -104,12 +105,6 @@ def _take(state: torch.Tensor, index: np.ndarray) -> torch.Tensor:
     return state.index_select(0, torch.from_numpy(index).to(state.device))
 
 
-def _leave(margins: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Who leaves at an exit: `e_k - c_k > threshold`, and whoever's margin is not a number. Its
-    hazard is none either, so no law says what comes next; see `_head_inputs`."""
-    return ~(margins <= thresholds)
-
-
 def _head_inputs(exit_: "Exit", normed: torch.Tensor, margins: np.ndarray) -> torch.Tensor:
     """Inputs of the unembedding [n, H] of tokens that left with these margins [n]. Where a margin
     is not a number these are none, so that vLLM sees it and treats it as it does in any model."""
@@ -131,7 +126,7 @@ class _NarrowHeads:
         self.leave: np.ndarray | None = None
         self.nobody_leaves = False
         if self.constant is not None:
-            self.leave = _leave(self.constant, step.sampling.thresholds)  # [R, N-1]
+            self.leave = leaves(self.constant, step.sampling.thresholds)  # [R, N-1]
             self.nobody_leaves = not self.leave.any()
 
     def _emit(self, requests: np.ndarray, head_inputs: torch.Tensor) -> None:
@@ -158,7 +153,7 @@ class _NarrowHeads:
         if self.constant is None or self.leave is None:
             normed = exit_.norm(_take(state, rows.newest()))
             margins = exit_.margins(normed).cpu().numpy()
-            leave = _leave(margins, step.sampling.thresholds[:, k])
+            leave = leaves(margins, step.sampling.thresholds[:, k])
         else:
             margins = np.full(len(step.exits), self.constant[k])
             leave = self.leave[:, k]
@@ -241,7 +236,7 @@ class _WideHeads:
         normed = exit_.norm(_take(state, rows.newest()))
         margins = exit_.margins(normed).cpu().numpy()
         open_ = (step.exits == UNDECIDED) & ~sampling.mixture
-        leaving = np.flatnonzero(open_ & _leave(margins, sampling.thresholds[:, k]))
+        leaving = np.flatnonzero(open_ & leaves(margins, sampling.thresholds[:, k]))
         if len(leaving):
             step.exits[leaving] = k
             inputs = _head_inputs(exit_, _take(normed, leaving), margins[leaving])

@@ -14,12 +14,12 @@ from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
 from vllm_nvium.model_executor.ops.ragged import slots_of
 from vllm_nvium.model_executor.rows import Rows
-from vllm_nvium.nvium import requests as nvium_requests
 
 TOLERANCE = 1e-4
 # How long a trace waits for other threads, all its steps together: a minute.
@@ -259,4 +259,4 @@ def check_against_reference(
 
 
 def patch_thresholds(monkeypatch: Any, hazards: list[float]) -> None:
-    monkeypatch.setattr(nvium_requests, "margin_thresholds", forced_thresholds(hazards))
+    monkeypatch.setattr(policy, "margin_thresholds", forced_thresholds(hazards))

@@ -77,7 +77,7 @@ def crowd(g: random.Random, size: int, with_top_k: bool) -> list[Arrival]:
         fields: dict[str, Any] = {
             "temperature": g.choice([0.0, 0.7, 1.0, 1.0]),
             "seed": g.randrange(4),
-            "max_tokens": g.choice([1, 3, 8, 30, 60]),
+            "max_tokens": g.choice([1, 3, 8, 30, 60, 100, 140]),
             "ignore_eos": True,
             "extra_args": {
                 key: value
@@ -113,12 +113,15 @@ def crowd(g: random.Random, size: int, with_top_k: bool) -> list[Arrival]:
                 arrival.step = trace[other].step + g.randint(5, 90)
                 arrival.prompt = [g.randrange(3, VOCABULARY) for _ in range(g.randrange(3))]
                 arrival.take = g.choice([32, 64, 96, 128, 180])
+                arrival.params.max_tokens = min(arrival.params.max_tokens or 1, 60)  # fits
             else:
                 arrival.prompt, arrival.continues = (
                     list(trace[other].prompt),
                     trace[other].continues,
                 )
                 arrival.take, arrival.step = trace[other].take, max(arrival.step, trace[other].step)
+                if arrival.continues is not None:
+                    arrival.params.max_tokens = min(arrival.params.max_tokens or 1, 60)
         trace.append(arrival)
     return trace
 
@@ -167,10 +170,10 @@ def check_exit(margins: np.ndarray, drawn: Drawn, where: str, counts: Counts) ->
 def make_engine(path: str, g: random.Random, v2: bool) -> tuple[SoakEngine, str]:
     fields = {
         "block_size": g.choice([32, 32, 64]),
-        "num_gpu_blocks_override": g.choice([9, 12, 30]),
-        "max_num_batched_tokens": g.choice([16, 48, 200]),
+        "num_gpu_blocks_override": g.choice([9, 12, 30, 90, 140]),
+        "max_num_batched_tokens": g.choice([16, 48, 200, 400]),
         "scheduling_policy": g.choice(["fcfs", "priority"]),
-        "max_num_seqs": g.choice([3, 6, 12]),
+        "max_num_seqs": g.choice([3, 6, 12, 24, 32]),
     }
     fields["max_num_batched_tokens"] = max(fields["max_num_batched_tokens"], fields["max_num_seqs"])
     if v2:
@@ -213,12 +216,14 @@ def main() -> None:
 
 def play(reference: Any, engine: SoakEngine, g: random.Random, counts: Counts, shown: str) -> None:
     config = engine.scheduler.scheduler_config
-    config.long_prefill_token_threshold = g.choice([0, 0, 1, 7])
+    config.long_prefill_token_threshold = g.choice([0, 0, 0, 0, 1, 7])
     resets = tuple(g.sample(range(5, 80), 2)) if g.random() < 0.2 else ()
-    trace = crowd(g, g.randint(2, 14), with_top_k=not os.environ.get("TRITON_INTERPRET"))
+    # Small crowds meet every state; large ones give the tokens.
+    size = g.randint(2, 14) if g.random() < 0.4 else g.randint(20, 60)
+    trace = crowd(g, size, with_top_k=not os.environ.get("TRITON_INTERPRET"))
     engine.drawn.clear()
     try:
-        engine.run(trace, max_steps=20_000, resets=resets)
+        engine.run(trace, max_steps=40_000, resets=resets)
         for number, arrival in enumerate(trace):
             check(reference, engine, str(number), arrival, counts)
     except BaseException:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_nvium.engine.requests import GREEDY_BELOW
+from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.step import Sampling
-from vllm_nvium.model_executor.ops.draws import margin_thresholds
 from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions
 from vllm_nvium.nvium.request_seeds import RequestSeeds
 
@@ -155,7 +155,8 @@ class RequestTable:
         self._seeds = np.array([row.seed for row in rows], dtype=np.uint64)
         self._greedy = np.array([row.greedy for row in rows], dtype=bool)
         self._any_sampled = not self._greedy.all()
-        self._greedy_thresholds = np.full((len(rows), self.num_exits), self.greedy_margin)
+        if not self._any_sampled:
+            self._greedy_thresholds = self._thresholds(np.zeros(len(rows), dtype=np.int64))
         self._mixture = np.array([row.mixture for row in rows], dtype=bool)
         self._mixture_greedy = np.array([row.mixture_greedy for row in rows], dtype=bool)
         # What needs the mixture never stops early, unless its argmax can be settled.
@@ -164,6 +165,11 @@ class RequestTable:
         self._any_wide = bool(self._mixture.any() or self._prompt_logprobs.any())
         self._max_deferred = np.array([row.max_deferred for row in rows], dtype=np.int64)
         self.complete = np.array([row.complete for row in rows], dtype=np.int64)
+
+    def _thresholds(self, positions: np.ndarray) -> np.ndarray:
+        return policy.thresholds(
+            self._seeds, positions, self._greedy, self.greedy_margin, self.num_exits
+        )
 
     def sampling(
         self,
@@ -182,11 +188,7 @@ class RequestTable:
         """
         if self._order != request_ids:
             self._arrange(request_ids)
-        if self._any_sampled:
-            thresholds = margin_thresholds(self._seeds, last, self.num_exits)
-            thresholds[self._greedy] = self.greedy_margin
-        else:
-            thresholds = self._greedy_thresholds
+        thresholds = self._thresholds(last) if self._any_sampled else self._greedy_thresholds
         # Stopping now would leave positions complete..last behind. A request that has not yet been
         # through a full pass in its present blocks goes on, prompt row or not.
         allowed = (last + 1 - self.complete <= self._max_deferred) & (self.complete > 0)

@@ -18,9 +18,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine, check_against_reference, forced_thresholds
 
 from tiny_models import make_nvium
+from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.completion import IN_FLIGHT, CatchUpError
 from vllm_nvium.model_executor.rows import Batch
-from vllm_nvium.nvium import requests as nvium_requests
 
 VOCABULARY = 256
 # Prompts are cut from two long texts, so that prefix-cache hits are common.
@@ -117,7 +117,7 @@ def test_logits_are_the_references(served, trace, hazards, resets, chunk):
 def play(served, trace: list[Arrival], hazards: list[float], resets: tuple[int, ...] = ()) -> None:
     reference, engine = served
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvium_requests, "margin_thresholds", forced_thresholds(hazards))
+        patch.setattr(policy, "margin_thresholds", forced_thresholds(hazards))
         emitted = engine.run(trace, resets=resets)
     for number, arrival in enumerate(trace):
         seen = emitted.get(str(number))

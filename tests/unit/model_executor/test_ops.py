@@ -17,6 +17,7 @@ from scipy import stats
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.ops import draws
 from vllm_nvium.model_executor.ops.draws import margin_thresholds, request_seed, uniform_draws
@@ -473,3 +474,14 @@ def test_draws_lie_between_the_hazards_that_always_hold(monkeypatch: pytest.Monk
         one = np.zeros(1, dtype=np.uint64)
         assert 0.0 < draws.uniform_draws(one, one, 1)[0, 0] < 1.0
         assert abs(draws.margin_thresholds(one, one, 1)[0, 0]) < 100.0
+
+
+def test_a_token_leaves_at_the_first_exit_that_it_may_leave_at() -> None:
+    margins = np.array([[-1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [np.nan, 9.0, 9.0], [0.1, -1.0, -1.0]])
+    greedy = np.array([True, True, False, True])
+    needed = policy.thresholds(
+        np.zeros(4, np.uint64), np.arange(4), greedy, greedy_margin=0.0, num_exits=3
+    )
+    found = policy.first_exit(torch.from_numpy(policy.leaves(margins, needed)))
+    assert found.tolist() == [1, 3, 0, 0]  # what is no number leaves at once
+    assert (needed[greedy] == 0.0).all() and (needed[~greedy] != 0.0).all()
