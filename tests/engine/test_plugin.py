@@ -292,7 +292,8 @@ def overridden() -> Iterator[tuple[str, str]]:
 def overridden_by(cls: type) -> Iterator[tuple[str, str]]:
     own = [base for base in cls.__mro__ if base.__module__.startswith("vllm_nvium.")]
     others = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
-    for name in {name for base in own for name in vars(base) if not name.startswith("__")}:
+    names = {name for base in own for name in vars(base) if not name.startswith("__")}
+    for name in names - {"_abc_impl"}:
         for base in others:
             if name in vars(base):
                 yield base.__module__, f"{base.__name__}.{name}"

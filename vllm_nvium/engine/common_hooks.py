@@ -232,4 +232,11 @@ HOOKS: tuple[Hook, ...] = (
         "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
         "they are dropped without a word",
     ),
+    *rows(
+        "vllm.v1.worker.cpu_model_runner",
+        "CPUModelRunner",
+        "initialize_kv_cache load_model",
+        "overridden: what a method makes once there are a model and a cache",
+        "neither method starts on CPU",
+    ),
 )

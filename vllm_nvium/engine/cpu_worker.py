@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU worker with another Model Runner V1, and what both methods need on CPU.
-
-`CPUWorker.init_device` makes its runner by a name in its module, so that name is replaced while it
-runs.
-"""
+"""vLLM's CPU worker with another Model Runner V1, and what both methods need on CPU."""
 
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from vllm.v1.worker import cpu_worker
+
+from vllm_nvium.engine.patches.cpu_worker import model_runner_is
 
 
 class KeepsGenerators:
@@ -52,5 +49,5 @@ class CPUWorkerWithRunner(cpu_worker.CPUWorker):
 
     def init_device(self) -> None:
         allow_amx()
-        with patch.object(cpu_worker, "CPUModelRunner", self.runner):
+        with model_runner_is(self.runner):
             super().init_device()

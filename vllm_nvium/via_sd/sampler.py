@@ -4,28 +4,11 @@ it unasked (arXiv:2606.12243, section 3), and on CPU it is given a function that
 """
 
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from vllm.v1.sample import rejection_sampler as vllm_rejection_sampler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-
-def expand_batch_to_tokens(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: int = 0,
-    replace_to: int = 0,
-) -> torch.Tensor:
-    """What vLLM's function of this name is for: `x` [B] of each request for each of its drafts.
-
-    On CPU vLLM 0.32's own kernel writes into a copy: temperature, top-k and top-p of drafts would
-    be whatever was in memory.
-    """
-    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
-    x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
-    return x.repeat_interleave(counts, output_size=num_tokens)
+from vllm_nvium.engine.patches.rejection_sampler import works_on_cpu
 
 
 class TieredRejectionSampler(RejectionSampler):
@@ -39,8 +22,7 @@ class TieredRejectionSampler(RejectionSampler):
     ) -> Any:
         if logits.device.type != "cpu":
             return super().forward(metadata, draft_probs, logits, *args, **kwargs)
-        name = expand_batch_to_tokens.__name__
-        with patch.object(vllm_rejection_sampler, name, expand_batch_to_tokens):
+        with works_on_cpu():
             return super().forward(metadata, draft_probs, logits, *args, **kwargs)
 
     def apply_logits_processors(
