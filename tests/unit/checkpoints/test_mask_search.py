@@ -8,17 +8,20 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import optuna
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
@@ -44,6 +47,7 @@ from vllm_nvium.checkpoints.mask_search.objectives import (
     most_tokens,
     skipping_layers,
 )
+from vllm_nvium.checkpoints.mask_search.report import draw_history
 from vllm_nvium.checkpoints.mask_search.search import (
     Mask,
     Score,
@@ -679,6 +683,19 @@ def test_command(
     assert rows["best"][2] == rows["ranking"][2] == "1,4,6"
     assert rows["even"][1] == f"{mask.even_score:.4g}"
     assert rows["mask"] == ["mask", "nats", "layers", "skipped"]
+
+
+def test_a_picture_leaves_no_traces(tmp_path: Path) -> None:
+    study = new_study()
+    search(study, SearchSettings(8, 3, 6, ranking=False), rugged)
+    study.ask()  # a trial without a score, as an interrupted search leaves it
+    matplotlib.use("Agg")
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_history(tmp_path / "picture", study, "divergence")
+    assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
+    assert dict(matplotlib.rcParams) == before and not pyplot.get_fignums()
 
 
 def test_command_by_agreement(target: Path, text: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ AXES = {
     "agreement": "share of prefixes with the full model's top token",
     "speed": "speed (tokens per second)",
 }
+COLOURS = {"even": "black", "ranking": "#009E73", "random": "#0072B2", "bayes": "#E69F00"}
 # Fields of the mask file that are flags of the command.
 FLAGS = ("skip_ratio", "objective", "drafter", "seed", "random_share", "dtype")
 
@@ -91,12 +92,11 @@ def print_report(request: "SearchRequest", study: Study) -> None:
 
 
 def draw_history(path: Path, study: Study, objective: str) -> None:
-    """Write a PNG: the score of every mask in the order of the trials, the best so far, and the
-    score of the even mask.
+    """Write a PNG: the score of every mask in the order of the trials, and the best so far.
 
     Args:
         path: file to write, whatever its name ends in.
-        study: at least the even mask has a score.
+        study: at least one mask has a score.
     """
     matplotlib.use("Agg")  # needs no screen, whatever MPLBACKEND says
     from matplotlib import pyplot
@@ -106,11 +106,17 @@ def draw_history(path: Path, study: Study, objective: str) -> None:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         plot = optuna.visualization.matplotlib.plot_optimization_history
         ax, figure = plot(study, target_name=AXES[objective]), pyplot.gcf()
-        even = _by_source(study, "even")[0]
-        ax.axhline(score_of(even), color="black", linestyle=":", label="even mask")
-        ax.set_title(f"{len(scored_masks(study))} masks")
-        ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-        figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+        for source, colour in COLOURS.items():
+            if trials := _by_source(study, source):
+                numbers, scores = [t.number for t in trials], [score_of(t) for t in trials]
+                ax.scatter(numbers, scores, color=colour, label=source, zorder=3)
+        ax.set_title("")
+        ax.locator_params(axis="x", integer=True)
+        # The first entry is that of Optuna's own points, which these points cover.
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles[1:], labels[1:], loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5)
+        figure.set_size_inches(7.2, 4.8)
+        figure.savefig(path, format="png", dpi=150)
         pyplot.close(figure)
 
 

@@ -34,9 +34,9 @@ Score = Callable[[Mask], float]
 STUDY = "via-sd-mask"
 # Names of the study's attributes: what the search was told, and the score without each layer alone.
 SETTINGS, ALONE = "settings", "score_without_layer"
-# A Bayesian draw needs some trials to learn from: so many, or half of the trials if that is less.
+# A Bayesian draw needs trials to learn from: so many, or half of all trials if that is less.
 MOST_BEFORE_BAYES = 10
-# Bayesian draws of a mask that was scored already before a uniform draw takes their place.
+# After so many Bayesian draws of masks that have a score, a uniform draw takes their place.
 ATTEMPTS = 16
 
 
@@ -80,7 +80,7 @@ def search(
     """Score masks until the study holds as many as it should.
 
     Args:
-        study: what was scored already; whatever is scored is added to it.
+        study: holds what was scored already; new scores are added at once.
         progress: told of every score.
 
     Returns:
@@ -96,7 +96,7 @@ def search(
                 tick()
         maximise = study.direction == StudyDirection.MAXIMIZE
         first["ranking"] = cheapest_layers(scores_alone(study), settings.count, maximise)
-    # Another seed for the rest of a search: the first one's draws were all tried.
+    # A resumed search gets another seed: the draws of the first one have been tried.
     seed = random.Random(f"{settings.seed}/{len(study.trials)}").getrandbits(32)
     study.sampler = sampler = MaskSampler(settings, seed)
     while len(known := scored_masks(study)) < settings.masks:
@@ -173,7 +173,7 @@ class MaskSampler(optuna.samplers.TPESampler):
     """
 
     def __init__(self, settings: SearchSettings, seed: int) -> None:
-        # A liar would count masks as bad that are only being tried, which one process has none of.
+        # `constant_liar` is for several processes that try masks at the same time.
         super().__init__(multivariate=True, n_startup_trials=1, constant_liar=False, seed=seed)
         self.settings, self.random = settings, random.Random(seed)
         self.source = "random"
@@ -210,14 +210,11 @@ class MaskSampler(optuna.samplers.TPESampler):
                 return self.parameters(mask)
 
     def _is_bayesian(self, number: int) -> bool:
-        """Whether the trial after `number` others is. Turns are spread evenly: `floor(n * share)`
-        of any first n are random."""
-        share, before = (
-            self.settings.random_share,
-            min(MOST_BEFORE_BAYES, self.settings.trials // 2),
-        )
+        """Whether the trial after `number` others is Bayesian. Turns are spread evenly: of the
+        first n trials, `floor(n * share)` would be random."""
+        share = self.settings.random_share
         is_random = math.floor((number + 1) * share) > math.floor(number * share)
-        return number >= before and not is_random
+        return number >= min(MOST_BEFORE_BAYES, self.settings.trials // 2) and not is_random
 
     def _with_count(self, layers: list[int]) -> Mask:
         """`layers` with as few random changes as give it the right length."""
@@ -232,7 +229,7 @@ class MaskSampler(optuna.samplers.TPESampler):
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, whose errors are the user's to put right."""
+    """Optuna's journal file. What keeps it from being written is told in one sentence."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -272,7 +269,7 @@ def resume_study(path: Path, settings: Mapping[str, Any], may_lack: Collection[s
 
     Args:
         settings: see `begin_study`.
-        may_lack: names whose value may be `None` now or then, which is no difference.
+        may_lack: names whose value may be unknown (`None`), now or then, which is no difference.
 
     Raises:
         UserError: the file cannot be read, or belongs to a search that was told something else.
@@ -288,7 +285,7 @@ def resume_study(path: Path, settings: Mapping[str, Any], may_lack: Collection[s
         study = optuna.load_study(study_name=STUDY, storage=JournalStorage(_Journal(path)))
         began = dict(study.user_attrs[SETTINGS])
         scored_masks(study), scores_alone(study)
-    except Exception as error:  # noqa: BLE001 - of Optuna, which checks nothing that it reads
+    except Exception as error:  # noqa: BLE001 - Optuna checks nothing that it reads
         raise UserError(
             f"{path} is no record of a search: move it away, or give another -o."
         ) from error
