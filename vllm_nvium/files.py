@@ -87,7 +87,7 @@ def staged_folder(out: Path, force: bool, size: int, source: Path | None) -> Ite
                 f"{size / 1e9:.2f} GB."
             )
         yield stage
-        stage.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would keep a server's user out
+        _open_to_others(stage)
         _take_place(stage, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -128,6 +128,13 @@ def _take_place(stage: Path, out: Path) -> None:
         os.replace(aside, out)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_to_others(stage: Path) -> None:
+    """The usual modes: `mkdtemp` and safetensors keep everyone else out, a server's user too."""
+    mask = _umask()
+    for path in (stage, *stage.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that measure and write files check in their flags, before anything slow
-starts."""
+"""Checks of flags that several commands have, before anything slow starts."""
 
 import argparse
 import os
 from pathlib import Path
 
 from vllm_nvium.errors import UserError
-
-DTYPES = ("float32", "bfloat16")
 
 
 def check_at_least(args: argparse.Namespace, **smallest: int) -> None:
@@ -21,28 +18,6 @@ def check_at_least(args: argparse.Namespace, **smallest: int) -> None:
         if (value := getattr(args, name)) < bound:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {value}, and it must be at least {bound}.")
-
-
-def check_blocks(args: argparse.Namespace, flag: str, tokens: int | None) -> None:
-    """Refuse a number of tokens with which not even one block can be filled.
-
-    Raises:
-        UserError: it is one.
-    """
-    if tokens is not None and tokens < args.block_size:
-        raise UserError(
-            f"{flag} is {tokens}, which is less than one block of --block-size {args.block_size}."
-        )
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a `--dtype` that models are not loaded in.
-
-    Raises:
-        UserError: it is another word.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, and it must be {' or '.join(DTYPES)}.")
 
 
 def check_output(flag: str, path: Path | None) -> None:

@@ -12,15 +12,11 @@ from pathlib import Path
 
 from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.evaluate import evaluate
-from vllm_nvium.cli.common import (
-    DTYPES,
-    check_at_least,
-    check_blocks,
-    check_dtype,
-    check_output,
-)
+from vllm_nvium.cli.common import check_at_least, check_output
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
+
+DTYPES = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +106,13 @@ def check(args: argparse.Namespace) -> None:
         UserError: a flag has a value that cannot be used.
     """
     check_at_least(args, block_size=2, batch_size=1)
-    check_blocks(args, "--max-tokens", args.max_tokens)
-    check_dtype(args.dtype)
+    if args.max_tokens is not None and args.max_tokens < args.block_size:
+        raise UserError(
+            f"--max-tokens is {args.max_tokens}, which is less than one block of --block-size "
+            f"{args.block_size}."
+        )
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype is {args.dtype!r}, and it must be {' or '.join(DTYPES)}.")
     if args.agreement and args.dense is None:
         raise UserError("--agreement is with the dense parent, so --dense must be given too.")
     if args.history is not None and args.plot is None:

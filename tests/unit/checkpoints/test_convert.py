@@ -594,6 +594,9 @@ def test_others_may_read_the_result(tmp_path: Path) -> None:
     convert(tmp_path / "dense", tmp_path / "out")
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain/file").write_text("")
+    usual = (tmp_path / "plain/file").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
 
 
 # ---- the authors' layout
