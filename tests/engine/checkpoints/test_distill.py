@@ -14,7 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, make_nvium
-from vllm_nvium.checkpoints import text as data
+from vllm_nvium.checkpoints import IGNORED
+from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import distill
 from vllm_nvium.checkpoints.train.distill import (
     Files,
@@ -93,9 +94,9 @@ def test_resumed_file_equals_unbroken(
     # Seeds differ: the same prompt is answered in different ways.
     assert len({tuple(answer) for answer in answers}) > 0.9 * len(answers)
 
-    blocks = data.load_blocks([str(whole.out)], tokenizer, 32, labels=True)
+    blocks = load_blocks([str(whole.out)], tokenizer, 32, labels=True)
     assert len(blocks) == sum(len(line["input_ids"]) for line in lines) // 32
-    assert (blocks["labels"][:] == data.IGNORED).any()
+    assert (blocks["labels"][:] == IGNORED).any()
 
     monkeypatch.setattr(subprocess, "run", None)  # a finished file is used as it is
     assert self_distill(dense_checkpoint, whole.out, TOKENS, **OPTIONS) == whole.out

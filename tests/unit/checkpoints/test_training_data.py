@@ -17,8 +17,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, save_tokenizer
-from vllm_nvium.checkpoints import text as data
-from vllm_nvium.checkpoints.text import check_disk_space, check_tokenizer, load_blocks, pack
+from vllm_nvium.checkpoints import documents as data
+from vllm_nvium.checkpoints.text import (
+    LARGEST_PIECE,
+    Encoder,
+    check_disk_space,
+    check_tokenizer,
+    load_blocks,
+    pack,
+)
 from vllm_nvium.errors import UserError
 
 VOCABULARY = 256
@@ -184,7 +191,7 @@ def test_kinds_of_rows(
 
 
 def test_pairs_are_joined_with_a_blank_line(tokenizer: Any) -> None:
-    form = data.Form(tokenizer, None, data.LARGEST_PIECE)
+    form = data.Form(tokenizer, None, LARGEST_PIECE)
     assert data._content({"question": "a", "answer": "b"}, form) == "a\n\nb"
 
 
@@ -229,8 +236,8 @@ def test_huge_file_is_cut_at_lines(tokenizer: Any, tmp_path: Path) -> None:
     line = words(range(3, 100)) + "\n"
     path = tmp_path / "huge.txt"
     path.write_text(line * 600)  # 228 KB
-    pieces = data._scan(str(path), data.Form(tokenizer, None, data.LARGEST_PIECE), "train")
-    assert [p.size <= data.LARGEST_PIECE for p in pieces] == [True] * len(pieces)
+    pieces = data.pieces_of(str(path), data.Form(tokenizer, None, LARGEST_PIECE), "train")
+    assert [p.size <= LARGEST_PIECE for p in pieces] == [True] * len(pieces)
     assert sum(p.size for p in pieces) == path.stat().st_size
     texts = [str(p.read()) for p in pieces]
     assert "".join(texts) == line * 600
@@ -275,13 +282,13 @@ def test_max_tokens_bounds_what_is_tokenised(
     path = tmp_path / "large.txt"
     path.write_text((words(range(3, 100)) + "\n") * 50_000)  # 19 MB
     tokenised = []
-    encode = data.Encoder.__call__
+    encode = Encoder.__call__
 
     def counted(self: Any, contents: Any) -> Any:
         tokenised.extend(map(len, contents))
         return encode(self, contents)
 
-    monkeypatch.setattr(data.Encoder, "__call__", counted)
+    monkeypatch.setattr(Encoder, "__call__", counted)
     assert len(load_blocks([str(path)], tokenizer, 100, max_tokens=50_000)) == 500
     # 4 bytes a token.
     assert 190_000 <= sum(tokenised) < 300_000

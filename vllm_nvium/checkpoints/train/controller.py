@@ -39,11 +39,6 @@ class BetaController:
     largest_change: float = 100.0
     largest: float = 10.0
 
-    @classmethod
-    def of(cls, options: TrainOptions) -> "BetaController":
-        """As a run begins."""
-        return cls(options.beta, tolerance=options.tolerance)
-
     def update(self, dense_loss: float, mixture_loss: float) -> float:
         """Takes both losses at the same step and returns the new `beta`."""
         gap = dense_loss - mixture_loss + self.tolerance

@@ -19,13 +19,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vllm_nvium.checkpoints.text import (
+from vllm_nvium.checkpoints.documents import (
     RECORD_SUFFIXES,
-    check_disk_space,
     dataset_records,
     file_records,
     find_files,
 )
+from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.console import complain, interactive, say
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically

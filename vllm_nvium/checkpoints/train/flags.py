@@ -6,7 +6,7 @@ module imports transformers.
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -60,8 +60,7 @@ class FlagParser(HfArgumentParser):
         if namespace is not None or found.config is None:
             return found, rest
         try:
-            words = _words(_read(found.config))
-            from_file = self.parse_args(words, argparse.Namespace())
+            from_file = self.parse_args(_words(found.config), argparse.Namespace())
         except UserError as error:
             raise UserError(f"--config {found.config}: {error}") from error
         return super().parse_known_args(args, from_file)
@@ -82,47 +81,44 @@ def options_of(args: argparse.Namespace) -> TrainOptions:
     return options
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The names and values of a file."""
+def _words(path: Path) -> list[str]:
+    """A file's names and values as a command line."""
     import yaml
 
     try:
         text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            text = yaml.safe_dump(json.loads(text))
+        # To YAML `off` is false and `1e-3` a word: only the flags know what they should be.
+        plain, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"it cannot be read ({first_line(error)}).") from error
-    if not isinstance(found, Mapping):
+    if not isinstance(plain, dict):
         raise UserError("it holds no options by name.")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
-
-
-def _words(values: Mapping[str, Any]) -> list[str]:
-    """Names and values as a command line."""
-    known = {entry.name: entry for entry in dataclasses.fields(TrainOptions)}
+    known = {flag_of(entry.name): entry for entry in dataclasses.fields(TrainOptions)}
     words: list[str] = []
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{name!r} is no option; the options are {', '.join(known)}.")
-        words += _flag_words(known[name], value)
+    for name, value in plain.items():
+        if (flag := flag_of(name)) not in known:
+            names = ", ".join(entry.name for entry in known.values())
+            raise UserError(f"{name!r} is no option; the options are {names}.")
+        words += _flag_words(known[flag], flag, value, typed[name])
     return words
 
 
-def _flag_words(entry: dataclasses.Field, value: Any) -> list[str]:
-    flag, kind = flag_of(entry.name), get_origin(entry.type) or entry.type
-    if kind is bool and isinstance(value, bool):
-        return [flag] if value else []
-    if kind is dict and isinstance(value, dict):
-        return [f"{flag}={json.dumps(value)}"]
-    if isinstance(value, dict) or (isinstance(value, list) and kind is not list):
-        raise UserError(f"{flag} is {value!r}, and one value is needed.")
-    values = value if isinstance(value, list) else [value]
-    if any(one is None or isinstance(one, bool) for one in values):
-        raise UserError(
-            f"{flag} is {value!r}; YAML reads words such as off, yes and null in its own way: put "
-            "the word in quotes, or leave the option out."
-        )
-    if not values:
-        return []
-    if "reads" in entry.metadata:
-        return [f"{flag}={','.join(map(str, values))}"]
-    return [flag, *map(str, values)] if kind is list else [f"{flag}={value}"]
+def _flag_words(entry: dataclasses.Field, flag: str, value: Any, typed: Any) -> list[str]:
+    """A flag and its value, which is given as text and as YAML reads it."""
+    kind = get_origin(entry.type) or entry.type
+    if typed is None:
+        raise UserError(f"{flag} has no value: give one, or leave the option out.")
+    if kind is bool and isinstance(typed, bool):
+        return [flag] if typed else []
+    if kind is list:
+        values = value if isinstance(value, list) else [value]
+        if "reads" in entry.metadata:
+            return [f"{flag}={','.join(map(str, values))}"] if values else []
+        return [flag, *map(str, values)] if values else []
+    if kind is dict:
+        return [f"{flag}={json.dumps(typed, default=str)}"]
+    if not isinstance(value, str):
+        raise UserError(f"{flag} is {typed!r}, and one value is needed.")
+    return [f"{flag}={value}"]

@@ -124,7 +124,8 @@ def _prepare(options: TrainOptions, out: Path, is_resumed: bool) -> Run:
         parent = _parent_losses(options, start, validation, out / "parent_losses.json")
     if start.has_parent and options.fit_tokens and not is_resumed:
         _fit_exits(options, start.model, blocks)
-    schedule, controller = Schedule.of(options, steps), BetaController.of(options)
+    schedule = Schedule.of(options, steps)
+    controller = BetaController(options.beta, tolerance=options.tolerance)
     trained = _trained_model(options, start, steps)
     callback = Validation(
         partial(_losses, options, start.model, validation, start.is_dense),
