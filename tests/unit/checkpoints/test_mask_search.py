@@ -516,9 +516,13 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(self: JournalFileBackend, logs: list[Any]) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
+    with monkeypatch.context() as patch:
         patch.setattr(JournalFileBackend, "append_logs", full)
-        search(study, settings, rugged)
+        with pytest.raises(UserError, match="other could not be written"):
+            begin_study(tmp_path / "other", {}, maximise=False)
+        with pytest.raises(UserError) as refused:
+            search(study, settings, rugged)
+    assert not (tmp_path / "other").exists()
     assert str(refused.value) == f"{path} could not be written (No space left on device)."
     search(resume_study(path, {}), settings, rugged)
     assert len(scored_masks(resume_study(path, {}))) == 6
@@ -840,6 +844,7 @@ def test_refused_outputs(
 ) -> None:
     for out, message in (
         (tmp_path / "mask.yaml", "and the name of a mask file ends in .json"),
+        (Path("/"), "-o is '/', and the name of a mask file ends in .json"),
         (tmp_path / "none" / "mask.json", "none does not exist"),
     ):
         assert message in refusal(capsys, command(target, text, out))

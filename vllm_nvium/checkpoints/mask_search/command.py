@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -172,7 +173,8 @@ def check_request(args: argparse.Namespace) -> SearchRequest:
     given = {name: value for name, value in vars(args).items() if value is not None}
     defaults = {"alpha": ALPHA, "beta": BETA, "dtype": DTYPES[args.objective == "speed"]}
     request = SearchRequest(**{**defaults, **given, "out": args.out.expanduser()})
-    for refusal in (*_bad_values(request, args), *_bad_files(request)):
+    refusal = next(chain(_bad_values(request, args), _bad_files(request)), None)
+    if refusal is not None:
         raise UserError(refusal)
     for package in ("optuna", "datasets", "matplotlib"):
         if find_spec(package) is None:
@@ -211,9 +213,9 @@ def _bad_values(request: SearchRequest, args: argparse.Namespace) -> Iterator[st
         )
     if not 0 <= request.random_share <= 1:
         yield f"--random-share is {request.random_share}, and a share lies in 0..1."
-    for flag, told in (("--alpha", args.alpha), ("--beta", args.beta)):
-        if told is not None and objective != "divergence":
-            yield f"{flag} is {told}, and --objective {objective} has none: leave it out."
+    for flag, value in (("--alpha", args.alpha), ("--beta", args.beta)):
+        if value is not None and objective != "divergence":
+            yield f"{flag} is {value}, and --objective {objective} has none: leave it out."
     if not 0 <= alpha < 1:
         yield f"--alpha is {alpha}, and it must be at least 0 and less than 1."
     if not 1 - alpha <= beta < math.inf:
@@ -229,7 +231,7 @@ def _bad_values(request: SearchRequest, args: argparse.Namespace) -> Iterator[st
 
 def _bad_files(request: SearchRequest) -> Iterator[str]:
     """A sentence about everything that keeps the results from being written."""
-    out, record, folder = request.out, request.record, request.out.absolute().parent
+    out, folder = request.out, request.out.absolute().parent
     if out.suffix != ".json":
         yield f"-o is {str(out)!r}, and the name of a mask file ends in .json."
     if not folder.is_dir():
@@ -238,15 +240,15 @@ def _bad_files(request: SearchRequest) -> Iterator[str]:
         yield f"-o is {str(out)!r}, which is a folder; a file name is needed."
     if not os.access(folder, os.W_OK):
         yield f"-o is {str(out)!r}, and {folder} cannot be written to."
-    if request.resume and not record.is_file():
+    if request.resume and not request.record.is_file():
         yield (
-            f"--resume needs the record of a search, and there is no {record}: leave it out to "
-            "begin one."
+            f"--resume needs the record of a search, and there is no {request.record}: leave it "
+            "out to begin one."
         )
-    if not request.resume and record.exists():
+    if not request.resume and request.record.exists():
         yield (
-            f"-o is {str(out)!r}, beside which {record.name} holds a search already: give --resume "
-            "to go on with it, or another name."
+            f"-o is {str(out)!r}, beside which {request.record.name} holds a search already: give "
+            "--resume to go on with it, or another name."
         )
     for path in (out, request.picture):
         if path.exists() and not request.resume:
@@ -283,7 +285,7 @@ def find_mask(request: SearchRequest) -> MaskFile:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = load_target_config(request)
     identity = ModelIdentity.from_config(config)
-    settings = _settings(request, identity.num_hidden_layers)
+    settings = _search_settings(request, identity.num_hidden_layers)
     blocks = load_text(request, config)
     calibration = Calibration(
         sources=tuple(request.data),
@@ -291,13 +293,13 @@ def find_mask(request: SearchRequest) -> MaskFile:
         block_size=request.block_size,
         sha256=hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
     )
-    told = _told(request, identity, calibration)
-    told[WEIGHTS] = fingerprint(request.target, settings.num_layers)
+    recorded = _recorded_settings(request, identity, calibration)
+    recorded[WEIGHTS] = fingerprint(request.target, settings.num_layers)
     # The record of another search is refused before the model is loaded, and a new record is begun
     # after it, so that a model that cannot be loaded leaves nothing behind.
-    resumed = resume_study(request.record, told, (WEIGHTS,)) if request.resume else None
+    resumed = resume_study(request.record, recorded, (WEIGHTS,)) if request.resume else None
     score = make_score(request, config, blocks)
-    study = resumed or begin_study(request.record, told, request.maximise)
+    study = resumed or begin_study(request.record, recorded, request.maximise)
     try:
         with progress("Searching", scores_left(study, settings), "mask") as bar:
             search(study, settings, score, bar)
@@ -312,7 +314,7 @@ def find_mask(request: SearchRequest) -> MaskFile:
     return mask
 
 
-def _settings(request: SearchRequest, num_layers: int) -> "SearchSettings":
+def _search_settings(request: SearchRequest, num_layers: int) -> "SearchSettings":
     from vllm_nvium.checkpoints.mask_search.search import SearchSettings
 
     count = skip_count(request.skip_ratio, num_layers)
@@ -333,7 +335,7 @@ def _settings(request: SearchRequest, num_layers: int) -> "SearchSettings":
     )
 
 
-def _told(
+def _recorded_settings(
     request: SearchRequest, identity: ModelIdentity, calibration: Calibration
 ) -> dict[str, Any]:
     """What a resumed search must agree with, by the name that a message gives it."""

@@ -32,7 +32,8 @@ Mask = tuple[int, ...]
 Score = Callable[[Mask], float]
 
 STUDY = "via-sd-mask"
-# Names of the study's attributes: what the search was told, and the score without each layer alone.
+# Names of the study's attributes: the settings that a resumed search must have, too, and the scores
+# without each layer alone.
 SETTINGS, ALONE = "settings", "score_without_layer"
 # A Bayesian draw needs trials to learn from: so many, or half of all trials if that is less.
 MOST_BEFORE_BAYES = 10
@@ -249,18 +250,21 @@ def begin_study(path: Path, settings: Mapping[str, Any], maximise: bool) -> Stud
     """A new study, in a file that is not there yet.
 
     Args:
-        settings: what the search is told, by the name to use in messages; a resumed search must be
-            told the same.
+        settings: what a resumed search must agree with, by the name to use in messages.
 
     Raises:
         UserError: the file cannot be written.
     """
-    study = optuna.create_study(
-        storage=JournalStorage(_Journal(path)),
-        study_name=STUDY,
-        direction="maximize" if maximise else "minimize",
-    )
-    study.set_user_attr(SETTINGS, dict(settings))
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(_Journal(path)),
+            study_name=STUDY,
+            direction="maximize" if maximise else "minimize",
+        )
+        study.set_user_attr(SETTINGS, dict(settings))
+    except BaseException:
+        path.unlink(missing_ok=True)  # half a record could not be resumed
+        raise
     return study
 
 
@@ -272,7 +276,7 @@ def resume_study(path: Path, settings: Mapping[str, Any], may_lack: Collection[s
         may_lack: names whose value may be unknown (`None`), now or then, which is no difference.
 
     Raises:
-        UserError: the file cannot be read, or belongs to a search that was told something else.
+        UserError: the file cannot be read, or belongs to a search with other settings.
     """
     try:
         content = path.read_bytes()
