@@ -6,7 +6,11 @@ anybody, so nothing here fails on any value."""
 import argparse
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from vllm_nvium.errors import UserError
 
@@ -46,25 +50,123 @@ def picked_of_request(extra_args: Any, is_own: Callable[[str], bool]) -> dict[st
     return picked(extra_args, is_own)
 
 
-def is_count(value: Any, smallest: int, largest: int = LARGEST_COUNT) -> bool:
-    """Whether a value is an integer in a range, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
-
-
-def is_share(value: Any) -> bool:
-    """Whether a value is a number in 0..1, and neither NaN nor a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0
-
-
-def is_one_of(value: Any, names: tuple[str, ...]) -> bool:
-    """Whether a value is one of some strings; only strings are compared, because `==` of others
-    (arrays) may answer with anything."""
-    return isinstance(value, str) and value in names
-
-
 def flag(key: str) -> str:
     """The flag of a key of `additional_config`."""
     return "--" + key.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of a method's options is beside its type; stands in `Annotated`. Flags, their
+    help, and checks and errors of all ways to give an option come from type and this.
+
+    Attributes:
+        needed: what would be right, as in "it must be ...".
+        help: of the flag; none if empty.
+        metavar: of the flag, where it has no list of choices.
+        per_request: a request may set it in `vllm_xargs`.
+    """
+
+    needed: str
+    help: str = ""
+    metavar: str | None = None
+    per_request: bool = False
+
+
+@cache
+def options_of_class(options: type) -> dict[str, Option]:
+    """The options that users give, by field."""
+    return {name: found for name, (found, _) in _described(options).items() if found.help}
+
+
+@cache
+def _described(options: type) -> dict[str, tuple[Option, TypeAdapter[Any]]]:
+    found = {}
+    for name, annotation in get_type_hints(options, include_extras=True).items():
+        [option] = [part for part in annotation.__metadata__ if isinstance(part, Option)]
+        found[name] = option, TypeAdapter(annotation)
+    return found
+
+
+def keys_of(options: type, prefix: str) -> tuple[str, ...]:
+    """The options that users give, as keys of `additional_config` and as keyword arguments."""
+    return tuple(prefix + name for name in options_of_class(options))
+
+
+def read(
+    options: type, given: Mapping[str, Any], prefix: str, method: str, of_request: bool = False
+) -> dict[str, Any]:
+    """The values of given keys, by field.
+
+    Args:
+        options: a dataclass whose fields have an `Option` each.
+        method: its name, for messages.
+        of_request: the keys are those of a request; else of `additional_config`.
+
+    Raises:
+        UserError: a key is unknown, or a value is of another type or out of range; one sentence.
+    """
+    source = "vllm_xargs" if of_request else "additional_config"
+    described, values = _described(options), {}
+    for key, value in given.items():
+        name = key.removeprefix(prefix)
+        if name not in described or (of_request and not described[name][0].per_request):
+            known = ", ".join(
+                prefix + other
+                for other, option in options_of_class(options).items()
+                if option.per_request or not of_request
+            )
+            whose = "that a request can set" if of_request else f"of {method}"
+            raise UserError(f"{source} {shown(key)} is not an option {whose}; there are {known}.")
+        option, adapter = described[name]
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError:
+            where = f"{source} {key!r}"
+            if not of_request:
+                where = f"{flag(key)} ({where})"
+            raise UserError(f"{where} is {shown(value)}; it must be {option.needed}.") from None
+        values[name] = value
+    return values
+
+
+def add_flags(group: Any, options: type, prefix: str) -> None:
+    """Add the flags of a method to its group of a parser. Unset flags are None, so that it can be
+    told whether one was given: one that does nothing (on another model) is refused."""
+    for name, (option, adapter) in _described(options).items():
+        if not option.help:
+            continue
+        default = getattr(options, name)
+        schema = adapter.json_schema()
+        settings: dict[str, Any] = {}
+        if schema.get("type") == "boolean":
+            settings["action"], shown_default = "store_true", "off"
+        else:
+            shown_default = default
+            if choices := schema.get("enum"):
+                settings["choices"] = choices
+            else:
+                settings |= {"type": _parsed_by(option, adapter), "metavar": option.metavar}
+        per_request = f" Per request: vllm_xargs {prefix}{name}." if option.per_request else ""
+        default_text = "" if default is None else f" (default: {shown_default})"
+        group.add_argument(
+            flag(prefix + name),
+            default=None,
+            help=f"{option.help}{per_request}{default_text}".replace("%", "%%"),
+            **settings,
+        )
+
+
+def _parsed_by(option: Option, adapter: TypeAdapter[Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return adapter.validate_strings(text)
+        except ValidationError:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} is given, and it must be {option.needed}"
+            ) from None
+
+    return parse
 
 
 def given_on_command_line(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:

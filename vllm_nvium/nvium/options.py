@@ -5,17 +5,20 @@ the configuration's hash; a request may override them through `vllm_xargs`."""
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from vllm_nvium.engine.options import (
     LARGEST_COUNT,
+    Option,
     Remembered,
-    flag,
-    is_count,
-    is_one_of,
+    add_flags,
+    keys_of,
     picked,
     picked_of_request,
+    read,
     shown,
 )
 from vllm_nvium.errors import UserError
@@ -31,7 +34,7 @@ SAMPLING_LAWS = ("routed", "mixture")
 
 @dataclass(frozen=True)
 class NviumOptions:
-    """Options of one engine.
+    """Options of an engine, and of a request that may override them.
 
     sampling: which law tokens are drawn from. `routed` draws an exit, then a token from that
         exit's head; `mixture` draws from the mixture of all heads.
@@ -39,8 +42,25 @@ class NviumOptions:
         catch-up pass is forced; None for no limit.
     """
 
-    sampling: str = "routed"
-    max_deferred: int | None = None
+    sampling: Annotated[
+        Literal["routed", "mixture"],
+        Option(
+            needed="'routed' or 'mixture'",
+            help="Law that tokens are drawn from: 'routed' draws an exit and then a token from "
+            "that exit's head, 'mixture' draws from the mixture of all heads.",
+            per_request=True,
+        ),
+    ] = "routed"
+    max_deferred: Annotated[
+        Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None,
+        Option(
+            needed=f"an integer in 0..{LARGEST_COUNT}, or absent for no limit",
+            help="Positions that a sequence may leave incomplete at some depth before a catch-up "
+            "pass is forced; 0 completes every position at once, and by default there is no limit.",
+            metavar="N",
+            per_request=True,
+        ),
+    ] = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "NviumOptions":
@@ -54,55 +74,29 @@ class NviumOptions:
     @classmethod
     def from_config(cls, additional_config: Any) -> "NviumOptions":
         """The same, of `additional_config` itself."""
-        return cls(**_read(_keys_of(additional_config), cls(), in_config=True))
+        return cls(**read(cls, _keys_of(additional_config), PREFIX, "N-vium"))
 
-
-# The options as keys of `additional_config` and as keyword arguments.
-KEYS = tuple(PREFIX + field.name for field in fields(NviumOptions))
-
-
-@dataclass(frozen=True)
-class NviumRequestOptions:
-    """Options of one request; the fields mean the same as in `NviumOptions`."""
-
-    sampling: str
-    max_deferred: int | None
-
-    @classmethod
-    def from_extra_args(
-        cls, extra_args: Mapping[str, Any] | None, defaults: NviumOptions
-    ) -> "NviumRequestOptions":
-        """Read `SamplingParams.extra_args` (HTTP: `vllm_xargs`); what is absent is the engine's.
+    def of_request(self, extra_args: Mapping[str, Any] | None) -> "NviumOptions":
+        """These options with what a request sets in `SamplingParams.extra_args` (HTTP:
+        `vllm_xargs`).
 
         Raises:
             UserError: a key is unknown or a value is out of range; one sentence.
         """
-        return cls(**_read(picked_of_request(extra_args, is_own), defaults, in_config=False))
+        given = picked_of_request(extra_args, is_own)
+        return replace(self, **read(type(self), given, PREFIX, "N-vium", of_request=True))
+
+
+# The options as keys of `additional_config` and as keyword arguments.
+KEYS = keys_of(NviumOptions, PREFIX)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the group "N-vium" to vLLM's parser. Unset flags are None, so that it can be told
-    whether a flag was given: one that does nothing (on another model) is refused."""
+    """Add the group "N-vium" to vLLM's parser."""
     group = parser.add_argument_group(
         title="N-vium", description="Mixture-of-exits models (architecture NviumForCausalLM)."
     )
-    group.add_argument(
-        "--nvium-sampling",
-        choices=SAMPLING_LAWS,
-        default=None,
-        help="Law that tokens are drawn from: 'routed' draws an exit and then a token from that "
-        "exit's head, 'mixture' draws from the mixture of all heads. Per request: vllm_xargs "
-        f"nvium_sampling. (default: {NviumOptions.sampling})",
-    )
-    group.add_argument(
-        "--nvium-max-deferred",
-        type=_count,
-        default=None,
-        metavar="N",
-        help="Positions that a sequence may leave incomplete at some depth before a catch-up pass "
-        "is forced; 0 completes every position at once. Per request: vllm_xargs "
-        "nvium_max_deferred. (default: unlimited)",
-    )
+    add_flags(group, NviumOptions, PREFIX)
 
 
 def is_own(key: str) -> bool:
@@ -130,7 +124,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     extra_args = sampling_params.extra_args
     if is_nvium(vllm_config):
         engine = _engine_options(vllm_config.additional_config)
-        NviumRequestOptions.from_extra_args(extra_args, engine)
+        engine.of_request(extra_args)
         return
     for key, value in picked_of_request(extra_args, is_own).items():
         raise UserError(
@@ -145,34 +139,3 @@ _engine_options = Remembered(NviumOptions.from_config)
 
 def _keys_of(additional_config: Any) -> dict[str, Any]:
     return picked(additional_config, is_own)
-
-
-def _read(given: Mapping[str, Any], defaults: NviumOptions, *, in_config: bool) -> dict[str, Any]:
-    values = {field.name: getattr(defaults, field.name) for field in fields(NviumOptions)}
-    source = "additional_config" if in_config else "vllm_xargs"
-    for key, value in given.items():
-        name = key.removeprefix(PREFIX)
-        if name not in values:
-            known = ", ".join(PREFIX + option for option in values)
-            raise UserError(f"{source} {shown(key)} is not an option of N-vium; there are {known}.")
-        where = f"{flag(key)} (additional_config {key!r})" if in_config else f"vllm_xargs {key!r}"
-        if name == "sampling" and not is_one_of(value, SAMPLING_LAWS):
-            laws = " or ".join(map(repr, SAMPLING_LAWS))
-            raise UserError(f"{where} is {shown(value)}; it must be {laws}.")
-        if name == "max_deferred" and not is_count(value, 0):
-            raise UserError(
-                f"{where} is {shown(value)}; it must be an integer in 0..{LARGEST_COUNT}, or "
-                "absent for no limit."
-            )
-        values[name] = value
-    return values
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not is_count(value, 0):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not an integer in 0..{LARGEST_COUNT}")
-    return value

@@ -13,7 +13,7 @@ import numpy as np
 from vllm_nvium.engine.requests import GREEDY_BELOW
 from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.step import Sampling
-from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions
+from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import RequestSeeds
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class RequestTable:
         """A new request, or one with an id used before."""
         if params is None:
             return
-        options = NviumRequestOptions.from_extra_args(params.extra_args, self.options)
+        options = self.options.of_request(params.extra_args)
         mixture = options.sampling == "mixture"
         needs_all = mixture and (self.always_full or not is_ancestral(params))
         self.requests[request_id] = RequestInfo(

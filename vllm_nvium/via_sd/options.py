@@ -5,19 +5,22 @@ vLLM's `additional_config`; a request may override some of them through `vllm_xa
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.options import (
     LARGEST_COUNT,
+    Option,
     Remembered,
+    add_flags,
     flag,
-    is_count,
-    is_one_of,
-    is_share,
+    keys_of,
     picked,
     picked_of_request,
+    read,
     shown,
 )
 from vllm_nvium.errors import UserError
@@ -29,10 +32,10 @@ if TYPE_CHECKING:
 
 KEY = "via_sd"
 PREFIX = "via_sd_"
-MODES = ("lossless", "paper")
 AUTO = "auto"
 # vLLM's rejection sampler takes at most so many drafts; a round adds one of them at least.
 LARGEST_WINDOW = 128
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 # What the paper's rule alone has.
 THRESHOLDS = ("accept", "escalate")
 # What it has not: penalties, and the values at which they do nothing.
@@ -56,15 +59,79 @@ class ViaSDOptions:
             `num_speculative_tokens` becomes `window`. Not a flag.
     """
 
-    mask: str = "even:0.2"
-    mode: str = "lossless"
-    accept: float = 0.5
-    escalate: float = 0.3
-    window: int = DEFAULT_WINDOW
-    rounds: int | str = AUTO
-    max_batch: int | None = None
-    allow_paper_mode: bool = False
-    drafts: int = 0
+    mask: Annotated[
+        Annotated[str, Field(min_length=1)],
+        Option(
+            needed="a file, even:RATIO or a list",
+            help="Layers that the slim verifier skips: a file of `vllm-nvium search-mask`, a ratio "
+            "of evenly spread layers, or a list such as 5,9,13-15.",
+            metavar="FILE|even:RATIO|LIST",
+        ),
+    ] = "even:0.2"
+    mode: Annotated[
+        Literal["lossless", "paper"],
+        Option(
+            needed="'lossless' or 'paper'",
+            help="'lossless': the output law is the target's; 'paper': tokens that the slim "
+            "verifier is sure of are kept without asking the target, which changes the output.",
+            per_request=True,
+        ),
+    ] = "lossless"
+    accept: Annotated[
+        Share,
+        Option(
+            needed="a number in 0..1",
+            help="Mode 'paper': a draft is kept when its slim probability is at least this share "
+            "of the largest.",
+            metavar="SHARE",
+            per_request=True,
+        ),
+    ] = 0.5
+    escalate: Annotated[
+        Share,
+        Option(
+            needed="a number in 0..1",
+            help="Mode 'paper': below this share the target decides; between the two the slim "
+            "verifier draws again.",
+            metavar="SHARE",
+            per_request=True,
+        ),
+    ] = 0.3
+    window: Annotated[
+        Annotated[int, Field(ge=1, le=LARGEST_WINDOW)],
+        Option(
+            needed=f"an integer in 1..{LARGEST_WINDOW}",
+            help="Most tokens between two passes of the full model.",
+            metavar="N",
+        ),
+    ] = DEFAULT_WINDOW
+    rounds: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=0, le=LARGEST_WINDOW)],
+        Option(
+            needed=f"'auto' or an integer in 0..{LARGEST_WINDOW}",
+            help="Rounds of drafting and slim checks in a window; 'auto' lets measured times and "
+            "acceptances decide, and uses the tier only where it pays; 0 is plain speculative "
+            "decoding.",
+            metavar="auto|N",
+        ),
+    ] = AUTO
+    max_batch: Annotated[
+        Annotated[int, Field(ge=1, le=LARGEST_COUNT)] | None,
+        Option(
+            needed=f"an integer in 1..{LARGEST_COUNT}",
+            help="Use the tier only while at most so many requests decode; by default there is no "
+            "bound.",
+            metavar="N",
+        ),
+    ] = None
+    allow_paper_mode: Annotated[
+        bool,
+        Option(needed="a bool", help="Let requests ask for mode 'paper' on a lossless server."),
+    ] = False
+    drafts: Annotated[
+        Annotated[int, Field(ge=0, le=LARGEST_WINDOW)],
+        Option(needed=f"an integer in 1..{LARGEST_WINDOW}"),
+    ] = 0
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "ViaSDOptions | None":
@@ -85,15 +152,7 @@ class ViaSDOptions:
                 key, value = next(iter(given.items()))
                 raise UserError(f"{flag(key)} is {shown(value)}, but VIA-SD is off; add --via-sd.")
             return None
-        values = {key.removeprefix(PREFIX): value for key, value in given.items()}
-        known = [field.name for field in fields(cls)]
-        for name, value in values.items():
-            if name not in known:
-                raise UserError(
-                    f"additional_config {shown(PREFIX + name)} is not an option of VIA-SD; there "
-                    f"are {', '.join(PREFIX + option for option in known if option != 'drafts')}."
-                )
-            _check_value(f"{flag(PREFIX + name)} (additional_config)", name, value)
+        values = read(cls, given, PREFIX, "VIA-SD")
         options = cls(**values)
         _check_thresholds("--via-sd-", options.accept, options.escalate)
         for name in THRESHOLDS:
@@ -116,7 +175,7 @@ class ViaSDOptions:
 
 
 # The options that a user gives, as keys of `additional_config` and as keyword arguments.
-KEYS = (KEY, *(PREFIX + field.name for field in fields(ViaSDOptions) if field.name != "drafts"))
+KEYS = (KEY, *keys_of(ViaSDOptions, PREFIX))
 
 
 @dataclass(frozen=True)
@@ -149,16 +208,7 @@ class ViaSDRequestOptions:
             "accept": engine.accept,
             "escalate": engine.escalate,
         }
-        for key, value in given.items():
-            name = key.removeprefix(PREFIX)
-            if name not in values:
-                known = ", ".join([KEY, *(PREFIX + option for option in values)])
-                raise UserError(
-                    f"vllm_xargs {shown(key)} is not an option that a request can set; there are "
-                    f"{known}."
-                )
-            _check_value(f"vllm_xargs {key!r}", name, value)
-            values[name] = value
+        values |= read(ViaSDOptions, given, PREFIX, "VIA-SD", of_request=True)
         _check_thresholds("vllm_xargs via_sd_", values["accept"], values["escalate"])
         if values["mode"] == "paper" and engine.mode != "paper" and not engine.allow_paper_mode:
             raise UserError(
@@ -175,7 +225,7 @@ class ViaSDRequestOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the group "VIA-SD" to vLLM's parser; unset flags are None, see `flags.add_arguments`."""
+    """Add the group "VIA-SD" to vLLM's parser."""
     group = parser.add_argument_group(
         title="VIA-SD",
         description="Speculative decoding with a slim verifier: beside --speculative-config, which "
@@ -185,68 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--via-sd", action="store_true", default=None, help="Use a slim verifier. (default: off)"
     )
-    group.add_argument(
-        "--via-sd-mask",
-        default=None,
-        metavar="FILE|even:RATIO|LIST",
-        help="Layers that the slim verifier skips: a file of `vllm-nvium search-mask`, a ratio of "
-        "evenly spread layers, or a list such as 5,9,13-15. "
-        f"(default: {ViaSDOptions.mask})",
-    )
-    group.add_argument(
-        "--via-sd-mode",
-        choices=MODES,
-        default=None,
-        help="'lossless': the output law is the target's; 'paper': tokens that the slim verifier "
-        "is sure of are kept without asking the target, which changes the output. Per request: "
-        f"vllm_xargs via_sd_mode. (default: {ViaSDOptions.mode})",
-    )
-    group.add_argument(
-        "--via-sd-accept",
-        type=float,
-        default=None,
-        metavar="SHARE",
-        help="Mode 'paper': a draft is kept when its slim probability is at least this share of "
-        f"the largest. Per request: vllm_xargs via_sd_accept. (default: {ViaSDOptions.accept})",
-    )
-    group.add_argument(
-        "--via-sd-escalate",
-        type=float,
-        default=None,
-        metavar="SHARE",
-        help="Mode 'paper': below this share the target decides; between the two the slim verifier "
-        "draws again. Per request: vllm_xargs via_sd_escalate. "
-        f"(default: {ViaSDOptions.escalate})",
-    )
-    group.add_argument(
-        "--via-sd-window",
-        type=int,
-        default=None,
-        metavar="N",
-        help=f"Most tokens between two passes of the full model. (default: {ViaSDOptions.window})",
-    )
-    group.add_argument(
-        "--via-sd-rounds",
-        type=_rounds,
-        default=None,
-        metavar="auto|N",
-        help="Rounds of drafting and slim checks in a window; 'auto' lets measured times and "
-        "acceptances decide, and uses the tier only where it pays; 0 is plain speculative "
-        f"decoding. (default: {ViaSDOptions.rounds})",
-    )
-    group.add_argument(
-        "--via-sd-max-batch",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Use the tier only while at most so many requests decode. (default: no bound)",
-    )
-    group.add_argument(
-        "--via-sd-allow-paper-mode",
-        action="store_true",
-        default=None,
-        help="Let requests ask for mode 'paper' on a lossless server. (default: off)",
-    )
+    add_flags(group, ViaSDOptions, PREFIX)
 
 
 def is_own(key: str) -> bool:
@@ -335,28 +324,6 @@ def _check_penalties(params: "SamplingParams") -> None:
             )
 
 
-def _check_value(where: str, name: str, value: Any) -> None:
-    good: bool
-    if name == "mask":
-        good, needed = isinstance(value, str) and bool(value), "a file, even:RATIO or a list"
-    elif name == "mode":
-        good, needed = is_one_of(value, MODES), " or ".join(map(repr, MODES))
-    elif name in THRESHOLDS:
-        good, needed = is_share(value), "a number in 0..1"
-    elif name == "allow_paper_mode":
-        good, needed = isinstance(value, bool), "a bool"
-    elif name == "rounds":
-        good = is_one_of(value, (AUTO,)) or is_count(value, 0, LARGEST_WINDOW)
-        needed = f"{AUTO!r} or an integer in 0..{LARGEST_WINDOW}"
-    elif name == "max_batch":
-        good, needed = is_count(value, 1), f"an integer in 1..{LARGEST_COUNT}"
-    else:
-        good = is_count(value, 0 if name == "drafts" else 1, LARGEST_WINDOW)
-        needed = f"an integer in 1..{LARGEST_WINDOW}"
-    if not good:
-        raise UserError(f"{where} is {shown(value)}; it must be {needed}.")
-
-
 def _check_thresholds(prefix: str, accept: float, escalate: float) -> None:
     if escalate > accept:
         raise UserError(
@@ -373,14 +340,3 @@ def _switch(value: Any) -> bool:
         if value in (False, "off", "false", "0"):
             return False
     raise UserError(f"vllm_xargs 'via_sd' is {shown(value)}; it must be 'on' or 'off'.")
-
-
-def _rounds(text: str) -> int | str:
-    if text == AUTO:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)} is neither 'auto' nor an integer"
-        ) from None

@@ -17,7 +17,7 @@ import pytest
 
 from vllm_nvium import plugin
 from vllm_nvium.engine.options import merge
-from vllm_nvium.nvium.options import NviumOptions, NviumRequestOptions, validate_request
+from vllm_nvium.nvium.options import NviumOptions, validate_request
 
 
 def config(**additional: Any) -> Any:
@@ -80,7 +80,7 @@ def test_values_are_read() -> None:
 def test_bad_values_are_named(key: str, value: Any, words: list[str]) -> None:
     for read in (
         lambda: NviumOptions.from_vllm_config(config(**{key: value})),
-        lambda: NviumRequestOptions.from_extra_args({key: value}, NviumOptions()),
+        lambda: NviumOptions().of_request({key: value}),
     ):
         with pytest.raises(ValueError) as error:
             read()
@@ -95,13 +95,16 @@ def test_bad_values_are_named(key: str, value: Any, words: list[str]) -> None:
 
 def test_request_overrides_the_engine() -> None:
     defaults = NviumOptions("mixture", 8)
-    read = NviumRequestOptions.from_extra_args
-    assert read(None, defaults) == NviumRequestOptions("mixture", 8)
-    assert read({"unrelated": 1}, defaults) == NviumRequestOptions("mixture", 8)
-    assert read({"nvium_sampling": "routed"}, defaults) == NviumRequestOptions("routed", 8)
+
+    def read(extra_args: Any, engine: NviumOptions) -> NviumOptions:
+        return engine.of_request(extra_args)
+
+    assert read(None, defaults) == NviumOptions("mixture", 8)
+    assert read({"unrelated": 1}, defaults) == NviumOptions("mixture", 8)
+    assert read({"nvium_sampling": "routed"}, defaults) == NviumOptions("routed", 8)
     # Null is "not given".
     nothing = {"nvium_sampling": None, "nvium_max_deferred": None, "nvium_other": None}
-    assert read(nothing, defaults) == NviumRequestOptions("mixture", 8)
+    assert read(nothing, defaults) == NviumOptions("mixture", 8)
     assert read({"nvium_max_deferred": 2**31 - 1}, defaults).max_deferred == 2**31 - 1
 
 
