@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 KEY = "via_sd"
 PREFIX = "via_sd_"
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 # vLLM's rejection sampler takes at most so many drafts; a round adds one of them at least.
 LARGEST_WINDOW = 128
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]

@@ -13,13 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from vllm_nvium.engine.unsupported import (
-    Unsupported,
-    above_one,
-    pooling_runner,
-    rust_frontend,
-    watermark,
-)
 from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.options import (
     NO_PENALTIES,
@@ -27,6 +20,13 @@ from vllm_nvium.via_sd.options import (
     ViaSDOptions,
     is_own,
     options_of,
+)
+from vllm_nvium.via_sd.refusals import (
+    METHODS,
+    check_architecture,
+    check_drafter,
+    check_rejection,
+    refuse_unsupported,
 )
 
 if TYPE_CHECKING:
@@ -41,106 +41,12 @@ GPU_WORKER = "vllm_nvium.via_sd.gpu_worker.ViaSDGPUWorker"
 SCHEDULER = "vllm_nvium.via_sd.scheduler.ViaSDScheduler"
 DRAFTS, MASK = PREFIX + "drafts", PREFIX + "mask"
 V2_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
-# Targets whose inner model is a loop over a plain list of layers, and whose layers take and return
-# (hidden, residual): `forward` of the class itself runs on any part of the list.
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MiMoForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-)
 # vLLM's short flags for some of --speculative-config's keys.
 SHORT_FLAGS = {
     "spec_method": "method",
     "spec_model": "model",
     "spec_tokens": "num_speculative_tokens",
 }
-# Drafters whose count of tokens is a number that vLLM takes per call.
-METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
-# Those that go on inside a window; the others answer once (`drafting.drafts_again`).
-SEVERAL_ROUNDS = ("ngram", "draft_model")
-
-
-UNSUPPORTED: tuple[Unsupported, ...] = (
-    Unsupported(
-        "--pipeline-parallel-size",
-        lambda c: above_one(c.parallel_config.pipeline_parallel_size),
-        "the slim verifier of VIA-SD needs all layers in one process",
-        "set it to 1",
-    ),
-    Unsupported(
-        "--tensor-parallel-size",
-        lambda c: above_one(c.parallel_config.tensor_parallel_size),
-        "each process would choose the rounds of a VIA-SD window by its own clock",
-        "set it to 1",
-    ),
-    Unsupported(
-        "--runner",
-        pooling_runner,
-        "a model that pools generates nothing that could be drafted",
-        "use --runner generate, or remove --via-sd",
-    ),
-    Unsupported(
-        "--kv-offloading-size",
-        # Before the next row: vLLM has made a connector of it, which the user never named.
-        lambda c: c.cache_config.kv_offloading_size,
-        "a KV connector could move what the slim verifier wrote and nobody verified",
-        "remove it",
-    ),
-    Unsupported(
-        "--kv-transfer-config",
-        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
-        "a KV connector could move what the slim verifier wrote and nobody verified",
-        "remove it",
-    ),
-    Unsupported(
-        "--enable-lora",
-        lambda c: True if c.lora_config is not None else None,
-        "adapters are not applied to the passes of the slim verifier",
-        "merge the adapter into the checkpoint and leave it off",
-    ),
-    Unsupported(
-        "--offload-group-size",
-        lambda c: _prefetched_layers(c.offload_config),
-        "each offloaded layer fetches the next one's weights, and the slim verifier skips layers",
-        "use --cpu-offload-gb instead",
-    ),
-    # What only Model Runner V2 has: with it vLLM would not go back to V1, or would refuse a runner
-    # that the user never chose.
-    Unsupported(
-        "--prefill-context-parallel-size",
-        lambda c: above_one(c.parallel_config.prefill_context_parallel_size),
-        "VIA-SD runs on Model Runner V1, which has no context parallelism of prefills",
-        "set it to 1",
-    ),
-    Unsupported(
-        "--watermark-config",
-        watermark,
-        "VIA-SD runs on Model Runner V1, which draws without a watermark",
-        "remove it",
-    ),
-    Unsupported(
-        "--attention-config",
-        lambda c: c.attention_config.hisparse_config and "one with hisparse_config",
-        "VIA-SD runs on Model Runner V1, which has no HiSparse",
-        "remove hisparse_config",
-    ),
-    Unsupported(
-        "VLLM_USE_RUST_FRONTEND",
-        rust_frontend,
-        "that front end checks no per-request options and shows no metrics of VIA-SD",
-        "unset it",
-    ),
-    Unsupported(
-        "--async-scheduling",
-        lambda c: True if c.scheduler_config.async_scheduling else None,
-        "VIA-SD reads each step's tokens on the host",
-        "leave it off",
-    ),
-)
 
 
 @contextmanager
@@ -208,8 +114,8 @@ def check(vllm_config: "VllmConfig") -> None:
                 f"{flag} is {found!r}, but VIA-SD has one of its own ({own[0]}); leave it out."
             )
     model = vllm_config.model_config
-    _check_architecture(model)
-    _check_drafter(vllm_config.speculative_config, options)
+    check_architecture(model)
+    check_drafter(vllm_config.speculative_config, options)
     may_keep = options.mode == "paper" or options.allow_paper_mode
     if may_keep and model.logprobs_mode.startswith("processed"):
         raise UserError(
@@ -249,18 +155,6 @@ def check(vllm_config: "VllmConfig") -> None:
         options.window,
         options.drafts,
     )
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Raise UserError for the first option in the table that is on.
-
-    Args:
-        config: a VllmConfig, or what has the same parts.
-    """
-    for row in UNSUPPORTED:
-        value = row.value(config)
-        if value is not None and value is not False:
-            raise UserError(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
 
 
 def _as_given(engine_args: Any) -> Any:
@@ -306,8 +200,8 @@ def instead_of(
         return other
     try:
         refuse_unsupported(vllm_config)
-        _check_architecture(vllm_config.model_config)
-        _check_drafter(vllm_config.speculative_config, options)
+        check_architecture(vllm_config.model_config)
+        check_drafter(vllm_config.speculative_config, options)
     except UserError as refusal:
         return refusal
     changed = f"--via-sd-window is {options.window}, which is num_speculative_tokens to vLLM"
@@ -412,7 +306,7 @@ def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, An
             "the number of drafts itself; remove it."
         )
     # Before vLLM compares the lengths of its rates with the window.
-    _check_rejection(spec.get("rejection_sample_method", "standard"))
+    check_rejection(spec.get("rejection_sample_method", "standard"))
     return spec | {"num_speculative_tokens": options.window}, drafts
 
 
@@ -427,48 +321,3 @@ def _worker_class() -> str:
         f"--via-sd is on, but VIA-SD has workers for CPU and CUDA only and this is "
         f"{current_platform.device_name!r}; remove it."
     )
-
-
-def _prefetched_layers(offload: Any) -> int | None:
-    """`--offload-group-size`, where that way of offloading is in use."""
-    if offload.offload_backend == "uva":
-        return None
-    return offload.prefetch.offload_group_size or None
-
-
-def _check_drafter(spec: Any, options: ViaSDOptions) -> None:
-    """vLLM may have found out that a drafter is of another kind than its method said."""
-    if spec.method not in METHODS:
-        raise UserError(
-            f"--speculative-config names {spec.model!r}, which is a drafter of method "
-            f"{spec.method!r}, and VIA-SD works with {', '.join(METHODS)}."
-        )
-    if spec.method not in SEVERAL_ROUNDS and options.rounds not in ("auto", 0, 1):
-        raise UserError(
-            f"--via-sd-rounds is {options.rounds}, but a drafter of method {spec.method!r} answers "
-            "once per window; set it to auto, 1 or 0."
-        )
-    _check_rejection(spec.rejection_sample_method)
-    if spec.parallel_drafting:
-        raise UserError(
-            f"--speculative-config names {spec.model!r} with parallel_drafting, whose drafts come "
-            "in one fixed number, but VIA-SD chooses the number of drafts itself; name a drafter "
-            "without it."
-        )
-
-
-def _check_rejection(method: str) -> None:
-    if method != "standard":
-        raise UserError(
-            f"--speculative-config has rejection_sample_method {method!r}, but VIA-SD's laws hold "
-            "for 'standard'; leave it out."
-        )
-
-
-def _check_architecture(model_config: Any) -> None:
-    found = model_config.architecture
-    if found not in ARCHITECTURES:
-        raise UserError(
-            f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works "
-            f"on {', '.join(ARCHITECTURES)}; remove the flag."
-        )

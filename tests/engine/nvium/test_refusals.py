@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from vllm_nvium.nvium.cuda_graphs import ASKED
-from vllm_nvium.nvium.start import CPU_WORKER, UNSUPPORTED
+from vllm_nvium.nvium.refusals import UNSUPPORTED
+from vllm_nvium.nvium.start import CPU_WORKER
 
 pytestmark = pytest.mark.usefixtures("read_environment")
 

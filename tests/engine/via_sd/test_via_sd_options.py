@@ -36,7 +36,8 @@ from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, write_mask_file
 from vllm_nvium.via_sd import start as startup
 from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
-from vllm_nvium.via_sd.start import CPU_WORKER, SCHEDULER, UNSUPPORTED, check
+from vllm_nvium.via_sd.refusals import UNSUPPORTED
+from vllm_nvium.via_sd.start import CPU_WORKER, SCHEDULER, check
 from vllm_nvium.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("read_environment")
