@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say whether N-vium models will run in this installation, and what is missing when they will not.
-The exit status is 0 only when nothing is missing."""
+"""Say whether N-vium and VIA-SD will run in this installation, and what is missing when they will
+not. The exit status is 0 only when nothing is missing."""
 
 import argparse
 import os
@@ -14,6 +14,8 @@ from vllm_nvium.cli import setup_cpu
 from vllm_nvium.console import say, table
 from vllm_nvium.engine import hooks
 from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
+
+PACKAGES = ("torch", "transformers", "triton")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +64,6 @@ def report_versions() -> list[str]:
             f"(vLLM {TESTED_VLLM_TEXT})."
         ]
     return [] if tested else [f"vLLM {version} is outside the tested range {TESTED_VLLM_TEXT}."]
-
-
-PACKAGES = ("torch", "transformers", "triton")
 
 
 def report_command() -> list[str]:

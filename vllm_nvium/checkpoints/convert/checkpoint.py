@@ -80,7 +80,7 @@ def open_folder(folder: Path, name: str) -> Source:
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
-        raise UserError(f"{config_file} is not valid JSON ({error}).") from error
+        raise UserError(f"{config_file} is not valid JSON ({first_line(error)}).") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_file} holds {type(config).__name__}, not an object of fields.")
     shapes, load = _open_weights(folder, name)

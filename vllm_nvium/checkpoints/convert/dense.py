@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
-from vllm_nvium.errors import UserError
+from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -136,11 +136,15 @@ def _refuse_sliding_window(source: Source, config: Any) -> None:
 
 
 def make_config(fields: dict[str, Any]) -> NviumConfig:
-    """`NviumConfig` of these fields; what transformers refuses in them is a `UserError`, too."""
+    """`NviumConfig` of these fields.
+
+    Raises:
+        UserError: our configuration or transformers refuses one of them.
+    """
     try:
         return NviumConfig(**fields)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{first_line(error)}.") from error
 
 
 def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan]:

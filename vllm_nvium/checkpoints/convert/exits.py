@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
 from vllm_nvium.checkpoints.convert.dense import check_backbone, dense_fields, make_config
-from vllm_nvium.errors import UserError
+from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -125,7 +125,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
             return {name: file.get_tensor(name) for name in file.keys()}, scale  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read ({error})."
+            f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read ({first_line(error)})."
         ) from error
 
 
@@ -135,7 +135,7 @@ def _read_config(folder: Path) -> NviumConfig:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"--exits is {str(folder)!r}, and config.json in it is not that of an N-vium model "
-            f"({error})."
+            f"({first_line(error)})."
         ) from error
 
 
