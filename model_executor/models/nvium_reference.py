@@ -7,6 +7,7 @@ The law is that of arXiv:2605.13190, section 3; `ops/mixture.py` holds the formu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -467,3 +468,13 @@ def register_with_transformers() -> None:
     """Make `AutoConfig` and `AutoModelForCausalLM` know N-vium; harmless when repeated."""
     AutoConfig.register(NviumConfig.model_type, NviumConfig, exist_ok=True)
     AutoModelForCausalLM.register(NviumConfig, NviumForCausalLM, exist_ok=True)
+
+
+def load_reference(checkpoint: str | Path, **options: Any) -> NviumForCausalLM:
+    """The reference model of an N-vium checkpoint: plain transformers, without vLLM.
+
+    Args:
+        checkpoint: folder or hub id.
+        options: of `from_pretrained`, such as `dtype=torch.float32`.
+    """
+    return NviumForCausalLM.from_pretrained(checkpoint, **options)

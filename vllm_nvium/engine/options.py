@@ -93,6 +93,16 @@ def keys_of(options: type, prefix: str) -> tuple[str, ...]:
     return tuple(prefix + name for name in options_of_class(options))
 
 
+def as_config(options: Any, prefix: str) -> dict[str, Any]:
+    """Options as keys of `additional_config`; defaults are left out, because one that does nothing
+    is refused where it is given."""
+    return {
+        prefix + name: getattr(options, name)
+        for name in options_of_class(type(options))
+        if getattr(options, name) != getattr(type(options), name)
+    }
+
+
 def read(
     options: type, given: Mapping[str, Any], prefix: str, method: str, of_request: bool = False
 ) -> dict[str, Any]:

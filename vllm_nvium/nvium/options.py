@@ -15,6 +15,7 @@ from vllm_nvium.engine.options import (
     Option,
     Remembered,
     add_flags,
+    as_config,
     keys_of,
     picked,
     picked_of_request,
@@ -75,6 +76,10 @@ class NviumOptions:
     def from_config(cls, additional_config: Any) -> "NviumOptions":
         """The same, of `additional_config` itself."""
         return cls(**read(cls, _keys_of(additional_config), PREFIX, "N-vium"))
+
+    def to_config(self) -> dict[str, Any]:
+        """For `LLM(..., additional_config=...)`."""
+        return as_config(self, PREFIX)
 
     def of_request(self, extra_args: Mapping[str, Any] | None) -> "NviumOptions":
         """These options with what a request sets in `SamplingParams.extra_args` (HTTP:

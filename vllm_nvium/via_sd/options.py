@@ -16,6 +16,7 @@ from vllm_nvium.engine.options import (
     Option,
     Remembered,
     add_flags,
+    as_config,
     flag,
     keys_of,
     picked,
@@ -172,6 +173,10 @@ class ViaSDOptions:
                 f"slim verifier, so give at least {needed}."
             )
         return options
+
+    def to_config(self) -> dict[str, Any]:
+        """For `LLM(..., additional_config=...)`, with VIA-SD switched on."""
+        return {KEY: True} | as_config(self, PREFIX)
 
 
 # The options that a user gives, as keys of `additional_config` and as keyword arguments.
