@@ -123,7 +123,7 @@ def load_tokenizer(name: str, flag: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise UserError(
             f"{flag} is {name!r}, whose tokenizer cannot be read ({first_line(error)})."
         ) from error

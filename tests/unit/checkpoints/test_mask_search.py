@@ -36,10 +36,9 @@ from transformers import (
 )
 
 from tiny_models import DENSE_KINDS, SIZES, make_dense, save_tokenizer
-from vllm_nvium.checkpoints.mask_search import command as search_command
 from vllm_nvium.checkpoints.mask_search import speed
 from vllm_nvium.checkpoints.mask_search import target as search_target
-from vllm_nvium.checkpoints.mask_search.command import WEIGHTS
+from vllm_nvium.checkpoints.mask_search.find import WEIGHTS
 from vllm_nvium.checkpoints.mask_search.objectives import (
     TeacherForcing,
     agreement,
@@ -63,6 +62,7 @@ from vllm_nvium.checkpoints.mask_search.search import (
 )
 from vllm_nvium.checkpoints.mask_search.speed import SpeedRun, measure_speed
 from vllm_nvium.cli import main
+from vllm_nvium.cli import search_mask as search_command
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import even_layers, read_mask_file, skipped_layers
 from vllm_nvium.weights import fingerprint

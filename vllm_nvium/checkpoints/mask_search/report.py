@@ -4,7 +4,6 @@
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import optuna
@@ -13,14 +12,12 @@ import transformers
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from vllm_nvium.checkpoints.mask_search.request import SearchRequest
 from vllm_nvium.checkpoints.mask_search.search import mask_of, score_of, scored_masks
 from vllm_nvium.console import say, table
 from vllm_nvium.model_executor.via_sd.mask import Calibration, MaskFile, ModelIdentity, layer_list
 from vllm_nvium.version import __version__
 from vllm_nvium.weights import fingerprint
-
-if TYPE_CHECKING:
-    from vllm_nvium.checkpoints.mask_search.command import SearchRequest
 
 UNITS = {"divergence": "nats", "agreement": "agree", "speed": "tokens/s"}
 AXES = {
@@ -34,7 +31,7 @@ FLAGS = ("skip_ratio", "objective", "drafter", "seed", "random_share", "dtype")
 
 
 def make_mask_file(
-    request: "SearchRequest", identity: ModelIdentity, calibration: Calibration, study: Study
+    request: SearchRequest, identity: ModelIdentity, calibration: Calibration, study: Study
 ) -> MaskFile:
     """The best mask of a study and how it was found.
 
@@ -71,7 +68,7 @@ def make_mask_file(
     )
 
 
-def print_report(request: "SearchRequest", study: Study) -> None:
+def print_report(request: SearchRequest, study: Study) -> None:
     """A table on standard output: the best mask, and what it is compared with."""
     best = study.best_trial
     rows = [("mask", UNITS[request.objective], "layers skipped")]

@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a search for a mask reads: the target's configuration, the text, the target's weights."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_nvium.checkpoints.inputs import check_block_size, load_config
+from vllm_nvium.checkpoints.inputs import (
+    check_block_size,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from vllm_nvium.checkpoints.mask_search.objectives import TeacherForcing, most_tokens
+from vllm_nvium.checkpoints.mask_search.request import SearchRequest
 from vllm_nvium.checkpoints.mask_search.search import Score
 from vllm_nvium.checkpoints.mask_search.speed import WINDOW, SpeedRun, measure_speed
 from vllm_nvium.checkpoints.text import check_tokenizer, load_blocks
 from vllm_nvium.console import progress
-from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
-
-if TYPE_CHECKING:
-    from vllm_nvium.checkpoints.mask_search.command import SearchRequest
 
 # Decoders whose layers are a plain list: each takes the hidden states of the one before and returns
 # its own, so that one can be left out.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
-def load_target_config(request: "SearchRequest") -> Any:
+def load_target_config(request: SearchRequest) -> Any:
     """The target's configuration.
 
     Raises:
@@ -63,7 +64,7 @@ def _check_drafter(name: str, vocab_size: int) -> None:
         )
 
 
-def load_text(request: "SearchRequest", config: Any) -> torch.Tensor:
+def load_text(request: SearchRequest, config: Any) -> torch.Tensor:
     """The text as blocks of tokens, `[B, T]` int64.
 
     Raises:
@@ -76,12 +77,7 @@ def load_text(request: "SearchRequest", config: Any) -> torch.Tensor:
             f"{config.vocab_size} tokens are kept in memory for at most {most}: give fewer, or use "
             "--objective agreement."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(request.target)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"TARGET is {request.target!r}, whose tokenizer cannot be read ({first_line(error)})."
-        ) from error
+    tokenizer = load_tokenizer(request.target, "TARGET")
     check_tokenizer(tokenizer, config.vocab_size)
     # Not --seed: another seed tries other masks on the same text.
     found = load_blocks(
@@ -90,7 +86,7 @@ def load_text(request: "SearchRequest", config: Any) -> torch.Tensor:
     return found[:]["input_ids"]
 
 
-def make_score(request: "SearchRequest", config: Any, blocks: torch.Tensor) -> Score:
+def make_score(request: SearchRequest, config: Any, blocks: torch.Tensor) -> Score:
     """The function that scores masks on the text.
 
     Raises:
@@ -106,36 +102,11 @@ def make_score(request: "SearchRequest", config: Any, blocks: torch.Tensor) -> S
             dtype=request.dtype,
         )
         return lambda skipped: measure_speed(run, skipped)
-    model = _load_model(request.target, request.dtype, config)
+    # Other kinds of attention leave out the cap on Gemma 2's attention logits, which vLLM applies.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if capped else {}
+    model = load_model(request.target, "TARGET", request.dtype, **attention)
     with progress("Full model", 1, "pass") as bar:
         score = TeacherForcing(model, blocks, request.objective, request.alpha, request.beta)
         bar.update()
     return score
-
-
-def _load_model(name: str, dtype: str, config: Any) -> Any:
-    # Other kinds of attention leave out the cap on Gemma 2's attention logits, which vLLM applies.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    attention = {"attn_implementation": "eager"} if capped else {}
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **attention
-        )
-        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"TARGET is {name!r}, which does not fit into memory in --dtype {dtype}: use --dtype "
-            "bfloat16, or leave CUDA_VISIBLE_DEVICES empty."
-        ) from error
-    except (
-        ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError
-    ) as error:  # fmt: skip
-        raise UserError(
-            f"TARGET is {name!r}, whose weights cannot be loaded ({first_line(error)})."
-        ) from error
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(
-            f"TARGET is {name!r}, which has no tensor {missing[0]}, and a whole checkpoint is "
-            "needed."
-        )
-    return model
