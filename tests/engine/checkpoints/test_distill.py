@@ -17,13 +17,8 @@ from tiny_models import BOS, EOS, make_nvium
 from vllm_nvium.checkpoints import IGNORED
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import distill
-from vllm_nvium.checkpoints.train.distill import (
-    Files,
-    read_prompts,
-    recover,
-    schedule,
-    self_distill,
-)
+from vllm_nvium.checkpoints.train.distill import Files, recover, schedule, self_distill
+from vllm_nvium.checkpoints.train.prompts import read_prompts
 from vllm_nvium.errors import UserError
 
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10"]

@@ -6,7 +6,6 @@ trained on what they will meet. The engine runs in a process of its own and can 
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import random
@@ -19,29 +18,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vllm_nvium.checkpoints.documents import (
-    RECORD_SUFFIXES,
-    dataset_records,
-    file_records,
-    find_files,
-)
 from vllm_nvium.checkpoints.text import check_disk_space
+from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
 from vllm_nvium.console import complain, interactive, say
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
 
-logger = logging.getLogger(__name__)
-
-# The first that a row has. `turns` is a list of what a user says, `messages` a whole conversation.
-PROMPT_FIELDS = ("question", "prompt", "instruction", "turns", "messages")
 BYTES_PER_TOKEN = 8  # of JSON text, with the prompts
 # Samples between two writes, in batches: the engine idles at the end of each, and a process that
 # is killed loses what it has not written.
 BATCHES_PER_WRITE = 4
 FEWEST_SAMPLES = 8
-
-# A prompt is what the user says or, from `messages`, everything before the last answer.
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ def self_distill(
     """Sample about `tokens` new tokens from a dense model, into a JSONL file.
 
     Each line is `{"input_ids": [...], "prompt_tokens": n}`: a prompt of n tokens and its answer,
-    which ends with eos if the model ended it. `data.load_blocks` reads it. Prompts are taken in a
+    which ends with eos if the model ended it. `text.load_blocks` reads it. Prompts are taken in a
     shuffled order, and again with other seeds when all are used. A run that was stopped goes on
     behind its last line. Sample i is drawn with a seed made from `(seed, i)`, so the file does not
     depend on how samples were batched (but for the rounding of matrix products, which differs
@@ -104,7 +91,7 @@ def self_distill(
         out: file to write; a file `OUT.header.json` beside it says how it was made.
         tokens: new tokens wanted; the last sample may exceed them.
         prompts: text of prompts, each one turn of a user if there is a chat template.
-        prompt_files: sources as in `data.load_blocks`. Rows give their `question`, `prompt`,
+        prompt_files: sources as in `text.load_blocks`. Rows give their `question`, `prompt`,
             `instruction`, first of `turns`, or `messages` up to the last answer; of a text file,
             each line that is not empty is a prompt. Without any prompt, samples start from bos.
         seed: of samples and of the order of prompts.
@@ -122,10 +109,11 @@ def self_distill(
             engine stopped; what was sampled until then is kept.
     """
     parent, files = Path(parent).expanduser(), Files(Path(out).expanduser())
-    _check_arguments(parent, tokens, temperature, max_new_tokens, max_num_seqs)
-    if files.out.suffix != ".jsonl":
-        raise UserError(f"Samples are JSONL, and {files.out} must end in .jsonl to be read.")
-    prompt_ids = _prompt_ids(parent, prompts, prompt_files, max_new_tokens)
+    counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "max_num_seqs": max_num_seqs}
+    _check_arguments(files, temperature, counts)
+    context = _context(parent)
+    given = [*(prompts or ()), *read_prompts(prompt_files)]
+    ids = prompt_ids(parent, given, max_new_tokens, context)
     header = Header(
         parent=str(parent.resolve()),
         config_sha256=hashlib.sha256((parent / "config.json").read_bytes()).hexdigest(),
@@ -133,8 +121,8 @@ def self_distill(
         seed=seed,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
-        prompts=len(prompt_ids),
-        prompts_sha256=hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
+        prompts=len(ids),
+        prompts_sha256=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
     )
     _check_header(files, header)
     if files.out.exists():
@@ -142,40 +130,15 @@ def self_distill(
     check_disk_space(files.out.parent, BYTES_PER_TOKEN * tokens, "The file of samples")
     files.out.parent.mkdir(parents=True, exist_ok=True)
     if not files.header.exists():
-        _write_header(files, header)
+        text = json.dumps(asdict(header), indent=1) + "\n"
+        write_atomically(files.header, lambda beside: beside.write_text(text))
     engine = {"max_num_seqs": max_num_seqs, "enforce_eager": enforce_eager, "dtype": dtype}
-    request = asdict(header) | {"out": str(files.out), "prompt_ids": prompt_ids, "engine": engine}
+    request = asdict(header) | {"out": str(files.out), "prompt_ids": ids, "engine": engine}
     _run_child(request, files)
     return files.out
 
 
-def read_prompts(sources: Sequence[str], split: str = "train") -> list[Prompt]:
-    """Prompts of files and datasets, in their order; see `self_distill`.
-
-    Raises:
-        UserError: a source does not exist or has no prompts.
-    """
-    prompts: list[Prompt] = []
-    for source in sources:
-        found = [prompt for prompt in _source_prompts(source, split) if prompt]
-        if not found:
-            raise UserError(f"{source!r} has no prompts: it must not be empty.")
-        prompts += found
-    return prompts
-
-
-def _check_arguments(
-    parent: Path, tokens: int, temperature: float, max_new_tokens: int, max_num_seqs: int
-) -> None:
-    if not (parent / "config.json").is_file():
-        raise UserError(f"{parent} has no config.json: give the folder of a dense checkpoint.")
-    model_type = json.loads((parent / "config.json").read_text()).get("model_type")
-    if model_type == "nvium":
-        raise UserError(
-            f"{parent} is an N-vium checkpoint, and samples come from the dense model it is made "
-            "from: give that."
-        )
-    counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "max_num_seqs": max_num_seqs}
+def _check_arguments(files: Files, temperature: float, counts: Mapping[str, int]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} of self-distillation is {value}: give 1 or more.")
@@ -183,93 +146,20 @@ def _check_arguments(
         raise UserError(
             f"The temperature of self-distillation is {temperature}: give a number above 0."
         )
-
-
-def _source_prompts(source: str, split: str) -> Iterator[Prompt]:
-    files = find_files(source)
-    if files is None:
-        yield from (_row_prompt(r.row, r.where) for r in dataset_records(source, split))
-        return
-    for path in files:
-        if path.suffix in RECORD_SUFFIXES:
-            yield from (_row_prompt(record.row, record.where) for record in file_records(path))
-            continue
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text: give text, JSON or JSONL.") from None
-        yield from (line for line in lines if line.strip())
-
-
-def _row_prompt(row: Any, where: str) -> Prompt:
-    fields = row if isinstance(row, Mapping) else {}
-    for name in PROMPT_FIELDS:
-        match name, fields.get(name):
-            case "messages", [*messages]:
-                return _before_last_answer(messages)
-            case "turns", [str(first), *_]:
-                return first
-            case "question" | "prompt" | "instruction", str(text):
-                return text
-    raise UserError(
-        f"{where} has no prompt ({', '.join(PROMPT_FIELDS)}), only "
-        f"{', '.join(fields) or type(row).__name__}: rename the field or give another file."
-    )
-
-
-def _before_last_answer(messages: list[Any]) -> list[dict[str, Any]]:
-    end = len(messages)
-    while end and messages[end - 1].get("role") == "assistant":
-        end -= 1
-    return messages[:end]
-
-
-def _prompt_ids(
-    parent: Path, prompts: Sequence[str] | None, prompt_files: Sequence[str], max_new_tokens: int
-) -> list[list[int]]:
-    """Token ids of every prompt that leaves room for an answer."""
-    from transformers import AutoTokenizer
-
-    given: list[Prompt] = [*(prompts or ()), *read_prompts(prompt_files)]
-    tokenizer = AutoTokenizer.from_pretrained(str(parent))
-    if not given and tokenizer.bos_token_id is None:
-        raise UserError(
-            f"The tokenizer of {parent} has no bos token to start samples with: give prompts."
-        )
-    encoded = [_encode(prompt, tokenizer, parent) for prompt in given]
-    encoded = encoded or [[int(tokenizer.bos_token_id)]]
-    context = _context(parent)
-    fitting = [ids for ids in encoded if ids and len(ids) + max_new_tokens <= context]
-    if not fitting:
-        raise UserError(
-            f"No prompt leaves room for max_new_tokens={max_new_tokens} in the context of "
-            f"{parent}, which is {context:.0f} tokens: give shorter prompts or a smaller number."
-        )
-    if len(fitting) < len(encoded):
-        logger.warning(
-            "%d of %d prompts are left out: with %d new tokens they exceed the context of %d",
-            len(encoded) - len(fitting),
-            len(encoded),
-            max_new_tokens,
-            context,
-        )
-    return fitting
-
-
-def _encode(prompt: Prompt, tokenizer: Any, parent: Path) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    raise UserError(
-        f"A prompt is a list of messages and {parent} has no chat template: give plain prompts."
-    )
+    if files.out.suffix != ".jsonl":
+        raise UserError(f"Samples are JSONL, and {files.out} must end in .jsonl to be read.")
 
 
 def _context(parent: Path) -> float:
+    """How many tokens a dense checkpoint can read."""
+    if not (parent / "config.json").is_file():
+        raise UserError(f"{parent} has no config.json: give the folder of a dense checkpoint.")
     config = json.loads((parent / "config.json").read_text())
+    if config.get("model_type") == "nvium":
+        raise UserError(
+            f"{parent} is an N-vium checkpoint, and samples come from the dense model it is made "
+            "from: give that."
+        )
     return config.get("max_position_embeddings") or math.inf
 
 
@@ -292,11 +182,6 @@ def _check_header(files: Files, header: Header) -> None:
                 f"{files.out} was sampled with {name} = {found.get(name)}, and {value} is asked "
                 f"for now: remove it and {files.header.name}, or name another file."
             )
-
-
-def _write_header(files: Files, header: Header) -> None:
-    text = json.dumps(asdict(header), indent=1) + "\n"
-    write_atomically(files.header, lambda beside: beside.write_text(text))
 
 
 def _run_child(request: Mapping[str, Any], files: Files) -> None:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that the dense parent is asked to continue: read from files and data sets, and tokenised
+as its chat template lays them out.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_nvium.checkpoints.documents import (
+    RECORD_SUFFIXES,
+    Record,
+    dataset_records,
+    file_records,
+    find_files,
+)
+from vllm_nvium.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# The first that a row has. `turns` is a list of what a user says, `messages` a whole conversation.
+PROMPT_FIELDS = ("question", "prompt", "instruction", "turns", "messages")
+
+# A prompt is what the user says or, from `messages`, everything before the last answer.
+Prompt = str | list[dict[str, Any]]
+
+
+def read_prompts(sources: Sequence[str], split: str = "train") -> list[Prompt]:
+    """Prompts of files and datasets, in their order; see `self_distill` in `distill.py`.
+
+    Raises:
+        UserError: a source does not exist or has no prompts.
+    """
+    prompts: list[Prompt] = []
+    for source in sources:
+        found = [prompt for prompt in _source_prompts(source, split) if prompt]
+        if not found:
+            raise UserError(f"{source!r} has no prompts: it must not be empty.")
+        prompts += found
+    return prompts
+
+
+def prompt_ids(
+    parent: Path, prompts: Sequence[Prompt], max_new_tokens: int, context: float
+) -> list[list[int]]:
+    """Token ids of every prompt that leaves room for an answer; of bos, if there are no prompts.
+
+    Args:
+        parent: folder of the dense checkpoint, with its tokenizer.
+        context: tokens that it can read.
+
+    Raises:
+        UserError: no prompt leaves room, or one cannot be laid out.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(parent))
+    if not prompts and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {parent} has no bos token to start samples with: give prompts."
+        )
+    encoded = [_encode(prompt, tokenizer, parent) for prompt in prompts]
+    encoded = encoded or [[int(tokenizer.bos_token_id)]]
+    fitting = [ids for ids in encoded if ids and len(ids) + max_new_tokens <= context]
+    if not fitting:
+        raise UserError(
+            f"No prompt leaves room for max_new_tokens={max_new_tokens} in the context of "
+            f"{parent}, which is {context:.0f} tokens: give shorter prompts or a smaller number."
+        )
+    if len(fitting) < len(encoded):
+        logger.warning(
+            "%d of %d prompts are left out: with %d new tokens they exceed the context of %d",
+            len(encoded) - len(fitting),
+            len(encoded),
+            max_new_tokens,
+            context,
+        )
+    return fitting
+
+
+def _encode(prompt: Prompt, tokenizer: Any, parent: Path) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    raise UserError(
+        f"A prompt is a list of messages and {parent} has no chat template: give plain prompts."
+    )
+
+
+def _source_prompts(source: str, split: str) -> Iterator[Prompt]:
+    files = find_files(source)
+    if files is None:
+        yield from map(_row_prompt, dataset_records(source, split))
+        return
+    for path in files:
+        if path.suffix in RECORD_SUFFIXES:
+            yield from map(_row_prompt, file_records(path))
+        else:
+            yield from _lines(path)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: give text, JSON or JSONL.") from None
+
+
+def _row_prompt(record: Record) -> Prompt:
+    fields = record.row if isinstance(record.row, Mapping) else {}
+    for name in PROMPT_FIELDS:
+        match name, fields.get(name):
+            case "messages", [*messages]:
+                return _before_last_answer(messages)
+            case "turns", [str(first), *_]:
+                return first
+            case "question" | "prompt" | "instruction", str(text):
+                return text
+    raise UserError(
+        f"{record.where} has no prompt ({', '.join(PROMPT_FIELDS)}), only "
+        f"{', '.join(fields) or type(record.row).__name__}: rename the field or give another file."
+    )
+
+
+def _before_last_answer(messages: list[Any]) -> list[dict[str, Any]]:
+    end = len(messages)
+    while end and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    return messages[:end]
