@@ -61,7 +61,7 @@ class EngineProcess:
         return self._ask({})
 
     def via_sd(self) -> dict[str, Any]:
-        """Counts of a VIA-SD engine since its start and its controller's view; empty of another."""
+        """Counts of a VIA-SD engine since its start and its planner's view; empty of another."""
         return self._ask({"via_sd": True})
 
     def close(self) -> None:
@@ -143,8 +143,8 @@ def _via_sd(worker: Any) -> dict[str, Any]:
     runner = worker.model_runner
     if not hasattr(runner, "counts"):
         return {}
-    snapshot = getattr(runner.controller, "snapshot", dict)()
-    return {"counts": asdict(runner.counts), "controller": snapshot}
+    snapshot = getattr(runner.planner, "snapshot", dict)()
+    return {"counts": asdict(runner.counts), "planner": snapshot}
 
 
 def _depth_of_last_step(worker: Any) -> int:

@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm_nvium.via_sd.planner import RoundController
+from vllm_nvium.via_sd.planner import Planner
 
 # Of passes of one kind: number and seconds, by size.
 Passes = dict[str, dict[int, list[float]]]
 
 
-class PassClock(RoundController):
-    """Notes every pass that a controller is told of.
+class PassClock(Planner):
+    """Notes every pass that a planner is told of.
 
     Attributes:
         given: seconds of a `full` and of a `slim` pass and of one `draft`, told instead of what was
@@ -32,17 +32,17 @@ class PassClock(RoundController):
         passes, self._passes = self._passes, []
         return passes
 
-    def saw_full(self, rows: int, seconds: float) -> None:
-        super().saw_full(rows, self._noted("full", rows, seconds))
+    def observe_full_pass(self, rows: int, seconds: float) -> None:
+        super().observe_full_pass(rows, self._noted("full", rows, seconds))
 
-    def saw_slim(self, rows: int, seconds: float) -> None:
-        super().saw_slim(rows, self._noted("slim", rows, seconds))
+    def observe_slim_pass(self, rows: int, seconds: float) -> None:
+        super().observe_slim_pass(rows, self._noted("slim", rows, seconds))
 
-    def saw_draft(self, requests: int, drafts: int, seconds: float) -> None:
-        super().saw_draft(requests, drafts, self._noted("draft", drafts, seconds))
+    def observe_draft_call(self, requests: int, drafts: int, seconds: float) -> None:
+        super().observe_draft_call(requests, drafts, self._noted("draft", drafts, seconds))
 
-    def saw_overhead(self, requests: int, seconds: float) -> None:
-        super().saw_overhead(requests, self._noted("overhead", requests, seconds))
+    def observe_overhead(self, requests: int, seconds: float) -> None:
+        super().observe_overhead(requests, self._noted("overhead", requests, seconds))
 
     def _noted(self, kind: str, size: int, seconds: float) -> float:
         if self.given is not None:

@@ -1,54 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine without a model: pass times and acceptances are given, tokens are drawn, and a
-`RoundController` is told what the model runner would tell it. With it the controller can be judged
-on what it cannot see.
+"""An engine without a model: pass times and acceptance rates are given, tokens are drawn, and a
+`Planner` is told what the model runner would tell it. Plans can then be compared with the best ones
+for the given rates, which the planner does not know.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vllm_nvium.via_sd.planner import LOSSLESS, OFF, PAPER, Plan, RoundController
+from vllm_nvium.via_sd.planner import LOSSLESS, OFF, PAPER, DraftPlan, Planner
 
 
 @dataclass
-class Chances:
-    """Of one request, per token; the fields mean the same as in `controller.Acceptance`.
+class RequestRates:
+    """The rates of one request; the fields mean the same as in `AcceptanceRates`.
 
-    Under the paper's rule `1 - slim` of the tokens escalate, and the full model replaces those.
-    With `off` it has drafts and no slim tier.
+    Under the paper's rule a token escalates with probability `1 - accept_window`, and the full
+    model replaces every such token.
+
+    Attributes:
+        hit_rate_later: None: `hit_rate`.
+        off: the request has plain drafts and no slim tier.
     """
 
-    at_full: float
-    at_slim: float
-    slim: float
-    obtained: float = 1.0
-    again: float | None = None
+    accept_full: float
+    accept_slim: float
+    accept_window: float
+    hit_rate: float = 1.0
+    hit_rate_later: float | None = None
     off: bool = False
 
-    def __post_init__(self) -> None:
-        if self.again is None:
-            self.again = self.obtained
+    def hit_rate_in(self, is_first_round: bool) -> float:
+        if is_first_round or self.hit_rate_later is None:
+            return self.hit_rate
+        return self.hit_rate_later
 
 
 @dataclass
 class SimulatedEngine:
-    """A batch that decodes for ever. The controller is told of drawn outcomes; the tokens that
-    count are the mean over what the full model may do to them, which has less noise.
+    """A batch that decodes for ever. The planner is told drawn outcomes. Tokens are counted by
+    their expected value over the outcomes of the full model's checks, which has less noise.
 
     Attributes:
-        requests: chances of each.
-        draft: seconds of one call of the drafter, by requests and drafts.
+        requests: the rates of each.
+        draft: seconds of one call of the drafter, by requests and draft tokens.
         slim, full: seconds of a pass, by rows.
-        max_window: most tokens between two full passes.
-        paper: the rule of the paper instead of the lossless one.
-        seeded: more requests, that are decoded without drafts.
-        noise: relative, of every time that the controller is told.
-        outliers: chance that such a time is `OUTLIER` times too long.
+        max_window: most tokens between two passes of the full model.
+        paper: the paper's rule instead of the lossless one.
+        seeded: the number of further requests, which are decoded without drafts.
+        noise: relative standard deviation of every time that the planner is told.
+        outliers: probability that such a time is `OUTLIER` times too long.
         seed: of tokens and noise.
     """
 
-    requests: Sequence[Chances]
+    requests: Sequence[RequestRates]
     draft: Callable[[int, int], float]
     slim: Callable[[int], float]
     full: Callable[[int], float]
@@ -70,132 +75,128 @@ class SimulatedEngine:
     def names(self) -> list[str]:
         return [f"request {i}" for i in range(len(self.requests))]
 
-    def run(self, controller: RoundController, steps: int) -> float:
-        """Tokens per second over so many steps; outliers are told but do not count."""
+    def run(self, planner: Planner, steps: int) -> float:
+        """Tokens per second over so many steps. Outliers are told and not counted."""
         tokens, seconds = self.tokens, self.seconds
         for name, request in zip(self.names, self.requests, strict=True):
-            controller.add(name, OFF if request.off else PAPER if self.paper else LOSSLESS)
+            planner.add(name, OFF if request.off else PAPER if self.paper else LOSSLESS)
         for _ in range(steps):
-            self.step(controller, controller.plan(self.names, len(self.requests) + self.seeded))
+            self.step(planner, planner.plan(self.names, len(self.requests) + self.seeded))
         return (self.tokens - tokens) / (self.seconds - seconds)
 
-    def step(self, controller: RoundController, plan: Plan) -> None:
+    def step(self, planner: Planner, plan: DraftPlan) -> None:
         """One step as planned."""
         if plan.rounds:
-            self._tiered(controller, plan)
+            self._tiered(planner, plan)
         else:
-            self._plain(controller, plan)
+            self._plain(planner, plan)
 
-    def _plain(self, controller: RoundController, plan: Plan) -> None:
-        self._draft(controller, len(self.requests), plan.drafts)
-        drafted = [plan.drafts * self._hits(request.obtained) for request in self.requests]
-        self._full_pass(controller, len(self.requests) + sum(drafted))
-        for i, proposed in enumerate(drafted):
-            self._check_plain(controller, i, proposed, plan.drafts)
+    def _plain(self, planner: Planner, plan: DraftPlan) -> None:
+        most = plan.num_draft_tokens
+        self._draft(planner, len(self.requests), most)
+        drafted = [most * self._hits(request.hit_rate) for request in self.requests]
+        self._full_pass(planner, len(self.requests) + sum(drafted))
+        for i, num_drafted in enumerate(drafted):
+            self._check_plain(planner, i, num_drafted, most)
 
-    def _full_pass(self, controller: RoundController, rows: int) -> None:
-        """Seeded requests have a row and get a token in each."""
+    def _full_pass(self, planner: Planner, rows: int) -> None:
+        """Every seeded request has a row and gets a token."""
         rows += self.seeded
-        controller.saw_full(rows, self._timed(self.full(rows)))
+        planner.observe_full_pass(rows, self._timed(self.full(rows)))
         self.tokens += self.seeded
 
-    def _check_plain(self, controller: RoundController, i: int, proposed: int, asked: int) -> None:
-        """The full model's check of drafts that nobody else has checked."""
-        chance = self.requests[i].at_full
-        accepted = self._accepted(chance, proposed)
-        controller.saw_full_check(self.names[i], proposed, accepted, tiered=False, asked=asked)
-        self.tokens += 1 + _accepted_of(proposed, chance)
+    def _check_plain(self, planner: Planner, i: int, num_drafted: int, num_requested: int) -> None:
+        """The full model's check of drafts that the slim verifier has not seen."""
+        rate = self.requests[i].accept_full
+        accepted = self._accepted(rate, num_drafted)
+        planner.observe_full_check(self.names[i], num_drafted, accepted, False, num_requested)
+        self.tokens += 1 + _expected(num_drafted, rate)
 
-    def _tiered(self, controller: RoundController, plan: Plan) -> None:
-        count = len(self.requests)
+    def _tiered(self, planner: Planner, plan: DraftPlan) -> None:
+        count, most = len(self.requests), plan.num_draft_tokens
         windows, kept = [0] * count, [0] * count
         plain = {
-            i: plan.drafts * self._hits(request.obtained)
+            i: most * self._hits(request.hit_rate)
             for i, request in enumerate(self.requests)
             if request.off
         }
         tiered = [i for i in range(count) if i not in plain]
         still_open = tiered
-        asking = count  # requests that the drafter answers
+        drafting = count  # the first call of the drafter is for all requests
         rounds = 0
         while still_open:
-            self._draft(controller, asking, plan.drafts)
-            asked = [min(plan.drafts, self.max_window - windows[i] - 1) for i in still_open]
+            self._draft(planner, drafting, most)
+            requested = [min(most, self.max_window - windows[i] - 1) for i in still_open]
             is_first = rounds == 0
             drafted = [
-                count * self._hits(self._obtained(i, is_first))
-                for i, count in zip(still_open, asked, strict=True)
+                wanted * self._hits(self.requests[i].hit_rate_in(is_first))
+                for i, wanted in zip(still_open, requested, strict=True)
             ]
             if not any(drafted):
-                for i, count in zip(still_open, asked, strict=True):
-                    controller.saw_slim_check(self.names[i], count, 0, 0, is_first=is_first)
+                for i, wanted in zip(still_open, requested, strict=True):
+                    planner.observe_slim_check(self.names[i], wanted, 0, 0, is_first_round=is_first)
                 break
             still_open = self._round(
-                controller, still_open, asked, drafted, windows, kept, is_first
+                planner, still_open, requested, drafted, windows, kept, is_first
             )
-            asking = len(still_open)
+            drafting = len(still_open)
             rounds += 1
             lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
-            if not controller.another_round(lengths, rounds, names):
+            if not planner.another_round(lengths, rounds, names):
                 break
-        self._full_pass(controller, count + sum(windows) + sum(plain.values()))
-        for i, proposed in plain.items():
-            self._check_plain(controller, i, proposed, plan.drafts)
+        self._full_pass(planner, count + sum(windows) + sum(plain.values()))
+        for i, num_drafted in plain.items():
+            self._check_plain(planner, i, num_drafted, most)
         for i in tiered:
-            controller.saw_full_check(self.names[i], windows[i], kept[i], tiered=rounds > 0)
+            planner.observe_full_check(self.names[i], windows[i], kept[i], rounds > 0)
             self.tokens += 1
             if not self.paper:
-                self.tokens += _accepted_of(windows[i], self.requests[i].slim)
+                self.tokens += _expected(windows[i], self.requests[i].accept_window)
 
     def _round(
         self,
-        controller: RoundController,
+        planner: Planner,
         still_open: list[int],
-        asked: list[int],
+        requested: list[int],
         drafted: list[int],
         windows: list[int],
         kept: list[int],
         is_first: bool,
     ) -> list[int]:
-        """One slim check; returns the requests whose windows go on."""
+        """One slim check; returns the requests whose windows stay open."""
         rows = len(still_open) + sum(drafted)
-        controller.saw_slim(rows, self._timed(self.slim(rows)))
+        planner.observe_slim_pass(rows, self._timed(self.slim(rows)))
         going = []
-        for i, wanted, count in zip(still_open, asked, drafted, strict=True):
+        for i, wanted, count in zip(still_open, requested, drafted, strict=True):
             request = self.requests[i]
-            accepted = self._accepted(request.at_slim, count)
-            # Under the paper's rule the slim verifier only draws again what it refuses.
+            accepted = self._accepted(request.accept_slim, count)
+            # Under the paper's rule the slim verifier adds no token behind accepted drafts.
             length = accepted + int(accepted < count or not self.paper)
-            fails = [self.random.random() >= request.slim for _ in range(length)]
+            fails = [self.random.random() >= request.accept_window for _ in range(length)]
             escalated = sum(fails) if self.paper else 0
-            controller.saw_slim_check(self.names[i], wanted, count, accepted, escalated, is_first)
+            planner.observe_slim_check(self.names[i], wanted, count, accepted, escalated, is_first)
             if kept[i] == windows[i]:
                 kept[i] += fails.index(True) if any(fails) else length
             windows[i] += length
             if self.paper:
-                self.tokens += _accepted_of(length, request.slim)
+                self.tokens += _expected(length, request.accept_window)
             if length > 0 and not escalated and windows[i] < self.max_window - 1:
                 going.append(i)
         return going
 
-    def _draft(self, controller: RoundController, count: int, drafts: int) -> None:
-        if drafts:
-            controller.saw_draft(count, drafts, self._timed(self.draft(count, drafts)))
+    def _draft(self, planner: Planner, num_requests: int, num_draft_tokens: int) -> None:
+        if num_draft_tokens:
+            seconds = self._timed(self.draft(num_requests, num_draft_tokens))
+            planner.observe_draft_call(num_requests, num_draft_tokens, seconds)
 
-    def _accepted(self, chance: float, proposed: int) -> int:
-        for accepted in range(proposed):
-            if self.random.random() >= chance:
+    def _accepted(self, rate: float, num_drafted: int) -> int:
+        for accepted in range(num_drafted):
+            if self.random.random() >= rate:
                 return accepted
-        return proposed
+        return num_drafted
 
-    def _obtained(self, i: int, is_first: bool) -> float:
-        request = self.requests[i]
-        found = request.obtained if is_first else request.again
-        assert found is not None
-        return found
-
-    def _hits(self, chance: float) -> bool:
-        return chance >= 1 or self.random.random() < chance
+    def _hits(self, rate: float) -> bool:
+        return rate >= 1 or self.random.random() < rate
 
     def _timed(self, seconds: float) -> float:
         self.seconds += seconds
@@ -206,6 +207,6 @@ class SimulatedEngine:
         return seconds
 
 
-def _accepted_of(proposed: int, chance: float) -> float:
-    """Leading tokens that are accepted, on the mean."""
-    return sum(chance**k for k in range(1, proposed + 1))
+def _expected(num_drafted: int, rate: float) -> float:
+    """Expected number of leading tokens that are accepted."""
+    return sum(rate**k for k in range(1, num_drafted + 1))

@@ -119,21 +119,21 @@ def rows(
         cells += [f"{statistics.median(mine):.1f}", ratios(mine, plain)]
         cells += [ratios(mine, rate(found[best])), f"{passes:.3f}"]
         if view := views.get(name):
-            counts, controller = view["counts"], view["controller"]
+            counts, planner = view["counts"], view["planner"]
             drafted, proposed = counts["slim_drafted"], counts["window_tokens"]
-            at_slim = counts["slim_accepted"] / drafted if drafted else float("nan")
-            at_full = counts["accepted"] / proposed if proposed else float("nan")
-            steps = controller.get("steps", {})
-            cells += [f"{at_slim:.2f} / {at_full:.2f}", _times(controller), str(steps or "")]
+            accept_slim = counts["slim_accepted"] / drafted if drafted else float("nan")
+            accept_full = counts["accepted"] / proposed if proposed else float("nan")
+            steps = planner.get("steps", {})
+            cells += [f"{accept_slim:.2f} / {accept_full:.2f}", _times(planner), str(steps or "")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _times(controller: dict[str, Any]) -> str:
+def _times(planner: dict[str, Any]) -> str:
     """Milliseconds of the smallest pass of each kind that was seen."""
-    if not controller:
+    if not planner:
         return ""
-    seconds, cells = controller["seconds"], []
+    seconds, cells = planner["seconds"], []
     for kind in ("full", "slim"):
         points = seconds[kind]
         values = points.values() if isinstance(points, dict) else [p[1] for p in points]

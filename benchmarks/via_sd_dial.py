@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """VIA-SD on constructed targets, whose slim verifier is as cheap and as right as asked: a real
 model between whose layers others are inserted that change little. Tells when the tier pays, and how
-near the controller comes to the best that the measured pass times and acceptances allow.
+near the planner comes to the best that the measured pass times and acceptances allow.
 
     python benchmarks/via_sd_dial.py SmolLM2-135M-Instruct --prompts humaneval.jsonl \\
         --modes lossless,paper --enforce-eager --out dial.jsonl
 
---by-cost judges the controller without noise and without a quiet machine: the engine runs as ever
+--by-cost judges the planner without noise and without a quiet machine: the engine runs as ever
 and its passes count for what they are said to cost. A draft model costs its weight bytes, too.
 
 Inserted layers are copies of the one before them with random output projections; their scale is
@@ -212,11 +212,11 @@ def row(found: dict[str, Any]) -> str:
     best = best_without_tier(found)
     times, shares = found["milliseconds"], found["acceptance"]
     # Under the paper's rule a slim token is not refused but escalates, or is kept.
-    kept = shares["slim"] if found["case"]["mode"] == "lossless" else shares["stays"]
+    kept = shares["accept_window" if found["case"]["mode"] == "lossless" else "kept_rate"]
     cells = [
         f"{found['cost']} / {times['slim'] / times['full']:.2f}",
         f"{found['asked']} / {found['agreement']:.2f}",
-        f"{shares['at_full']:.2f}, {shares['at_slim']:.2f}, {kept:.2f}",
+        f"{shares['accept_full']:.2f}, {shares['accept_slim']:.2f}, {kept:.2f}",
         f"{rate(found, 'plain'):.1f}",
     ]
     for name in ("speculative", "tier"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pairs of the VIA-SD paper, modelled: speed-ups that follow from its reported rejection rates
 and from how many bytes of weights each pass reads, beside the speed-ups that it reports. Nothing
-here is measured on a model; the controller runs on a simulated engine.
+here is measured on a model; the planner runs on a simulated engine.
 
     python benchmarks/via_sd_modelled.py
 """
@@ -10,15 +10,15 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
-from simulated_engine import Chances, SimulatedEngine
+from simulated_engine import RequestRates, SimulatedEngine
 
 from vllm_nvium.via_sd.planner import (
-    Acceptance,
-    Curve,
-    RoundController,
-    Times,
-    plain_outlook,
-    tiered_outlook,
+    AcceptanceRates,
+    PassTimeCurve,
+    Planner,
+    StepTimes,
+    forecast_plain,
+    forecast_tiered,
 )
 
 BYTES = 2  # bfloat16
@@ -83,9 +83,11 @@ class Passes:
     slim: float
     full: float
 
-    def times(self, drafts: int) -> Times:
+    def times(self, drafts: int) -> StepTimes:
         draft = np.arange(drafts + 1) * self.draft
-        return Times(draft, Curve([1.0], [self.slim]), Curve([1.0], [self.full]))
+        return StepTimes(
+            draft, PassTimeCurve([1.0], [self.slim]), PassTimeCurve([1.0], [self.full])
+        )
 
 
 def passes(target: str, args: argparse.Namespace) -> Passes:
@@ -100,48 +102,55 @@ def passes(target: str, args: argparse.Namespace) -> Passes:
     return Passes(seconds(GEMMA["2B"][0]), seconds(slim), seconds(full))
 
 
-def acceptance(at_full: float, at_slim: float, stays: float) -> Acceptance:
+def acceptance(accept_full: float, accept_slim: float, kept_rate: float) -> AcceptanceRates:
     """Under the paper's rule; the full model replaces every token that escalates."""
-    shares = {"at_full": at_full, "at_slim": at_slim, "slim": stays, "stays": stays}
-    shares |= {"obtained": 1.0, "again": 1.0, "own": 0.0}
-    return Acceptance(**{name: np.array([share]) for name, share in shares.items()})
+    rates = {
+        "accept_full": accept_full,
+        "accept_slim": accept_slim,
+        "accept_window": kept_rate,
+        "kept_rate": kept_rate,
+        "hit_rate": 1.0,
+        "hit_rate_later": 1.0,
+        "adds_bonus_token": 0.0,
+    }
+    return AcceptanceRates(**{name: np.array([rate]) for name, rate in rates.items()})
 
 
-def plain_speed(accept: float, times: Times) -> float:
+def plain_speed(accept: float, times: StepTimes) -> float:
     """Over plain decoding, with as many drafts as `times` knows of."""
-    rates = plain_outlook(acceptance(accept, accept, 1.0), times).rates
+    rates = forecast_plain(acceptance(accept, accept, 1.0), times).rates
     return float(rates[-1] / rates[0])
 
 
-def via_speed(at_slim: float, escalated: float, times: Times) -> float:
+def via_speed(accept_slim: float, escalated: float, times: StepTimes) -> float:
     """Over plain decoding, under the paper's rule: no full pass until a token escalates."""
-    accept = acceptance(0.0, at_slim, 1 - escalated)
-    found = tiered_outlook(accept, times, LONG_WINDOW, LONG_WINDOW)
+    accept = acceptance(0.0, accept_slim, 1 - escalated)
+    found = forecast_tiered(accept, times, LONG_WINDOW, LONG_WINDOW)
     return float(found.rates[-1].max()) * float(times.full(1))
 
 
-def accept_for(speed: float, times: Times) -> float:
+def accept_for(speed: float, times: StepTimes) -> float:
     """The acceptance per draft that gives a speed-up of plain speculative decoding."""
     tried = np.linspace(0.0, 0.999, 1000)
     return float(min(tried, key=lambda accept: abs(plain_speed(accept, times) - speed)))
 
 
-def escalated_for(speed: float, at_slim: float, times: Times) -> str:
+def escalated_for(speed: float, accept_slim: float, times: StepTimes) -> str:
     """The share of escalated tokens that gives a speed-up under the paper's rule."""
-    per_round = (1 - at_slim ** (len(times.draft) - 1)) / (1 - at_slim)
+    per_round = (1 - accept_slim ** (len(times.draft) - 1)) / (1 - accept_slim)
     if per_round * float(times.full(1)) < speed * (times.draft[-1] + float(times.slim(1))):
         return "none"
     tried = np.linspace(0.0, 1.0, 201)
-    found = min(tried, key=lambda share: abs(via_speed(at_slim, share, times) - speed))
+    found = min(tried, key=lambda share: abs(via_speed(accept_slim, share, times) - speed))
     return f"{found:.2f}"
 
 
-def controlled_speed(
-    chances: Chances, passes_: Passes, args: argparse.Namespace, window: int, paper: bool
+def planned_speed(
+    rates: RequestRates, passes_: Passes, args: argparse.Namespace, window: int, paper: bool
 ) -> float:
-    """What the controller reaches over plain decoding; without a window, without the tier."""
+    """What the planner reaches over plain decoding; without a window, without the tier."""
     engine = SimulatedEngine(
-        [chances],
+        [rates],
         lambda requests, drafts: drafts * passes_.draft,
         lambda rows: passes_.slim,
         lambda rows: passes_.full,
@@ -149,8 +158,8 @@ def controlled_speed(
         paper=paper,
         noise=0.03,
     )
-    controller = RoundController(args.gamma, window)
-    return engine.run(controller, args.steps) * passes_.full
+    planner = Planner(args.gamma, window)
+    return engine.run(planner, args.steps) * passes_.full
 
 
 def row(cell: Reported, args: argparse.Namespace) -> str:
@@ -161,26 +170,26 @@ def row(cell: Reported, args: argparse.Namespace) -> str:
         smaller = next(each for each in REPORTED if each.data == cell.data and each.rejected)
         assert smaller.rejected and smaller.via_rejected
         accept = accept_for(cell.speed, times)
-        at_slim = 1 - (1 - accept) * smaller.via_rejected / smaller.rejected
+        accept_slim = 1 - (1 - accept) * smaller.via_rejected / smaller.rejected
     else:
-        accept, at_slim = 1 - cell.rejected, 1 - cell.via_rejected
+        accept, accept_slim = 1 - cell.rejected, 1 - cell.via_rejected
     mark = "*" if cell.rejected is None else ""
 
-    def controlled(window: int, paper: bool) -> list[float]:
+    def planned(window: int, paper: bool) -> list[float]:
         shares = args.escalated if window else [0.0]
-        chances = [Chances(accept, at_slim, 1 - share) for share in shares]
-        return [controlled_speed(each, found, args, window, paper) for each in chances]
+        rates = [RequestRates(accept, accept_slim, 1 - share) for share in shares]
+        return [planned_speed(each, found, args, window, paper) for each in rates]
 
     columns = [
         f"2B -> {cell.target}, {cell.data}",
-        f"{1 - accept:.2f}{mark} / {1 - at_slim:.2f}{mark}",
+        f"{1 - accept:.2f}{mark} / {1 - accept_slim:.2f}{mark}",
         f"{cell.speed:.2f}",
         f"{plain_speed(accept, times):.2f}{mark}",
-        *(_joined(controlled(0, False)), f"{cell.via_speed:.2f}"),
-        _joined([via_speed(at_slim, share, times) for share in args.escalated]),
-        _joined(controlled(args.window, True)),
-        _joined(controlled(args.window, False)),
-        escalated_for(cell.via_speed, at_slim, times),
+        *(_joined(planned(0, False)), f"{cell.via_speed:.2f}"),
+        _joined([via_speed(accept_slim, share, times) for share in args.escalated]),
+        _joined(planned(args.window, True)),
+        _joined(planned(args.window, False)),
+        escalated_for(cell.via_speed, accept_slim, times),
     ]
     return "| " + " | ".join(columns) + " |"
 
@@ -209,7 +218,7 @@ def main() -> None:
     parser.add_argument("--fixed", type=float, default=0.0, help="ms per pass (default: 0)")
     parser.add_argument("--skip", type=float, default=0.45, help="share of layers (default: 0.45)")
     parser.add_argument("--gamma", type=int, default=5, help="most drafts (default: 5)")
-    parser.add_argument("--window", type=int, default=16, help="the controller's (default: 16)")
+    parser.add_argument("--window", type=int, default=16, help="the planner's (default: 16)")
     parser.add_argument(
         "--escalated",
         type=float,
@@ -231,8 +240,8 @@ def main() -> None:
     print("\nModelled speed-ups over plain decoding; several in a cell: escalated", shares, "\n")
     print(
         "| pair, data | rejected, SD / VIA-SD | SD reported | SD modelled | "
-        "SD, drafts by the controller | VIA-SD reported | VIA-SD modelled | "
-        "controller, paper's rule | controller, lossless | escalated that fits |"
+        "SD, drafts by the planner | VIA-SD reported | VIA-SD modelled | "
+        "planner, paper's rule | planner, lossless | escalated that fits |"
     )
     print("|---" * 10 + "|")
     for cell in REPORTED:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """VIA-SD plan by plan in one engine: plain decoding, the best plain speculative decoding, the best
-use of the slim tier and what the controller chooses take turns, batch by batch, and are held
+use of the slim tier and what the planner chooses take turns, batch by batch, and are held
 against the optimum that the pass times and acceptances measured in the same runs allow.
 
     python benchmarks/via_sd_plans.py TARGET --mask even:0.2 --drafter ngram \\
         --prompts humaneval.jsonl gsm8k.jsonl --batches 1,8 --out results.jsonl
 
-Each case (prompts, batch size, rule) starts with a controller that knows nothing; what its first
+Each case (prompts, batch size, rule) starts with a planner that knows nothing; what its first
 batches lose is printed too. Tokens per second are all tokens by all seconds of a plan's runs:
 prompts differ by a factor of two, so that a median would be one of them. Ratios have a standard
 error over the runs, and are given a second time at the mean pass times of all runs, which takes the
@@ -22,7 +22,6 @@ import json
 import os
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -40,12 +39,14 @@ from engine_worker import Worker
 from measured import copied, drafter_config, machine, read_prompts
 from pass_clock import PassClock, at_mean_times, summed
 
-from vllm_nvium.via_sd.planner import COMMON_TRIALS, PassTimes, Plan
+from vllm_nvium.via_sd.planner import COMMON_TRIALS, DraftPlan, PassTimeEstimator
 
 # Results in a file that were written otherwise are measured anew.
-FORMAT = 3
+FORMAT = 4
 # Sides that differ by less are not told apart.
 CLEAR = 1.05
+# The hit rate of the first drafts of windows, beside the rates of `AcceptanceRates`.
+FIRST_HITS = "hit_rate_of_windows"
 SPREAD = "± standard error (range run by run)"
 PLANS = ("plain", "speculative", "tier", "auto")
 KINDS = {
@@ -114,15 +115,16 @@ def given_times(args: Any) -> dict[str, float] | None:
 
 
 class Counter(PassClock):
-    """Plans and learns as ever, and keeps acceptances by batch.
+    """A planner that also counts successes and trials of every rate by batch.
 
-    Prompts differ, and one chance for all of them promises more than they can bring. And n-grams
-    come in runs, of which a window takes a whole one: the first drafts of a window are found less
-    often than plain ones, and are counted apart.
+    By batch, because prompts differ: forecasts by the rates of all prompts together promise too
+    much. And the hit rate of plain drafts and of a window's first drafts are counted apart: n-grams
+    come in runs, a window uses up a whole run, and so the next window's first drafts are found less
+    often.
 
     Attributes:
         running: the batch that runs.
-        sums: good ones and all, by batch and kind; of batch None all together.
+        sums: successes and trials by batch, then by rate; under None, of all batches together.
     """
 
     running = 0
@@ -131,61 +133,59 @@ class Counter(PassClock):
         super().__init__(max_drafts, max_window)
         self.sums: dict[int | None, dict[str, list[float]]] = {}
 
-    def counted(self, batch: int | None, kind: str) -> list[float]:
-        """Good ones and all, of one batch or of all."""
-        kinds = self.sums.setdefault(batch, {})
-        return kinds.setdefault(kind, [0.0, 0.0])
+    def counted(self, batch: int | None, rate: str) -> list[float]:
+        """Successes and trials, of one batch or of all."""
+        return self.sums.setdefault(batch, {}).setdefault(rate, [0.0, 0.0])
 
     @property
     def batches(self) -> list[int]:
         return [batch for batch in self.sums if batch is not None]
 
     def _rounds(self) -> int:
-        """Of the plan in use."""
+        """Of the present plan."""
         return self._plan.rounds
 
-    def _saw(self, request_id: str, kind: str, good: float, bad: float) -> None:
-        super()._saw(request_id, kind, good, bad)
-        if self._rounds() and kind == "at_full":
-            return  # windows tell of it, too, but here are plain drafts
-        kind = "opens" if kind == "obtained" and self._rounds() else kind
+    def _observe_rate(self, request_id: str, rate: str, successes: float, failures: float) -> None:
+        super()._observe_rate(request_id, rate, successes, failures)
+        if self._rounds() and rate == "accept_full":
+            return  # judged by a window; here only plain drafts count
+        rate = FIRST_HITS if rate == "hit_rate" and self._rounds() else rate
         for batch in (self.running, None):
-            sums = self.counted(batch, kind)
-            sums[0] += good
-            sums[1] += good + bad
+            sums = self.counted(batch, rate)
+            sums[0] += successes
+            sums[1] += successes + failures
 
 
 class Recorder(Counter):
-    """Plans what it is told, and answers by all that it saw since `forget`.
+    """Always plans `fixed`, and forecasts by everything observed since `forget`.
 
-    Here all plans see the same prompts, and drafts of windows and plain ones are told apart; the
-    controller, which sees what comes, would take a difference of prompts for one.
+    Its forecasts are the optimum that `auto` is compared with: here every plan runs on the same
+    prompts, while `auto` compares plans that ran on different ones.
     """
 
-    fixed = Plan(0, 0)
-    # Whose share of drafts found counts: of windows, or of plain drafts.
+    fixed = DraftPlan(0, 0)
+    # Which hit rate forecasts use: of the first drafts of windows, or of plain drafts.
     of_windows = False
-    # The batch whose acceptances are asked for; None: all of them together.
+    # The batch whose rates forecasts use; None: all of them together.
     asked_for: int | None = None
 
     def __init__(self, max_drafts: int, max_window: int) -> None:
         super().__init__(max_drafts, max_window)
-        # Whose acceptances count: pass times are always its own.
+        # Whose rates forecasts use. Pass times are always its own.
         self.source: Counter = self
         self.forget()
 
-    def _at_usual_pace(self, seconds: float) -> float:
-        return seconds  # Runs take what they take.
+    def at_usual_speed(self, seconds: float) -> float:
+        return seconds  # Runs are timed with the slowdown.
 
     def forget(self) -> None:
-        """Begins anew."""
-        # Slow passes count for as much as they took, as they do in the runs.
-        times = partial(PassTimes, keep=1 << 20, memory=1 << 40, middle=statistics.fmean)
-        self._full, self._slim, self._overhead = times(), times(), times()
-        self._draft = defaultdict(times)
+        """Drops all times and rates."""
+        # Means of all passes: a slow pass counts here as it does in the runs.
+        times = partial(PassTimeEstimator, keep=1 << 20, memory=1 << 40, average=statistics.fmean)
+        self.reset_times(times)
         self.sums = {}
 
-    def plan(self, request_ids: Any, decoding: int = 0) -> Plan:
+    def plan(self, request_ids: Any, num_decoding: int = 0) -> DraftPlan:
         self._step += 1
         return self.fixed
 
@@ -195,13 +195,13 @@ class Recorder(Counter):
     def _rounds(self) -> int:
         return self.fixed.rounds
 
-    def _share(self, rule: str, kind: str) -> float:
-        name = "opens" if kind == "obtained" and self.of_windows else kind
-        good, count = self.source.counted(None, name)
-        mean = good / count if count else super()._share(rule, kind)
-        good, count = self.source.counted(self.asked_for, name)
+    def rate_of_rule(self, rule: str, rate: str) -> float:
+        name = FIRST_HITS if rate == "hit_rate" and self.of_windows else rate
+        successes, trials = self.source.counted(None, name)
+        mean = successes / trials if trials else super().rate_of_rule(rule, rate)
+        successes, trials = self.source.counted(self.asked_for, name)
         # A batch with few trials is taken for one like the others.
-        return (good + mean * COMMON_TRIALS) / (count + COMMON_TRIALS)
+        return (successes + mean * COMMON_TRIALS) / (trials + COMMON_TRIALS)
 
 
 class Engine:
@@ -232,13 +232,13 @@ class Engine:
         self.runner = self.worker.engine.collective_rpc(lambda each: [each.model_runner])[0][0]
 
     def run(
-        self, prompts: list[list[int]], mode: str, controller: PassClock, seed: int
+        self, prompts: list[list[int]], mode: str, planner: PassClock, seed: int
     ) -> dict[str, Any]:
         """Tokens, seconds and passes of a batch's decode steps until its first request is done,
         those seconds of them in which windows were made; full passes per token of all steps, and
         how much of the texts stood before."""
-        self.runner.controller = controller
-        controller.taken()
+        self.runner.planner = planner
+        planner.taken()
         counts = self.runner.counts
         turns, tokens = counts.turns, counts.tokens
         options = {"via_sd_mode": mode}
@@ -249,11 +249,11 @@ class Engine:
         passes: list[tuple[str, int, float]] = []
         unfinished = is_full = True
         while unfinished:
-            step, taken = self.worker.step(), controller.taken()
+            step, taken = self.worker.step(), planner.taken()
             unfinished = step["unfinished"]
             if not step["prefill"] and is_full:
                 known = sum(seconds for _, _, seconds in taken)
-                seconds = step["seconds"] if controller.given is None else known
+                seconds = step["seconds"] if planner.given is None else known
                 passes += [*taken, ("other", 0, seconds - known)]
                 run["tokens"] += step["tokens"]
                 run["seconds"] += seconds
@@ -279,7 +279,7 @@ class Engine:
             recorder.running = auto.running = number
             return self.run(batch, case.mode, recorder if name in plans else auto, number)
 
-        plans = {"plain": Plan(0, 0), "speculative": Plan(4, 0), "tier": Plan(2, 2)}
+        plans = {"plain": DraftPlan(0, 0), "speculative": DraftPlan(4, 0), "tier": DraftPlan(2, 2)}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("learning", *PLANS)}
         for number in range(args.learn):
             runs["learning"].append(run(number, "auto"))
@@ -298,7 +298,7 @@ class Engine:
         # What is possible by what was seen in these runs, and what the plans of these runs promise.
         promised = best_plans(recorder, dict(plans), case)
         seen = recorder.snapshot()
-        opens, asked = recorder.counted(None, "opens")
+        hits, requested = recorder.counted(None, FIRST_HITS)
         own = promises(recorder, plans, case)
         # The same of the texts that `auto` wrote, which under the paper's rule are others.
         recorder.source = auto
@@ -307,21 +307,21 @@ class Engine:
         return {
             "case": asdict(case),
             "runs": runs,
-            "plans": {name: (plan.drafts, plan.rounds) for name, plan in plans.items()},
+            "plans": {name: plan.cell for name, plan in plans.items()},
             "promised": own,
             "optimum": max(promised.values()),
             "at_hand": at_hand,
             "steps": {k: v - before[k] for k, v in auto.snapshot()["steps"].items()},
-            "acceptance": seen["acceptance"][case.mode] | {"opens": opens / max(asked, 1)},
+            "acceptance": seen["acceptance"][case.mode] | {FIRST_HITS: hits / max(requested, 1)},
             "milliseconds": {
                 kind: 1000 * statistics.median(seen["seconds"][kind].values())
                 for kind in ("full", "slim")
             }
-            | {"draft": 1000 * float(recorder._draft_seconds(size)[1])},
+            | {"draft": 1000 * float(recorder.draft_seconds(size)[1])},
         }
 
 
-def outlook(recorder: Recorder, case: Case) -> Any:
+def expected_rates(recorder: Recorder, case: Case) -> Any:
     """Tokens per second by drafts and rounds, of as many tokens of each batch that was seen."""
     names = [f"like the others, {i}" for i in range(case.batch)]
     for name in names:
@@ -330,9 +330,9 @@ def outlook(recorder: Recorder, case: Case) -> Any:
     for batch in recorder.source.batches:
         recorder.asked_for = batch
         recorder.of_windows = True
-        windows = recorder.outlook(names)
+        windows = recorder.forecast(names)
         recorder.of_windows = False
-        plain = recorder.outlook(names)
+        plain = recorder.forecast(names)
         assert plain is not None and windows is not None
         rates = windows.rates
         rates[:, 0] = plain.rates[:, 0]
@@ -343,20 +343,20 @@ def outlook(recorder: Recorder, case: Case) -> Any:
     return 1 / np.mean(seconds_per_token, axis=0)
 
 
-def best_plans(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
+def best_plans(recorder: Recorder, plans: dict[str, DraftPlan], case: Case) -> dict[str, float]:
     """Sets the best plans with and without the tier; returns the tokens per second that all of them
     promise."""
-    rates = outlook(recorder, case)
+    rates = expected_rates(recorder, case)
     plain = 1 + int(rates[1:, 0].argmax())
     drafts, rounds = divmod(int(rates[1:, 1:].argmax()), rates.shape[1] - 1)
-    plans["speculative"], plans["tier"] = Plan(plain, 0), Plan(1 + drafts, 1 + rounds)
+    plans["speculative"], plans["tier"] = DraftPlan(plain, 0), DraftPlan(1 + drafts, 1 + rounds)
     return promises(recorder, plans, case)
 
 
-def promises(recorder: Recorder, plans: dict[str, Plan], case: Case) -> dict[str, float]:
+def promises(recorder: Recorder, plans: dict[str, DraftPlan], case: Case) -> dict[str, float]:
     """Tokens per second of plans by what was seen."""
-    rates = outlook(recorder, case)
-    return {name: float(rates[plan.drafts, plan.rounds]) for name, plan in plans.items()}
+    rates = expected_rates(recorder, case)
+    return {name: float(rates[plan.cell]) for name, plan in plans.items()}
 
 
 def _measure_all(
@@ -535,7 +535,9 @@ def block(found: dict[str, Any]) -> Iterator[str]:
     for name in PLANS:
         plan = found["plans"].get(name)
         passes = statistics.mean(run["passes_per_token"] for run in found["runs"][name])
-        refused = {"speculative": chances["at_full"], "tier": chances["slim"]}.get(name)
+        refused = {"speculative": chances["accept_full"], "tier": chances["accept_window"]}.get(
+            name
+        )
         cells = [f"{case['prompts']}, {case['batch']}, {case['mode']}" if name == "plain" else ""]
         cells += [KINDS[name], f"{plan[0]} x {plan[1]}" if plan else f"steps {found['steps']}"]
         cells += [f"{rate(found, name):.1f}"]
@@ -546,7 +548,7 @@ def block(found: dict[str, Any]) -> Iterator[str]:
             {
                 "plain": f"full {times['full']:.1f}",
                 "speculative": f"draft {times['draft']:.1f}",
-                "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['at_slim']:.2f}",
+                "tier": f"slim {times['slim']:.1f}, refuses {1 - chances['accept_slim']:.2f}",
                 "auto": f"{rate(found, name) / found['optimum']:.3f} of the optimum "
                 f"{found['optimum']:.1f}, at mean pass times "
                 f"{rate_at_means(found, name) / found['optimum']:.3f}, of that of its own texts "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`auto` of VIA-SD on the texts of real models, without their passes: what a target answers, and
 what its slim verifier and a draft model say at each position, is recorded once, and plans are
-replayed against it with given pass times. Judges a change of the controller in a minute, over more
+replayed against it with given pass times. Judges a change of the planner in a minute, over more
 prompts than can be timed; says nothing about the times themselves.
 
     python benchmarks/via_sd_replay.py record TARGET --mask even:0.2 --prompts humaneval.jsonl \\
@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measured import drafter_config, read_prompts
 from via_sd_plans import CLEAR
 
-from vllm_nvium.via_sd.planner import LOSSLESS, FixedRounds, Plan, RoundController
+from vllm_nvium.via_sd.planner import LOSSLESS, DraftPlan, FixedRounds, Planner
 
 # Plans that `auto` is held against.
-PLAIN = [Plan(drafts, 0) for drafts in (0, 2, 3, 4, 5, 6)]
+PLAIN = [DraftPlan(drafts, 0) for drafts in (0, 2, 3, 4, 5, 6)]
 TIERED = [
-    Plan(drafts, rounds)
+    DraftPlan(drafts, rounds)
     for drafts, rounds in ((1, 1), (2, 1), (4, 1), (6, 1), (2, 2), (4, 2), (6, 2), (4, 4), (6, 8))
 ]
 # Of pass times: relative noise, and the chance of one that is five times too long.
@@ -151,12 +151,12 @@ def slim_tokens(model: Any, skipped: set[int], ids: Any) -> list[int]:
 
 
 class Replay:
-    """One request after the other; the controller is told what the model runner would tell it.
+    """One request after the other; the planner is told what the model runner would tell it.
 
     Args:
         seconds: of a pass of the full model, of the slim verifier, and of one draft.
         wander: standard deviation of the logarithm of the machine's slowness, that all passes share
-            for some time. The controller sees it; what counts are the times without.
+            for some time. The planner sees it; what counts are the times without.
     """
 
     def __init__(
@@ -173,40 +173,40 @@ class Replay:
         self.seconds = 0.0
         self.kept = np.mean([rate_of_drafts(text) for text in texts])
 
-    def run(self, controller: Any, text: Text, name: str) -> int:
+    def run(self, planner: Any, text: Text, name: str) -> int:
         """Decodes one answer but its first token; returns how many tokens that were."""
         ids, at = text.prompt + text.tokens, len(text.prompt) + 1
         start = at
-        controller.add(name, LOSSLESS, True)
+        planner.add(name, LOSSLESS, True)
         while at < len(ids):
-            plan = controller.plan([name])
+            plan = planner.plan([name])
             step = self._tiered if plan.rounds else self._plain
-            at += 1 + step(controller, plan, text, ids, at, name)
-        controller.remove(name)
+            at += 1 + step(planner, plan, text, ids, at, name)
+        planner.remove(name)
         return at - start
 
     def _plain(
-        self, controller: Any, plan: Plan, text: Text, ids: list[int], at: int, name: str
+        self, planner: Any, plan: DraftPlan, text: Text, ids: list[int], at: int, name: str
     ) -> int:
-        drafts = self._drafts(controller, text, ids[:at], ids, plan.drafts)
+        drafts = self._drafts(planner, text, ids[:at], ids, plan.num_draft_tokens)
         drafts = drafts[: len(ids) - at - 1]
         accepted = matching(drafts, ids[at:])
-        self._full_pass(controller, len(drafts))
-        controller.saw_full_check(name, len(drafts), accepted, tiered=False, asked=plan.drafts)
+        self._full_pass(planner, len(drafts))
+        planner.observe_full_check(name, len(drafts), accepted, False, plan.num_draft_tokens)
         return accepted
 
     def _tiered(
-        self, controller: Any, plan: Plan, text: Text, ids: list[int], at: int, name: str
+        self, planner: Any, plan: DraftPlan, text: Text, ids: list[int], at: int, name: str
     ) -> int:
         window: list[int] = []
         room, rounds = min(self.window, len(ids) - at - 1), 0
         while room - len(window) > 0:
-            asked = min(plan.drafts, room - len(window) - 1)
-            drafts = self._drafts(controller, text, ids[:at] + window, ids, asked)
+            asked = min(plan.num_draft_tokens, room - len(window) - 1)
+            drafts = self._drafts(planner, text, ids[:at] + window, ids, asked)
             if not drafts:
-                controller.saw_slim_check(name, asked, 0, 0, is_first=rounds == 0)
+                planner.observe_slim_check(name, asked, 0, 0, is_first_round=rounds == 0)
                 break
-            controller.saw_slim(1 + len(drafts), self._timed(self.slim, 1 + len(drafts)))
+            planner.observe_slim_pass(1 + len(drafts), self._timed(self.slim, 1 + len(drafts)))
             kept = 0
             while kept < len(drafts) and drafts[kept] == self._slim(
                 text, ids, at, window, drafts[kept]
@@ -214,13 +214,13 @@ class Replay:
                 window.append(drafts[kept])
                 kept += 1
             window.append(self._slim(text, ids, at, window, None))
-            controller.saw_slim_check(name, asked, len(drafts), kept, 0, rounds == 0)
+            planner.observe_slim_check(name, asked, len(drafts), kept, 0, rounds == 0)
             rounds += 1
-            if not controller.another_round([len(window)], rounds, [name]):
+            if not planner.another_round([len(window)], rounds, [name]):
                 break
         accepted = matching(window, ids[at:])
-        self._full_pass(controller, len(window))
-        controller.saw_full_check(name, len(window), accepted, tiered=rounds > 0)
+        self._full_pass(planner, len(window))
+        planner.observe_full_check(name, len(window), accepted, rounds > 0)
         return accepted
 
     def _slim(
@@ -234,12 +234,12 @@ class Replay:
         return -1 if draft is None or self.random.random() > self.kept else draft
 
     def _drafts(
-        self, controller: Any, text: Text, behind: list[int], ids: list[int], count: int
+        self, planner: Any, text: Text, behind: list[int], ids: list[int], count: int
     ) -> list[int]:
         if count < 1:
             return []
         seconds = self._timed(LOOKUP if text.draft is None else self.draft * count)
-        controller.saw_draft(1, count, seconds)
+        planner.observe_draft_call(1, count, seconds)
         if text.draft is None:
             return looked_up(behind, count)
         # It goes on from its own drafts, which are known as long as they are the text.
@@ -249,9 +249,9 @@ class Replay:
             behind = [*behind, found[-1]]
         return found + [-2] * (count - len(found))
 
-    def _full_pass(self, controller: Any, drafts: int) -> None:
-        controller.saw_full(1 + drafts, self._timed(self.full, 1 + drafts))
-        controller.saw_overhead(1, self._timed(OVERHEAD))
+    def _full_pass(self, planner: Any, drafts: int) -> None:
+        planner.observe_full_pass(1 + drafts, self._timed(self.full, 1 + drafts))
+        planner.observe_overhead(1, self._timed(OVERHEAD))
 
     def _timed(self, seconds: float, rows: int = 0) -> float:
         self.seconds += seconds * (1 + ROW * rows)
@@ -316,27 +316,27 @@ class Setting:
     warm: int
     seed: int
 
-    def rate(self, controller: Any) -> float:
+    def rate(self, planner: Any) -> float:
         """Tokens per second."""
         replay = Replay(self.texts, self.seconds, self.wander, self.window, self.seed)
         tokens = 0
         for number, text in enumerate(self.texts):
             if number == self.warm:
                 tokens, replay.seconds = 0, 0.0
-            tokens += replay.run(controller, text, f"{number}")
+            tokens += replay.run(planner, text, f"{number}")
         return tokens / replay.seconds
 
-    def best(self, plans: Sequence[Plan]) -> float:
-        return max(self.rate(FixedRounds(plan.drafts, plan.rounds)) for plan in plans)
+    def best(self, plans: Sequence[DraftPlan]) -> float:
+        return max(self.rate(FixedRounds(plan.num_draft_tokens, plan.rounds)) for plan in plans)
 
 
 def judged(setting: Setting, max_drafts: int) -> tuple[float, float, float, float, float, bool]:
     """Tokens per second of the best drafts, the best with the tier and `auto` as shares of those,
     `auto` as a share of the best of all, its steps in the tier, and whether those are right."""
     plain, tiered = setting.best(PLAIN), setting.best(TIERED)
-    controller = RoundController(max_drafts, setting.window)
-    auto = setting.rate(controller)
-    steps = controller.snapshot()["steps"]
+    planner = Planner(max_drafts, setting.window)
+    auto = setting.rate(planner)
+    steps = planner.snapshot()["steps"]
     share = steps["tiered"] / sum(steps.values())
     clear = max(plain, tiered) > CLEAR * min(plain, tiered)
     right = not clear or (share > 0.5) == (tiered > plain)
@@ -382,7 +382,7 @@ def main() -> None:
     first.add_argument("--new-tokens", type=int, default=128)
     first.add_argument("--out", type=Path, required=True)
     first.set_defaults(do=record)
-    second = commands.add_parser("judge", help="the controller on them")
+    second = commands.add_parser("judge", help="the planner on them")
     second.add_argument("texts", type=Path, help="what `record` wrote")
     second.add_argument("--full", type=float, required=True, help="milliseconds of a pass")
     second.add_argument("--slim", type=float, required=True)

@@ -18,7 +18,7 @@ from vllm.triton_utils import dispatcher
 
 from vllm_nvium.model_executor.ops.tiers import ACCEPT, ESCALATE, REGENERATE
 from vllm_nvium.model_executor.via_sd.step import Window
-from vllm_nvium.via_sd.planner import FixedRounds, RoundController
+from vllm_nvium.via_sd.planner import FixedRounds, Planner
 
 # Two tokens whose logits are nearer than this cannot be told apart in float32.
 TIE = 1e-4
@@ -172,9 +172,9 @@ class ViaSDEngine(TraceEngine):
         if window is not None:
             runner.via_sd = replace(runner.via_sd, window=window)
         if rounds == "auto":
-            runner.controller = RoundController(drafts, runner.via_sd.window)
+            runner.planner = Planner(drafts, runner.via_sd.window)
         else:
-            runner.controller = FixedRounds(drafts, int(rounds))
+            runner.planner = FixedRounds(drafts, int(rounds))
 
 
 # --- the reference --------------------------------------------------------------------------------

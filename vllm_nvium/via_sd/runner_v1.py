@@ -20,7 +20,7 @@ from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
 from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows, slim_laws
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, extend
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
-from vllm_nvium.via_sd.planner import OFF, FixedRounds, Plan, RoundController
+from vllm_nvium.via_sd.planner import OFF, DraftPlan, FixedRounds, Planner
 from vllm_nvium.via_sd.sampler import TieredRejectionSampler
 from vllm_nvium.via_sd.stats import KEY, Counts, Reporter
 
@@ -66,7 +66,7 @@ class Request:
 
     @property
     def rule(self) -> str:
-        """As the controller calls it."""
+        """As the planner calls it."""
         return self.options.mode if self.is_tiered else OFF
 
     @property
@@ -95,22 +95,22 @@ class ViaSDModelRunnerMixin(Runner):
         self.via_sd = options
         spec = self.speculative_config
         self.rejection_sampler = TieredRejectionSampler(self.sampler, spec, self.device)
-        self.controller: Any
+        self.planner: Planner | FixedRounds
         if options.rounds == AUTO:
             # A drafter that cannot go on inside a window leaves it with one round.
-            rounds = {} if drafts_again(self) else {"max_rounds": 1}
-            self.controller = RoundController(
+            rounds: dict[str, Any] = {} if drafts_again(self) else {"max_rounds": 1}
+            self.planner = Planner(
                 options.drafts, options.window, max_batch=options.max_batch, **rounds
             )
         else:
-            self.controller = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
+            self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
         self.via_sd_requests: dict[str, Request] = {}
         self._reporter = Reporter(options.window)
         # Windows and plain drafts that the next step verifies, by request.
         self._windows: dict[str, Window] = {}
         # The laws [W, V] that drafts were drawn from, by request; none for point masses.
         self._proposals: dict[str, torch.Tensor] = {}
-        self._plan = Plan(options.drafts, 0)
+        self._plan = DraftPlan(options.drafts, 0)
         self._draft_seconds = self._step_start = 0.0
         self._has_drafted = False
         # When the last step ended; drafts that were asked for it and go straight to the full model.
@@ -161,7 +161,7 @@ class ViaSDModelRunnerMixin(Runner):
             self.via_sd_requests.pop(request_id, None)
             self._windows.pop(request_id, None)
             self._proposals.pop(request_id, None)
-            self.controller.remove(request_id)
+            self.planner.remove(request_id)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
         for request_id in {*(scheduler_output.preempted_req_ids or ()), *resumed}:
             self._windows.pop(request_id, None)  # preempted, and its drafts with it
@@ -174,8 +174,8 @@ class ViaSDModelRunnerMixin(Runner):
                 request = Request(options, new.sampling_params)
                 self.via_sd_requests[new.req_id] = request
                 # A session that goes on may have changed its rule.
-                self.controller.remove(new.req_id)
-                self.controller.add(new.req_id, request.rule, request.is_greedy)
+                self.planner.remove(new.req_id)
+                self.planner.add(new.req_id, request.rule, request.is_greedy)
         return super()._update_states(scheduler_output)
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,7 @@ class ViaSDModelRunnerMixin(Runner):
         )
         self._verified = drafts
         if self._is_decode and self._step_end is not None:
-            self.controller.saw_overhead(len(scheduled), self._step_start - self._step_end)
+            self.planner.observe_overhead(len(scheduled), self._step_start - self._step_end)
         self._step_end = None
         return super().execute_model(scheduler_output, *args, **kwargs)
 
@@ -258,9 +258,9 @@ class ViaSDModelRunnerMixin(Runner):
         start = time.perf_counter()
         request_ids = self._drafting()
         if request_ids:
-            self._plan = self.controller.plan(request_ids, self._count_of_decoding())
+            self._plan = self.planner.plan(request_ids, self._count_of_decoding())
         # Where all are seeded or read their prompts, nobody is to have drafts.
-        drafts = self._plan.drafts if request_ids else 0
+        drafts = self._plan.num_draft_tokens if request_ids else 0
         limited = replace(scheduler_output, num_spec_tokens_to_schedule=drafts)
         self._has_drafted = True
         self._asked = dict.fromkeys(request_ids, drafts)
@@ -276,7 +276,7 @@ class ViaSDModelRunnerMixin(Runner):
         self._draft_seconds = time.perf_counter() - start
         # A draft model reads prompts, too, which has nothing to do with drafts.
         if self._is_decode and request_ids:
-            self.controller.saw_draft(len(request_ids), drafts, self._draft_seconds)
+            self.planner.observe_draft_call(len(request_ids), drafts, self._draft_seconds)
         return answer
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -286,7 +286,7 @@ class ViaSDModelRunnerMixin(Runner):
         asked, self._asked = self._asked, {}
         output = super().sample_tokens(*args, **kwargs)
         if is_step:
-            self._saw_step(output, asked)
+            self._observe_step(output, asked)
             # Requests that had no turn in this step still wait with their drafts.
             for request_id in self.input_batch.req_ids:
                 self._windows.pop(request_id, None)
@@ -300,7 +300,7 @@ class ViaSDModelRunnerMixin(Runner):
             self._step_end = time.perf_counter()
         return output
 
-    def _saw_step(self, output: Any, asked: dict[str, int]) -> None:
+    def _observe_step(self, output: Any, asked: dict[str, int]) -> None:
         """What the pass of the full model taught.
 
         Args:
@@ -310,7 +310,7 @@ class ViaSDModelRunnerMixin(Runner):
         if self._is_decode:
             seconds = time.perf_counter() - self._step_start - self._draft_seconds
             rows = len(ids) + sum(map(len, self._verified.values()))
-            self.controller.saw_full(rows, seconds)
+            self.planner.observe_full_pass(rows, seconds)
             self.counts.full_passes += 1
         for request_id, tokens in zip(ids, output.sampled_token_ids, strict=True):
             drafts = self._verified.get(request_id, ())
@@ -325,11 +325,11 @@ class ViaSDModelRunnerMixin(Runner):
             accepted = len(tokens) - 1
             if window is not None:
                 tiers = window.tiers[: len(drafts)]
-                self.counts.saw_window(len(drafts), accepted)
+                self.counts.observe_window(len(drafts), accepted)
                 if window.is_paper:
                     for tier in tiers:
                         self.counts.tiers[tier] += 1
-            self.controller.saw_full_check(
+            self.planner.observe_full_check(
                 request_id, len(drafts), accepted, window is not None, asked.get(request_id, 0)
             )
 
@@ -406,13 +406,13 @@ class ViaSDModelRunnerMixin(Runner):
                 break
             lengths = [len(current[i].tokens) for i in going]
             names = [ids[current[i].request] for i in going]
-            if not self.controller.another_round(lengths, done, names):
+            if not self.planner.another_round(lengths, done, names):
                 break
             drafts = self._draft_again(again, current, going, hidden, rows)
             current = [current[i] for i in going]
         else:
             for window in current:
-                self._saw_slim_check(window, window.room, 0, 0, window.rounds == 0)
+                self._observe_slim_check(window, window.room, 0, 0, window.rounds == 0)
         self._hand_over(windows, all_drafts)
 
     def _rooms(self, windows: Sequence[Window]) -> list[int]:
@@ -496,22 +496,22 @@ class ViaSDModelRunnerMixin(Runner):
         is_first = windows[0].rounds == 0
         extend(windows, drafts, found)
         seconds = time.perf_counter() - start
-        self.controller.saw_slim(len(token_ids), seconds)
+        self.planner.observe_slim_pass(len(token_ids), seconds)
         self.counts.slim_passes += 1
         for window, room, tokens, kept in zip(windows, rooms, drafts.tokens, accepted, strict=True):
             self.counts.slim_drafted += len(tokens)
             self.counts.slim_accepted += kept - self._escalated(window)
-            self._saw_slim_check(window, room, len(tokens), kept, is_first)
+            self._observe_slim_check(window, room, len(tokens), kept, is_first)
         return hidden, groups
 
-    def _saw_slim_check(
+    def _observe_slim_check(
         self, window: Window, room: int, drafted: int, accepted: int, is_first: bool
     ) -> None:
         """One round of a window that had room for so many tokens."""
         escalated = self._escalated(window)
-        asked = max(min(self._plan.drafts, room - 1), 0)
+        asked = max(min(self._plan.num_draft_tokens, room - 1), 0)
         name = self.input_batch.req_ids[window.request]
-        self.controller.saw_slim_check(name, asked, drafted, accepted, escalated, is_first)
+        self.planner.observe_slim_check(name, asked, drafted, accepted, escalated, is_first)
 
     @staticmethod
     def _escalated(window: Window) -> int:
@@ -544,12 +544,14 @@ class ViaSDModelRunnerMixin(Runner):
         room = max(windows[i].room for i in going) - 1
         # A draft model may read fewer positions than the target.
         longest = max(windows[i].last_position for i in going)
-        count = min(self._plan.drafts, room, self.effective_drafter_max_model_len - 1 - longest)
+        count = min(
+            self._plan.num_draft_tokens, room, self.effective_drafter_max_model_len - 1 - longest
+        )
         if count < 1:
             return Drafts([[] for _ in going])
         drafts = again(windows, going, hidden, rows, count)
         seconds = time.perf_counter() - start
-        self.controller.saw_draft(len(going), count, seconds)
+        self.planner.observe_draft_call(len(going), count, seconds)
         return drafts
 
     def _hand_over(self, windows: list[Window], all_drafts: list[list[int]]) -> None:

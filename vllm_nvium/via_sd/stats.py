@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.metrics.stats import SchedulerStats
 
-    from vllm_nvium.via_sd.planner import Plan
+    from vllm_nvium.via_sd.planner import DraftPlan
 
 logger = logging.getLogger("vllm.via_sd")
 
@@ -68,7 +68,7 @@ class Counts:
             else:
                 setattr(self, name, mine + sign * more)
 
-    def saw_window(self, length: int, accepted: int) -> None:
+    def observe_window(self, length: int, accepted: int) -> None:
         """A window of so many tokens was verified."""
         self.windows += 1
         self.window_tokens += length
@@ -90,13 +90,13 @@ class Reporter:
         self._reported = Counts.zero(window)
         self._window = window
 
-    def report(self, plan: "Plan") -> dict[str, Any]:
+    def report(self, plan: "DraftPlan") -> dict[str, Any]:
         """Plain values, with the plan that windows follow at present."""
         new = Counts.zero(self._window)
         new.add(self.counts)
         new.add(self._reported, sign=-1)
         self._reported.add(new)
-        return {"counts": asdict(new), "drafts": plan.drafts, "rounds": plan.rounds}
+        return {"counts": asdict(new), "drafts": plan.num_draft_tokens, "rounds": plan.rounds}
 
 
 def put(stats: "SchedulerStats | None", report: dict[str, Any] | None) -> None:

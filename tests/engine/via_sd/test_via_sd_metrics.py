@@ -186,19 +186,19 @@ def test_a_report_survives_vllms_wire() -> None:
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-    from vllm_nvium.via_sd.planner import Plan
+    from vllm_nvium.via_sd.planner import DraftPlan
 
     reporter = Reporter(WINDOW)
-    reporter.counts.saw_window(5, 4)
+    reporter.counts.observe_window(5, 4)
     reporter.counts.tiers[1] += 3
     sent = EngineCoreOutputs(scheduler_stats=SchedulerStats())
-    put(sent.scheduler_stats, reporter.report(Plan(3, 2)))
+    put(sent.scheduler_stats, reporter.report(DraftPlan(3, 2)))
     got = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
     report = take(got.scheduler_stats)
     assert report is not None and Counts(**report["counts"]) == reporter.counts
     assert (report["drafts"], report["rounds"]) == (3, 2)
     # Each report tells what is new, and vLLM's loggers find nothing behind it.
-    assert Counts(**reporter.report(Plan(3, 2))["counts"]) == Counts.zero(WINDOW)
+    assert Counts(**reporter.report(DraftPlan(3, 2))["counts"]) == Counts.zero(WINDOW)
     assert take(got.scheduler_stats) is None and got.scheduler_stats.kv_connector_stats is None
     assert take(None) is None
     put(None, report)

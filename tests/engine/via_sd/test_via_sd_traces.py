@@ -36,7 +36,7 @@ from via_sd_engine import (
 from tiny_models import make_dense, make_eagle, make_mimo
 from vllm_nvium.model_executor.ops.tiers import ACCEPT, REGENERATE, Checked
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
-from vllm_nvium.via_sd.planner import FixedRounds, Plan, RoundController
+from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
 
 VOCABULARY = 64
 WINDOW = 12
@@ -489,7 +489,7 @@ def test_no_drafts_that_nobody_made(with_ngrams: Served) -> None:
 def test_no_tier_above_the_largest_batch(with_ngrams: Served) -> None:
     """`--via-sd-max-batch` beside a fixed number of rounds."""
     engine = with_ngrams.engine
-    engine.runner.controller = FixedRounds(3, 2, max_batch=2)
+    engine.runner.planner = FixedRounds(3, 2, max_batch=2)
     sizes: list[int] = []
     grow = engine.runner._grow_windows
 
@@ -511,7 +511,7 @@ def test_seeded_requests_count_for_the_largest_batch(with_ngrams: Served) -> Non
     seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True)
     trace = [Arrival(0, _TEXTS[2][:20], greedy(20)), *[Arrival(0, _TEXTS[1][:20], seeded)] * 2]
     for most, rounds in ((3, True), (2, False)):
-        engine.runner.controller = FixedRounds(3, 2, max_batch=most)
+        engine.runner.planner = FixedRounds(3, 2, max_batch=most)
         engine.window_rounds.clear()
         engine.run(trace)
         assert bool(engine.window_rounds) == rounds
@@ -597,19 +597,19 @@ def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Serv
     engine = with_draft_model.engine
     judged: list[tuple[float, float]] = []
 
-    class TwoRounds(RoundController):
-        def plan(self, *args: Any) -> Plan:
-            return Plan(3, 2)
+    class TwoRounds(Planner):
+        def plan(self, *args: Any) -> DraftPlan:
+            return DraftPlan(3, 2)
 
         def another_round(self, lengths: Any, done: int, names: Any) -> bool:
             return bool(done < 2)
 
-        def saw_full_check(self, *args: Any, **options: Any) -> None:
+        def observe_full_check(self, *args: Any, **options: Any) -> None:
             self.is_window = args[3]
-            super().saw_full_check(*args, **options)
+            super().observe_full_check(*args, **options)
 
-        def _saw(self, name: str, kind: str, good: float, bad: float) -> None:
-            if kind == "at_full" and self.is_window:
+        def _observe_rate(self, name: str, kind: str, good: float, bad: float) -> None:
+            if kind == "accept_full" and self.is_window:
                 judged.append((good, bad))
 
     found = [0.0, 0.0]
@@ -617,7 +617,7 @@ def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Serv
         prompt = list(_TEXTS[number % len(_TEXTS)][number : number + 24])
         params = SamplingParams(temperature=temperature, max_tokens=60, ignore_eos=True)
         engine.set_rounds(3, 2, WINDOW)
-        engine.runner.controller = TwoRounds(3, WINDOW)
+        engine.runner.planner = TwoRounds(3, WINDOW)
         engine.asked.clear()
         judged.clear()
         text = prompt + engine.run([Arrival(0, prompt, params)])["0"].tokens
@@ -658,18 +658,18 @@ def test_a_draft_model_is_timed_where_requests_decode(
     engine.set_rounds(drafts, 0, WINDOW)
     seen: list[str] = []
 
-    class Told(RoundController):
-        def plan(self, *args: Any) -> Plan:
-            return Plan(drafts, 0)
+    class Told(Planner):
+        def plan(self, *args: Any) -> DraftPlan:
+            return DraftPlan(drafts, 0)
 
-        def saw_full(self, *args: Any) -> None:
+        def observe_full_pass(self, *args: Any) -> None:
             seen.append("full")
 
-        def saw_draft(self, requests: int, asked: int, seconds: float) -> None:
+        def observe_draft_call(self, requests: int, asked: int, seconds: float) -> None:
             assert (requests, asked) == (1, drafts) and seconds > 0
             seen.append("draft")
 
-    engine.runner.controller = Told(3, WINDOW)
+    engine.runner.planner = Told(3, WINDOW)
     engine.run([Arrival(0, _TEXTS[1][:30], greedy(24))])
     assert seen.count("full") > 5
     assert seen.count("full") - 1 <= seen.count("draft") <= seen.count("full")

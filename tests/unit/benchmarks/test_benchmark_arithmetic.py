@@ -15,7 +15,7 @@ from via_sd_dial import by_cost, construct
 from via_sd_modelled import accept_for, plain_speed, via_speed
 
 from tiny_models import make_dense
-from vllm_nvium.via_sd.planner import Curve, Times
+from vllm_nvium.via_sd.planner import PassTimeCurve, StepTimes
 
 
 def test_slow_moments_are_shared_by_all_plans() -> None:
@@ -33,11 +33,11 @@ def test_slow_moments_are_shared_by_all_plans() -> None:
 def test_given_times_are_told_instead_of_measured_ones() -> None:
     clock = PassClock(4, 8)
     clock.given = {"full": 0.1, "slim": 0.04, "draft": 0.01}
-    clock.saw_full(3, 7.0)
-    clock.saw_slim(3, 7.0)
-    clock.saw_draft(1, 4, 7.0)
-    clock.saw_draft(1, 0, 7.0)
-    clock.saw_overhead(1, 7.0)
+    clock.observe_full_pass(3, 7.0)
+    clock.observe_slim_pass(3, 7.0)
+    clock.observe_draft_call(1, 4, 7.0)
+    clock.observe_draft_call(1, 0, 7.0)
+    clock.observe_overhead(1, 7.0)
     assert clock.taken() == [
         ("full", 3, 0.1),
         ("slim", 3, 0.04),
@@ -93,7 +93,7 @@ def test_a_constructed_target_holds_its_base(tmp_path: Path) -> None:
 
 def test_modelled_speeds_by_formula() -> None:
     """Plain speculative decoding, and the paper's rule where no token escalates."""
-    times = Times(np.arange(6) * 0.3, Curve([1.0], [0.6]), Curve([1.0], [1.0]))
+    times = StepTimes(np.arange(6) * 0.3, PassTimeCurve([1.0], [0.6]), PassTimeCurve([1.0], [1.0]))
     accepted = sum(0.8**k for k in range(6))
     assert plain_speed(0.8, times) == pytest.approx(accepted / (1 + 5 * 0.3))
     kept = sum(0.9**k for k in range(5))  # the fifth draft is kept or drawn again

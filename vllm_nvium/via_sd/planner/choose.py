@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the plan of every step: the one with the highest forecast, and now and then another one
+to learn about it. What these trials lose stays within a budget, so that a slim tier that does not
+pay costs little.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_nvium.via_sd.planner.estimate import Estimates, Situation
+from vllm_nvium.via_sd.planner.estimators import MIN_SAMPLES
+from vllm_nvium.via_sd.planner.model import (
+    NONE,
+    PLAIN,
+    TIERED,
+    DraftPlan,
+    Forecast,
+    forecast_plans,
+    one_round,
+)
+
+# A plan is kept for this many steps.
+REFRESH_STEPS = 8
+# The factor by which another plan has to be better, to replace one of its own or of another kind.
+PLAN_MARGIN, KIND_MARGIN = 1.003, 1.015
+
+# What each kind of plan is tried with first.
+FIRST_PLANS = {NONE: DraftPlan(0, 0), PLAIN: DraftPlan(4, 0), TIERED: DraftPlan(2, 2)}
+# The rates that a kind of plan depends on; it is used once each of them has this many trials.
+NEEDS: dict[str, tuple[str, ...]] = {
+    NONE: (),
+    PLAIN: ("accept_full",),
+    TIERED: ("accept_slim", "accept_window"),
+}
+MIN_TRIALS = 16.0
+# Steps between two trials of the same kind. Plain decoding has no acceptance rate to learn, so that
+# it needs them far less often.
+TRIAL_INTERVAL = {NONE: 45 * 40, PLAIN: 40, TIERED: 40}
+# The share of what is known about a kind of plan that its next trial keeps.
+TRIAL_FADE = 0.75
+# The trial budget saves up the time of this many steps at most. A kind that would be the best plan
+# if its acceptance rates were this many standard errors better may borrow as much again.
+MAX_SAVED_STEPS, OPTIMISM = 3, 2.0
+
+# The largest array of a forecast has B D L^2 cells, for B requests, D draft tokens and L window
+# lengths. One of MAX_CELLS takes a millisecond or two, so that larger batches are sampled:
+#     B = clip(MAX_CELLS / (D L^2), MIN_SAMPLE, MAX_SAMPLE)
+# With more than MAX_CELLS all the same, a plan is kept as many times longer, up to MAX_STRETCH.
+MIN_SAMPLE, MAX_SAMPLE = 4, 8
+MAX_CELLS = MAX_SAMPLE * 8 * 15**2
+MAX_STRETCH = 32
+
+
+@dataclass(frozen=True)
+class TrialLength:
+    """A trial ends after `max_steps` steps, or after `MIN_SAMPLES`, which its medians need, once
+    the full model has judged `enough_tokens`."""
+
+    max_steps: int
+    enough_tokens: int
+
+
+# The first trial of a kind is longer: before it nothing is known.
+FIRST_TRIAL, TRIAL = TrialLength(15, 30), TrialLength(8, 24)
+
+
+class Planner(Estimates):
+    """Chooses the plan of the next step by what was observed in the last ones.
+
+    The same calls always give the same plans: there is no clock and no randomness in it.
+
+    Args:
+        max_draft_tokens: most tokens that the drafter may propose for a request at a time.
+        max_window: most tokens between two passes of the full model.
+        max_rounds: most rounds of a window. Where more would pay, more draft tokens pay about as
+            much.
+        max_batch: no slim tier while more requests than this decode.
+        trial_budget: share of the time that trials may lose.
+    """
+
+    def __init__(
+        self,
+        max_draft_tokens: int,
+        max_window: int,
+        *,
+        max_rounds: int = 8,
+        max_batch: int | None = None,
+        trial_budget: float = 0.01,
+    ) -> None:
+        super().__init__(max_draft_tokens)
+        self.max_window, self.max_batch = max_window, max_batch
+        self.max_rounds = min(max_rounds, max_window)
+        self.trial_budget = trial_budget
+        # The plan of this step, and the one that is used between trials.
+        self._plan = self._used = DraftPlan(0, 0)
+        # Forecasts for the latter: tokens per second, seconds per step. 0 while nothing is known.
+        self._used_rate = self._used_seconds = 0.0
+        self._situation: Situation | None = None
+        # Requests that decode without drafts.
+        self._num_others = 0
+        # Requests with drafts, and others, that the plan was made for.
+        self._planned_for = (0, 0)
+        self._next_choice = 0
+        # The trial that runs, its steps so far, and `_num_verified` when it began.
+        self._trial: TrialLength | None = None
+        self._trial_steps = self._verified_before = 0
+        self._last_trial: dict[str, int] = {}  # number of the step, by kind
+        self._budget_seconds = 0.0
+        self._steps_of = {NONE: 0, PLAIN: 0, TIERED: 0}
+        # By request: s and q of `another_round`, and the mean length of a round.
+        self._round_gains: dict[str, tuple[float, float, float]] = {}
+
+    def remove(self, request_id: str) -> None:
+        super().remove(request_id)
+        self._round_gains.pop(request_id, None)
+
+    # --- decisions ------------------------------------------------------------------------------
+
+    def plan(self, request_ids: Sequence[str], num_decoding: int = 0) -> DraftPlan:
+        """The plan of the next step. Called once per step.
+
+        Args:
+            request_ids: requests that decode and may have drafts. Without any the last plan stays.
+            num_decoding: all requests that decode, with or without drafts.
+        """
+        if not request_ids:
+            return self._plan
+        self._num_others = max(num_decoding - len(request_ids), 0)
+        self._step += 1
+        if self._trial is not None:
+            is_due = self._trial_is_over(self._trial)
+        else:
+            is_due = self._step >= self._next_choice or self._is_resized(len(request_ids))
+        if is_due or self._plan.kind not in self._possible_kinds(request_ids):
+            self._choose(request_ids)
+        self._trial_steps += self._trial is not None
+        self._budget_seconds = min(
+            self._budget_seconds + self.trial_budget * self._used_seconds,
+            MAX_SAVED_STEPS * self._used_seconds,
+        )
+        self._steps_of[self._plan.kind] += 1
+        return self._plan
+
+    def another_round(
+        self, window_lengths: Sequence[int], rounds_done: int, request_ids: Sequence[str]
+    ) -> bool:
+        """Whether one more round is worth its time. Called after each round.
+
+        The round adds s^w q tokens to a window of w tokens, where q are the accepted tokens of
+        `one_round` and s is the probability that the full model accepts a token (1 under the
+        paper's rule). It is worth its time if it brings them at the rate that the plan promises.
+        The gain falls with w, so that it is enough to look one round ahead.
+
+        Args:
+            window_lengths: tokens of the windows that are open: neither full nor escalated.
+            rounds_done: rounds of these windows.
+            request_ids: in the same order.
+        """
+        if not request_ids or rounds_done >= min(self._plan.rounds, self.max_rounds):
+            return False
+        if self._trial is not None or self._situation is None:
+            return True
+        self._add_round_gains(request_ids)
+        num_drafts, situation = self._plan.num_draft_tokens, self._situation
+        gained = added = 0.0
+        rows = situation.background.rows[num_drafts]
+        for request_id, length in zip(request_ids, window_lengths, strict=True):
+            survives, accepted, mean_length = self._round_gains[request_id]
+            room = min(self.max_window - length, mean_length)
+            gained += accepted * room / mean_length * survives**length
+            added += room
+            rows += 1 + length
+        times, hit_rate = situation.times, situation.later_hit_rate
+        before, after = times.full((rows, rows + added))
+        seconds = times.slim(len(request_ids) * (num_drafts + 1)) + after - before
+        # The drafter runs first. If it returns nothing, the window ends.
+        cost = times.draft[num_drafts] + hit_rate * seconds
+        return bool(hit_rate * gained > self._used_rate * cost)
+
+    def forecast(self, request_ids: Sequence[str]) -> Forecast | None:
+        """Every plan's, as `forecast_plans` arranges them; None before the first full pass."""
+        situation = self._situation_of(request_ids)
+        if situation is None:
+            return None
+        return self._forecast(situation, self._possible_kinds(request_ids))
+
+    def snapshot(self) -> dict[str, Any]:
+        """For logs and benchmarks: estimates, plan and trials, as plain values."""
+        return {
+            "slowdown": self._slowdown.current,
+            "seconds": {
+                "full": dict(self._full.points()),
+                "slim": dict(self._slim.points()),
+                "draft": self.draft_seconds(self._planned_for[0]).tolist(),
+                "overhead": self.overhead_seconds(sum(self._planned_for)),
+            },
+            "acceptance": self.rates_of_rules(),
+            "plan": {"num_draft_tokens": self._plan.num_draft_tokens, "rounds": self._plan.rounds},
+            "is_trial": self._trial is not None,
+            "tokens_per_second": self._used_rate,
+            "steps": dict(self._steps_of),
+            "trial_seconds_left": self._budget_seconds,
+        }
+
+    # --- the batch ------------------------------------------------------------------------------
+
+    def _is_resized(self, num_requests: int) -> bool:
+        """Whether an eighth of the batch has come or gone since the plan was made."""
+        counts = zip((num_requests, self._num_others), self._planned_for, strict=True)
+        return sum(abs(now - then) for now, then in counts) * 8 > sum(self._planned_for)
+
+    def _possible_kinds(self, request_ids: Sequence[str]) -> list[str]:
+        if self.max_draft_tokens == 0:
+            return [NONE]
+        num_decoding = len(request_ids) + self._num_others
+        is_too_large = self.max_batch is not None and num_decoding > self.max_batch
+        if self.max_rounds == 0 or is_too_large or not any(map(self.has_tier, request_ids)):
+            return [NONE, PLAIN]
+        return [NONE, PLAIN, TIERED]
+
+    def _situation_of(self, request_ids: Sequence[str], optimism: float = 0.0) -> Situation | None:
+        return self.situation(request_ids, self._num_others, self._sample_size(), optimism)
+
+    def _cells_per_request(self) -> int:
+        lengths = self.max_window - 1 if self.max_rounds > 1 else 1
+        return max(self.max_draft_tokens * lengths**2, 1)
+
+    def _sample_size(self) -> int:
+        return max(min(MAX_CELLS // self._cells_per_request(), MAX_SAMPLE), MIN_SAMPLE)
+
+    def _refresh_steps(self, num_requests: int) -> int:
+        cells = min(num_requests, self._sample_size()) * self._cells_per_request()
+        return REFRESH_STEPS * min(-(-cells // MAX_CELLS), MAX_STRETCH)
+
+    def _forecast(self, situation: Situation, kinds: Sequence[str]) -> Forecast:
+        return forecast_plans(
+            situation.rates,
+            situation.times,
+            self.max_window,
+            self.max_rounds,
+            situation.background,
+            with_tier=TIERED in kinds,
+        )
+
+    def _add_round_gains(self, request_ids: Sequence[str]) -> None:
+        missing = [name for name in request_ids if name not in self._round_gains]
+        if missing:
+            rates = self.acceptance(missing).in_later_rounds()
+            found = one_round(rates, np.array([self._plan.num_draft_tokens]))
+            survives = np.where(rates.adds_bonus_token > 0, rates.accept_window, 1.0)
+            gains = zip(survives, found.accepted[:, 0], found.length[:, 0], strict=True)
+            self._round_gains.update(zip(missing, gains, strict=True))
+
+    # --- the choice -----------------------------------------------------------------------------
+
+    def _choose(self, request_ids: Sequence[str]) -> None:
+        """Sets the plan of the next steps, or begins a trial."""
+        self._planned_for = len(request_ids), self._num_others
+        self._next_choice = self._step + self._refresh_steps(len(request_ids))
+        self._round_gains.clear()
+        kinds = self._possible_kinds(request_ids)
+        self._situation = self._situation_of(request_ids)
+        forecast = None if self._situation is None else self._forecast(self._situation, kinds)
+        self._end_trial(forecast)
+        untried = [kind for kind in kinds if kind not in self._last_trial]
+        if untried:
+            first = FIRST_PLANS[untried[0]]
+            num_drafts = min(first.num_draft_tokens, self.max_draft_tokens)
+            plan = DraftPlan(num_drafts, min(first.rounds, self.max_rounds))
+            self._begin_trial(plan, FIRST_TRIAL)
+        elif forecast is not None:
+            best = {kind: best_plan(forecast, kind) for kind in kinds}
+            self._use_best(forecast, best)
+            trial = self._due_trial(forecast, best, request_ids)
+            if trial is not None:
+                for estimates in (*self._by_rule.values(), *self._requests.values()):
+                    for rate in NEEDS[trial]:
+                        estimates.of[rate].fade(TRIAL_FADE)
+                self._begin_trial(best[trial], TRIAL)
+
+    def _use_best(self, forecast: Forecast, best: dict[str, DraftPlan]) -> None:
+        """Replaces the plan in use by the best one of its kind or, if its rates are known, of
+        another kind, where the forecast is better by the margin."""
+        rates = forecast.rates
+        if self._used.kind not in best:
+            self._used = DraftPlan(self._used.num_draft_tokens, 0)
+        same_kind = best[self._used.kind]
+        if rates[same_kind.cell] > rates[self._used.cell] * PLAN_MARGIN:
+            self._used = same_kind
+        least = rates[self._used.cell] * KIND_MARGIN
+        for kind, plan in best.items():
+            if rates[plan.cell] > least and self._is_known(kind):
+                self._used, least = plan, rates[plan.cell]
+        self._last_trial[self._used.kind] = self._step
+        self._used_rate = float(rates[self._used.cell])
+        self._used_seconds = float(forecast.seconds[self._used.cell])
+        self._plan = self._used
+
+    def _is_known(self, kind: str) -> bool:
+        """Whether the rates that a kind of plan depends on have enough trials, under any rule."""
+        return all(
+            max(estimates.of[rate].trials for estimates in self._by_rule.values()) >= MIN_TRIALS
+            for rate in NEEDS[kind]
+        )
+
+    # --- trials ---------------------------------------------------------------------------------
+
+    def _due_trial(
+        self, forecast: Forecast, best: dict[str, DraftPlan], request_ids: Sequence[str]
+    ) -> str | None:
+        """The kind of plan whose last trial is the oldest, if it is time for one and the budget
+        covers it."""
+        due = [
+            kind
+            for kind in best
+            if kind != self._used.kind
+            and self._step - self._last_trial[kind] >= TRIAL_INTERVAL[kind]
+        ]
+        if not due:
+            return None
+        budget = dict.fromkeys(due, self._budget_seconds)
+        situation = self._situation_of(request_ids, OPTIMISM)
+        assert situation is not None
+        hoped = self._forecast(situation, list(best))
+        for kind in due:
+            if hoped.rates[best_plan(hoped, kind).cell] > self._used_rate:
+                budget[kind] += MAX_SAVED_STEPS * self._used_seconds
+        due = [kind for kind in due if lost_seconds(forecast, best[kind]) <= budget[kind]]
+        return min(due, key=self._last_trial.__getitem__, default=None)
+
+    def _begin_trial(self, plan: DraftPlan, length: TrialLength) -> None:
+        self._plan, self._trial = plan, length
+        self._trial_steps, self._verified_before = 0, self._num_verified
+        self._last_trial[plan.kind] = self._step
+
+    def _trial_is_over(self, trial: TrialLength) -> bool:
+        judged = self._num_verified - self._verified_before
+        has_enough = self._plan.num_draft_tokens == 0 or judged >= trial.enough_tokens
+        return self._trial_steps >= (MIN_SAMPLES if has_enough else trial.max_steps)
+
+    def _end_trial(self, forecast: Forecast | None) -> None:
+        """Takes from the budget what the trial has lost, by what it taught. The first trial of a
+        kind is free."""
+        if self._trial == TRIAL and forecast is not None:
+            self._budget_seconds -= lost_seconds(forecast, self._plan, self._trial_steps)
+        self._trial = None
+
+
+class FixedRounds:
+    """In place of the planner under `--via-sd-rounds N`: always the same plan, but without the slim
+    tier while more than `max_batch` requests decode."""
+
+    def __init__(self, num_draft_tokens: int, rounds: int, max_batch: int | None = None) -> None:
+        self.fixed, self.max_batch = DraftPlan(num_draft_tokens, rounds), max_batch
+
+    def plan(self, request_ids: Sequence[str], num_decoding: int = 0) -> DraftPlan:
+        count = max(num_decoding, len(request_ids))
+        if self.max_batch is not None and count > self.max_batch:
+            return DraftPlan(self.fixed.num_draft_tokens, 0)
+        return self.fixed
+
+    def another_round(
+        self, window_lengths: Sequence[int], rounds_done: int, request_ids: Sequence[str]
+    ) -> bool:
+        return rounds_done < self.fixed.rounds
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is learnt."""
+
+    add = remove = observe_full_pass = observe_slim_pass = observe_draft_call = _ignore
+    observe_overhead = observe_slim_check = observe_full_check = _ignore
+
+
+def best_plan(forecast: Forecast, kind: str) -> DraftPlan:
+    rates = forecast.rates
+    if kind == NONE:
+        return DraftPlan(0, 0)
+    if kind == PLAIN:
+        return DraftPlan(1 + int(rates[1:, 0].argmax()), 0)
+    drafts, rounds = np.unravel_index(int(rates[1:, 1:].argmax()), rates[1:, 1:].shape)
+    return DraftPlan(1 + int(drafts), 1 + int(rounds))
+
+
+def lost_seconds(forecast: Forecast, plan: DraftPlan, steps: int = MIN_SAMPLES) -> float:
+    """What steps of a plan lose against the best plan."""
+    share = 1 - float(forecast.rates[plan.cell] / forecast.rates.max())
+    return steps * float(forecast.seconds[plan.cell]) * share
