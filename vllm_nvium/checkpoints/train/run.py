@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from vllm_nvium.checkpoints.text import check_disk_space, check_tokenizer
 from vllm_nvium.checkpoints.train.calibration import calibrate
@@ -49,13 +49,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A run whose text is read and whose model is loaded."""
+    """A run that can begin.
+
+    Attributes:
+        out: its folder.
+        blocks: what it is trained on.
+        validation: what it is measured on, by name.
+        parent: what the dense parent loses on that, if there is one.
+    """
 
     options: TrainOptions
     out: Path
     start: Start
     steering: Steering
-    trainer: NviumTrainer
+    arguments: TrainingArguments
+    blocks: "Dataset"
+    validation: dict[str, "Dataset"]
+    parent: Losses | None
 
 
 def run(options: TrainOptions) -> Path:
@@ -64,13 +74,14 @@ def run(options: TrainOptions) -> Path:
     is_new = claim(out, options)
     checkpoint = last_complete_checkpoint(out)
     try:
-        prepared = _prepare(options, out, is_resumed=checkpoint is not None)
+        run = _prepare(options, out, is_resumed=checkpoint is not None)
+        trainer = _trainer(run)
     except UserError:
         if is_new:
             unclaim(out)
         raise
-    _take_steps(prepared.trainer, checkpoint)
-    finish(prepared.start, prepared.trainer.model, options, out, _record(prepared))
+    _take_steps(trainer, checkpoint)
+    finish(run.start, trainer.model, options, out, _record(run))
     return out / "model"
 
 
@@ -83,11 +94,11 @@ def _take_steps(trainer: NviumTrainer, checkpoint: Path | None) -> None:
 
 
 def _record(run: Run) -> dict[str, Any]:
-    """What the finished exits say about how they were made."""
+    """What the finished exits say about how they were made; calibrates them."""
     # Where a run was on its machine says nothing about its exits.
     left_out = ("model", "out", "dense")
     used = {name: value for name, value in run.options.record().items() if name not in left_out}
-    return {"options": used, "steps": run.trainer.args.max_steps, **_calibration(run)}
+    return {"options": used, "steps": run.arguments.max_steps, **_calibration(run)}
 
 
 def _calibration(run: Run) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def _calibration(run: Run) -> dict[str, Any]:
 
 
 def _prepare(options: TrainOptions, out: Path, is_resumed: bool) -> Run:
-    """Everything up to the first step.
+    """Everything that can be refused, then what is measured and fitted before the first step.
 
     Raises:
         UserError: something given cannot be used.
@@ -117,32 +128,37 @@ def _prepare(options: TrainOptions, out: Path, is_resumed: bool) -> Run:
     # Before anything is sampled: text that cannot be read should not cost an hour.
     validation = validation_blocks(options, start.tokenizer, options.validation_tokens)
     blocks = training_blocks(options, start, out)
-    steps = _steps(options, len(blocks))
-    arguments = training_arguments(out, steps, options)
+    arguments = training_arguments(out, _steps(options, len(blocks)), options)
     parent = None
     if start.has_parent or options.dense:
         parent = _parent_losses(options, start, validation, out / "parent_losses.json")
     if start.has_parent and options.fit_tokens and not is_resumed:
         _fit_exits(options, start.model, blocks)
+    return Run(options, out, start, steering, arguments, blocks, validation, parent)
+
+
+def _trainer(run: Run) -> NviumTrainer:
+    options, start, steps = run.options, run.start, run.arguments.max_steps
+    trained = _trained_model(options, start, steps)
     schedule = Schedule.of(options, steps)
     controller = BetaController(options.beta, tolerance=options.tolerance)
-    trained = _trained_model(options, start, steps)
+    steers = run.steering.kind != "off"
     callback = Validation(
-        partial(_losses, options, start.model, validation, start.is_dense),
-        parent if steering.kind != "off" or start.has_parent else None,
-        steering.curve,
+        partial(_losses, options, start.model, run.validation, start.is_dense),
+        run.parent if steers or start.has_parent else None,
+        run.steering.curve,
         controller,
         # A hazard that is still pulled to equal weights says nothing about beta.
-        steers_from=schedule.hazard_warm_up_steps if steering.kind != "off" else steps + 1,
+        steers_from=schedule.hazard_warm_up_steps if steers else steps + 1,
         every=interval(options.evaluate_every, steps),
-        history=out / HISTORY,
+        history=run.out / HISTORY,
         starts_as_parent=start.has_parent,
     )
     set_seed(options.seed)
-    trainer = NviumTrainer(
+    return NviumTrainer(
         model=trained,
-        args=arguments,
-        train_dataset=blocks,
+        args=run.arguments,
+        train_dataset=run.blocks,
         callbacks=[callback],
         plain=start.model,
         is_dense=start.is_dense,
@@ -150,7 +166,6 @@ def _prepare(options: TrainOptions, out: Path, is_resumed: bool) -> Run:
         controller=controller,
         autocast=autocast_of(options),
     )
-    return Run(options, out, start, steering, trainer)
 
 
 def _open(options: TrainOptions, out: Path) -> Start:
