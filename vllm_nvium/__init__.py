@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vllm_nvium.checkpoints.evaluate.checkpoint import Request as EvaluateRequest
     from vllm_nvium.checkpoints.mask_search.find import find_mask as search_mask
     from vllm_nvium.checkpoints.mask_search.request import SearchRequest
+    from vllm_nvium.checkpoints.train import train
     from vllm_nvium.checkpoints.train.options import TrainOptions
-    from vllm_nvium.checkpoints.train.run import run as train
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
     from vllm_nvium.model_executor.models.nvium_reference import (
         load_reference,
@@ -64,7 +64,7 @@ _WHERE = {
         "register_with_transformers",
     ),
     "search_mask": ("checkpoints.mask_search.find", "find_mask"),
-    "train": ("checkpoints.train.run", "run"),
+    "train": ("checkpoints.train", "train"),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllm_nvium.checkpoints.train.flags import FlagParser, options_of
-from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.options import TrainOptions, check
 from vllm_nvium.cli import main
 from vllm_nvium.errors import UserError
 
@@ -15,7 +15,9 @@ NEEDED = ["MODEL", "--out", "run", "--text", "a.txt", "b", "--validation", "c.tx
 
 
 def parsed(*words: str) -> TrainOptions:
-    return options_of(FlagParser().parse_args(words))
+    options = options_of(FlagParser().parse_args(words))
+    check(options)
+    return options
 
 
 def config(folder: Path, text: str, name: str = "run.yaml") -> list[str]:

@@ -22,6 +22,9 @@ def train(options: "TrainOptions") -> Path:
         UserError: something given cannot be used; nothing was trained, and a new run's folder
             is as it was before.
     """
+    from vllm_nvium.checkpoints.train.options import check
+
+    check(options)
     require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     from vllm_nvium.checkpoints.train.run import run
 

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from transformers import HfArgumentParser
 
-from vllm_nvium.checkpoints.train.options import TrainOptions, check, flag_of
+from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError, first_line
 
 
@@ -71,13 +71,8 @@ class FlagParser(HfArgumentParser):
 
 
 def options_of(args: argparse.Namespace) -> TrainOptions:
-    """What a `FlagParser` parsed, checked.
-
-    Raises:
-        UserError: an option is missing, out of range, or means nothing beside `--method`.
-    """
+    """What a `FlagParser` parsed."""
     (options,) = FlagParser().parse_dict(vars(args), allow_extra_keys=True)
-    check(options)
     return options
 
 
