@@ -201,6 +201,9 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
             maybe_prefix(prefix, f"side_cache.{config.num_hidden_layers}"),
         )
         self.num_heads = len(self.segments)
+        self.segment_layers = [
+            stop - start for start, stop in zip(bounds, bounds[1:], strict=False)
+        ]
         # With one unembedding for all heads a row need not say whose it is.
         self.heads_differ = config.exit_head == "own" or (
             config.exit_head == "embeddings" and not config.tie_word_embeddings

@@ -111,6 +111,8 @@ class CatchUp:
         # waited for a segment took more than one pass.
         self.steps_without_room = 0
         self.split_passes = 0
+        # Rows of the last segment that was run, in all its passes.
+        self.rows_run = 0
         self._entered: Rows | None = None
         self._waiting: Waiting | None = None
 
@@ -184,8 +186,10 @@ class CatchUp:
             among them; what waited is too, where it fits into one pass.
         """
         waiting = self._waiting_for(batch, rows, segment)
+        self.rows_run = len(rows.slots)
         if waiting is None:
             return rows, self._pass(rows, state, forward)
+        self.rows_run += len(waiting.slots)
         sequence, positions = rows.host_rows()
         sequence = np.concatenate((waiting.sequence, sequence))
         positions = np.concatenate((waiting.positions, positions))

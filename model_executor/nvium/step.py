@@ -57,9 +57,12 @@ class Step:
     sampling: Sampling
     catch_up: CatchUp
     # Filled in by the cascade, for bookkeeping, metrics and tests: the exit each request's newest
-    # token left at (N-1 = final head; [R]), and the segments that were run.
+    # token left at (N-1 = final head; [R]), the segments that were run, the rows that each of them
+    # ran on, and whether the step went on although every token had its head.
     exits: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     depth: int = 0
+    rows_run: list[int] = field(default_factory=list)
+    is_forced: bool = False
 
 
 def run_cascade(
@@ -77,6 +80,7 @@ def run_cascade(
     batch, catch_up = step.batch, step.catch_up
     rows = catch_up.start(batch, positions)
     may_stop = bool(step.sampling.may_stop.all())
+    step.rows_run = [batch.num_rows]
     step.exits = np.full(batch.num_requests, UNDECIDED, dtype=np.int64)
     # Heads with unembeddings of their own cannot share the plain [T, H] output either.
     wide = step.sampling.wide or model.heads_differ
@@ -87,11 +91,14 @@ def run_cascade(
     state = model.segments[0](input_ids[: batch.num_rows], rows.positions)[: batch.num_rows]
     for k in range(len(model.exits)):
         undecided = heads.at_exit(k, rows, state)
-        if may_stop and not undecided and catch_up.has_room(rows):
-            step.depth = k + 1
-            catch_up.stop(rows, state, step.depth)
-            return heads.output(state)
+        if not undecided:
+            if may_stop and catch_up.has_room(rows):
+                step.depth = k + 1
+                catch_up.stop(rows, state, step.depth)
+                return heads.output(state)
+            step.is_forced = True
         rows, state = catch_up.run(batch, rows, state, k + 1, model.segments[k + 1])
+        step.rows_run.append(catch_up.rows_run)
     step.depth = len(model.segments)
     catch_up.complete(rows)
     heads.at_end(rows, state)

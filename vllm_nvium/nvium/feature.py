@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """N-vium as a `Feature`: everything that the engine's plumbing asks of it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.engine.feature import Feature
 from vllm_nvium.errors import UserError
@@ -25,6 +25,14 @@ def _check(vllm_config: "VllmConfig") -> None:
         )
 
 
+def _make_stat_logger(vllm_config: "VllmConfig", engine_indexes: Any, logs: bool) -> Any | None:
+    if not options.is_nvium(vllm_config):
+        return None
+    from vllm_nvium.nvium.stats import make_stat_logger
+
+    return make_stat_logger(vllm_config, engine_indexes, logs)
+
+
 NVIUM = Feature(
     name="N-vium",
     folder="nvium",
@@ -36,4 +44,5 @@ NVIUM = Feature(
     is_on=options.is_nvium,
     check_engine_args=as_drafter.refuse_nvium_drafter,
     check=_check,
+    make_stat_logger=_make_stat_logger,
 )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model Runner V1 with N-vium's step: a mixin over vLLM's own runner class.
 
-Two methods are overridden, `_update_states` to follow requests as they come, go and are preempted,
-and `_model_forward`, which vLLM documents as overridable, to hand the model its `Step`.
+Three methods are overridden: `_update_states` to follow requests as they come, go and are
+preempted, `_model_forward`, which vLLM documents as overridable, to hand the model its `Step`, and
+`sample_tokens` to report what the step did.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,14 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
+from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import engine_seed
 from vllm_nvium.nvium.requests import RequestTable
+from vllm_nvium.nvium.stats import StepObserver
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -30,6 +33,7 @@ class NviumModelRunnerMixin:
     nvium_catch_up: CatchUp
     # The last step, for metrics and tests.
     nvium_step: Step | None = None
+    nvium_observer: StepObserver
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -43,6 +47,7 @@ class NviumModelRunnerMixin:
             decide_early=model.may_decide_early,
             greedy_margin=model.config.greedy_margin,
         )
+        self.nvium_observer = StepObserver(model.segment_layers)
 
     def _nvium_has_custom_processors(self) -> bool:
         """Whether something of the user's own changes logits: named with --logits-processors, or
@@ -102,7 +107,19 @@ class NviumModelRunnerMixin:
         if step.depth == self.nvium_catch_up.num_segments:
             self.nvium_requests.completed(step.batch.last)
         self.nvium_step = step
+        self.nvium_observer.observe(step, ~self._nvium_unfinished())
         return output
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        if output is not None:
+            setattr(output, KEY, self.nvium_observer.report())
+        return output
+
+    def _nvium_unfinished(self) -> np.ndarray:
+        """[R] bool, requests of which more of the prompt follows: no token is drawn for them."""
+        num_requests = self.input_batch.num_reqs  # type: ignore[attr-defined]
+        return self.discard_request_mask.np[:num_requests]  # type: ignore[attr-defined]
 
     def _nvium_make_step(self) -> Step:
         batch = self.input_batch  # type: ignore[attr-defined]
@@ -114,8 +131,9 @@ class NviumModelRunnerMixin:
         prompt_lengths = batch.num_prompt_tokens_cpu_tensor.numpy()[:num_requests]
         # Several rows are a prompt, or the recomputation of what was preempted.
         decoding = (first >= prompt_lengths) & (first == last)
-        unfinished = self.discard_request_mask.np[:num_requests]  # type: ignore[attr-defined]
-        sampling = self.nvium_requests.sampling(batch.req_ids, last, decoding, unfinished)
+        sampling = self.nvium_requests.sampling(
+            batch.req_ids, last, decoding, self._nvium_unfinished()
+        )
         return Step(
             request_ids=list(batch.req_ids),
             batch=Batch(

@@ -19,6 +19,7 @@ from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import engine_seed
 from vllm_nvium.nvium.requests import RequestTable
+from vllm_nvium.nvium.stats import StepObserver
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -83,6 +84,7 @@ class NviumModelState(DefaultModelState):
             decide_early=bool(model.may_decide_early),
             greedy_margin=model.config.greedy_margin,  # type: ignore[union-attr,arg-type]
         )
+        self.observer = StepObserver(model.segment_layers)  # type: ignore[arg-type]
         self._is_real = False
         self._open_step: Step | None = None
         # The last step, for metrics and tests.
@@ -174,8 +176,8 @@ class NviumModelState(DefaultModelState):
         last = first + np.diff(query_start) - 1
         # Several rows are a prompt, or the recomputation of what was preempted.
         decoding = (first >= req_states.prompt_len.np[indices]) & (first == last)
-        unfinished = last + 1 < input_batch.prefill_len_np
-        sampling = self.requests.sampling(input_batch.req_ids, last, decoding, unfinished)
+        self._unfinished = last + 1 < input_batch.prefill_len_np
+        sampling = self.requests.sampling(input_batch.req_ids, last, decoding, self._unfinished)
         num_blocks = int(last.max()) // self._catch_up.block_size + 1
         return Step(
             request_ids=list(input_batch.req_ids),
@@ -198,3 +200,4 @@ class NviumModelState(DefaultModelState):
             self._open_step = None
             if step.depth == self._catch_up.num_segments:
                 self.requests.completed(step.batch.last)
+            self.observer.observe(step, ~self._unfinished)

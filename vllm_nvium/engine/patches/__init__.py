@@ -53,6 +53,7 @@ def all_patches() -> tuple[Patch, ...]:
         beam_search,
         engine_args,
         input_processor,
+        model_runner_v2,
         responses,
         scheduler,
         stat_loggers,
@@ -70,5 +71,6 @@ def all_patches() -> tuple[Patch, ...]:
         scheduler,
         stat_loggers,
         worker,
+        model_runner_v2,
     )
     return tuple(patch for module in modules for patch in module.PATCHES)

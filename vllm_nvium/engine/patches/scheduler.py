@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm.v1.core.sched.scheduler.Scheduler`: blocks of a preempted request that were never computed
-leave the prefix cache. vLLM enters blocks there while it plans a step; under --scheduling-policy
-priority it may then preempt a request of the same step, and takes back the rows but not the blocks.
-Whoever hits one reads what its slots held before. Only engines of this package are changed."""
+"""`vllm.v1.core.sched.scheduler.Scheduler`, in two ways. Blocks of a preempted request that were
+never computed leave the prefix cache: vLLM enters blocks there while it plans a step; under
+--scheduling-policy priority it may then preempt a request of the same step, and takes back the rows
+but not the blocks, and whoever hits one reads what its slots held before. And what a model runner
+reports of a step goes on to the statistics. Only engines of this package are changed."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any
 
 from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.patches import Patch
+
+# As in `engine.stats`, which is not imported here: processes without an engine have no need of it.
+KEY = "vllm_nvium"
 
 
 def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,6 +36,32 @@ def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., An
     return _preempt_request
 
 
+def _noting_the_report(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def update_from_output(
+        self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        setattr(self, KEY, getattr(model_runner_output, KEY, None))
+        return original(self, scheduler_output, model_runner_output, *args, **kwargs)
+
+    return update_from_output
+
+
+def _with_the_report(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stats = original(self, *args, **kwargs)
+        # vLLM may make statistics more than once in a step.
+        if (report := getattr(self, KEY, None)) is not None:
+            from vllm_nvium.engine.stats import put
+
+            put(stats, report)
+            setattr(self, KEY, None)
+        return stats
+
+    return make_stats
+
+
 PATCHES = (
     Patch(
         "vllm.v1.core.sched.scheduler",
@@ -40,5 +70,19 @@ PATCHES = (
         _without_uncomputed_blocks,
         without="under --scheduling-policy priority a prefix hit may read blocks never computed",
         until="vLLM enters blocks into the prefix cache once they are computed, or takes them back",
+    ),
+    *(
+        Patch(
+            "vllm.v1.core.sched.scheduler",
+            "Scheduler",
+            method,
+            wrap,
+            without="what the model runner reports of a step stays in the engine's process",
+            until="vLLM lets a model runner add to the statistics of a step",
+        )
+        for method, wrap in (
+            ("update_from_output", _noting_the_report),
+            ("make_stats", _with_the_report),
+        )
     ),
 )

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of N-vium: what left where, how deep steps went, and what had to catch up. The table
+below is all that /metrics and the log line are made of; `engine/stats.py` carries them.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_nvium.engine.stats import Counts, MethodStatLogger, Metric, Reporter, percent, ratio
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_nvium.model_executor.nvium.step import Step
+
+logger = logging.getLogger("vllm.nvium")
+
+
+@dataclass(slots=True)
+class NviumCounts(Counts):
+    """Sums.
+
+    Attributes:
+        exit_tokens: [N] tokens by the exit that they left at; the last is the final head. A token
+            of the mixture counts for the exit that settled it.
+        step_depths: [N] steps by the segments that they ran, from one.
+        forced_steps: steps that went on although every token had its head, because a request had
+            left too much behind or the side cache was full.
+        caught_up_rows, caught_up_passes: rows that earlier steps had left behind, summed over the
+            segments that ran on them, and how many segments had such rows.
+        row_layers: layers run, summed over rows; dense_row_layers: what a dense model runs for the
+            same steps.
+    """
+
+    exit_tokens: list[int] = field(default_factory=list)
+    step_depths: list[int] = field(default_factory=list)
+    forced_steps: int = 0
+    caught_up_rows: int = 0
+    caught_up_passes: int = 0
+    row_layers: int = 0
+    dense_row_layers: int = 0
+
+
+def no_counts(num_segments: int) -> NviumCounts:
+    """Nothing yet."""
+    return NviumCounts([0] * num_segments, [0] * num_segments)
+
+
+class StepObserver:
+    """Sums up the steps of a model runner.
+
+    Args:
+        segment_layers: layers of each segment.
+    """
+
+    def __init__(self, segment_layers: Sequence[int]) -> None:
+        self.layers = np.asarray(segment_layers)
+        self.reporter = Reporter(no_counts(len(segment_layers)))
+        self.deferred = 0
+
+    def observe(self, step: "Step", sampled: np.ndarray) -> None:
+        """One step that has run.
+
+        Args:
+            sampled: [R] bool, requests that get a token from it.
+        """
+        counts, batch, depth = self.reporter.counts, step.batch, step.depth
+        exits = np.bincount(step.exits[sampled], minlength=len(self.layers))
+        counts.exit_tokens = [a + int(b) for a, b in zip(counts.exit_tokens, exits, strict=True)]
+        counts.step_depths[depth - 1] += 1
+        counts.forced_steps += step.is_forced
+        rows_run = np.asarray(step.rows_run)
+        caught_up = rows_run - batch.num_rows
+        counts.caught_up_rows += int(caught_up.sum())
+        counts.caught_up_passes += int(np.count_nonzero(caught_up))
+        counts.row_layers += int(rows_run @ self.layers[:depth])
+        counts.dense_row_layers += batch.num_rows * int(self.layers.sum())
+        # At full depth nothing of these requests is left behind.
+        behind = 0 if depth == len(self.layers) else batch.last + 1 - batch.complete
+        self.deferred = int(np.sum(behind))
+
+    def report(self) -> dict[str, Any]:
+        """For the output of the step."""
+        return self.reporter.report(deferred=self.deferred)
+
+
+def metrics(num_segments: int) -> tuple[Metric, ...]:
+    """Every metric of N-vium, one row each."""
+    depths = tuple(float(depth) for depth in range(1, num_segments + 1))
+    return (
+        Metric(
+            "counter",
+            "exit_tokens",
+            "nvium_exit_tokens",
+            "Generated tokens by the exit that they left at, from 0; the last is the final head.",
+            label="exit",
+            label_values=tuple(map(str, range(num_segments))),
+        ),
+        Metric(
+            "histogram",
+            "step_depths",
+            "nvium_step_depth",
+            "Segments that each step ran.",
+            values=depths,
+            buckets=depths,
+        ),
+        Metric(
+            "counter",
+            "forced_steps",
+            "nvium_forced_steps",
+            "Steps that went on although every token had its head.",
+        ),
+        Metric(
+            "counter",
+            "caught_up_rows",
+            "nvium_catch_up_rows",
+            "Rows that earlier steps had left behind, summed over the segments that ran on them.",
+        ),
+        Metric(
+            "counter",
+            "caught_up_passes",
+            "nvium_catch_up_passes",
+            "Runs of a segment that had rows left behind by earlier steps.",
+        ),
+        Metric(
+            "counter",
+            "row_layers",
+            "nvium_row_layers",
+            "Layers run, summed over rows.",
+        ),
+        Metric(
+            "counter",
+            "dense_row_layers",
+            "nvium_dense_row_layers",
+            "Layers that a dense model runs for the same rows.",
+        ),
+        Metric(
+            "gauge",
+            "deferred",
+            "nvium_deferred_positions",
+            "Positions of the last step's requests that may not be complete.",
+        ),
+    )
+
+
+def make_stat_logger(
+    vllm_config: "VllmConfig", engine_indexes: list[int], logs: bool
+) -> MethodStatLogger:
+    """For an engine that runs an N-vium model."""
+    num_segments = len(vllm_config.model_config.hf_config.exit_layers) + 1
+    return MethodStatLogger(
+        vllm_config,
+        engine_indexes,
+        metrics(num_segments),
+        no_counts(num_segments),
+        summary,
+        logger if logs else None,
+    )
+
+
+def summary(counts: NviumCounts, now: dict[str, float]) -> str:
+    """The log line; empty where nothing was generated."""
+    tokens = sum(counts.exit_tokens)
+    if not tokens:
+        return ""
+    shares = " / ".join(percent(count, tokens) for count in counts.exit_tokens)
+    return (
+        f"N-vium metrics: Tokens by exit: {shares}, "
+        f"Layers run: {percent(counts.row_layers, counts.dense_row_layers)} of a dense model's, "
+        f"Catch-up rows per token: {ratio(counts.caught_up_rows, tokens)}, "
+        f"Forced steps: {percent(counts.forced_steps, sum(counts.step_depths))}, "
+        f"Deferred positions: {now.get('deferred', 0):.0f}"
+    )
