@@ -80,10 +80,6 @@ class Form:
     largest_piece: int
 
 
-class NotText(Exception):
-    """A file that is not UTF-8 text."""
-
-
 def pieces_of(source: str, form: Form, split: str) -> list[Piece]:
     """Every piece of one source, in the order of its files and rows.
 
@@ -195,11 +191,10 @@ def _pieces_of_files(files: Sequence[Path], source: str, form: Form) -> list[Pie
     for path in files:
         if path.suffix in RECORD_SUFFIXES:
             pieces += _record_pieces(file_records(path), form)
-            continue
-        try:
-            pieces += _file_pieces(path, form.largest_piece)
-        except NotText:
+        elif (found := _file_pieces(path, form.largest_piece)) is None:
             not_text.append(path)
+        else:
+            pieces += found
     # Large folders have a few such files, and they should not stop everything.
     if len(not_text) == len(files):
         raise UserError(f"{str(not_text[0])!r} is not UTF-8 text: give text, JSON or JSONL.")
@@ -208,16 +203,17 @@ def _pieces_of_files(files: Sequence[Path], source: str, form: Form) -> list[Pie
     return pieces
 
 
-def _file_pieces(path: Path, largest: int) -> list[Piece]:
+def _file_pieces(path: Path, largest: int) -> list[Piece] | None:
+    """`None` of a file that is not UTF-8 text."""
     pieces = []
     with path.open("rb") as file:
         for start, data in _cut(file, largest):
             try:
                 text = data.decode()
             except UnicodeDecodeError:
-                raise NotText from None
+                return None
             if "\0" in text:
-                raise NotText
+                return None
             if text.strip():
                 pieces.append(Piece(len(data), partial(_read_text, path, start, len(data))))
     return pieces
@@ -303,10 +299,13 @@ def _checked_ids(ids: list[int], tokenizer: Any, where: str) -> np.ndarray:
 def _cut(file: BinaryIO, largest: int) -> Iterator[tuple[int, bytes]]:
     """Start and bytes of consecutive pieces that cover the file."""
     start = 0
-    while window := _read_at(file, start, largest + 1):
+    window = file.read(largest + 1)
+    while window:
         piece = window if len(window) <= largest else window[: _cut_point(window[:largest])]
         yield start, piece
         start += len(piece)
+        window = window[len(piece) :]
+        window += file.read(largest + 1 - len(window))
 
 
 def _cut_point(window: bytes) -> int:
@@ -328,19 +327,19 @@ def _cut_text(text: str, largest: int) -> list[str]:
     return [type(text)(piece.decode()) for _, piece in _cut(BytesIO(data), largest)]
 
 
-def _read_at(file: BinaryIO, start: int, length: int) -> bytes:
-    file.seek(start)
-    return file.read(length)
+def _read_bytes(path: Path, start: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
 
 
 def _read_text(path: Path, start: int, length: int) -> str:
-    with path.open("rb") as file:
-        return _read_at(file, start, length).decode()
+    return _read_bytes(path, start, length).decode()
 
 
 def _read_json(path: Path, start: int, length: int) -> Any:
-    with path.open("rb") as file:
-        return json.loads(_read_at(file, start, length))
+    # Of bytes, because a string may not begin with a byte order mark.
+    return json.loads(_read_bytes(path, start, length))
 
 
 def _read_record(fetch: Callable[[], Any], form: Form, index: int) -> Content:

@@ -122,8 +122,8 @@ def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
-            f"{what} needs about {_gigabytes(needed_bytes)} in {folder}, where "
-            f"{_gigabytes(free)} are free: make room or name another folder."
+            f"{what} needs about {needed_bytes / 2**30:.2f} GiB in {folder}, where "
+            f"{free / 2**30:.2f} GiB are free: make room or name another folder."
         )
 
 
@@ -264,7 +264,3 @@ def _check_arguments(
         raise UserError(
             "The tokenizer has no eos token, which documents are joined with: set its eos_token."
         )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -195,6 +195,12 @@ def test_pairs_are_joined_with_a_blank_line(tokenizer: Any) -> None:
     assert data._content({"question": "a", "answer": "b"}, form) == "a\n\nb"
 
 
+def test_byte_order_mark(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w3"}\n{"text": "w4"}\n', "utf-8-sig")
+    assert sorted(stream(load_blocks([str(path)], tokenizer, 4))) == [EOS, EOS, 3, 4]
+
+
 def test_text_field(tokenizer: Any, tmp_path: Path) -> None:
     row = {"text": "w9", "body": "w3", "talk": [{"role": "user", "content": "w4"}], "ids": [5, 6]}
     source = write_rows(tmp_path / "a.jsonl", [row])
