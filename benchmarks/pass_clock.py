@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which passes a plan made, and what they took: so that plans can be held against each other at the
-same mean pass times, whatever the machine did meanwhile, or at pass times that are given.
+"""Records the passes that plans make and their times. Plans can then be compared at the same mean
+pass times, or at given ones, whatever the machine did during their runs.
 """
 
 from collections import defaultdict
@@ -9,16 +9,16 @@ from typing import Any
 
 from vllm_nvium.via_sd.planner import Planner
 
-# Of passes of one kind: number and seconds, by size.
+# Number and seconds of passes, by kind, then by size.
 Passes = dict[str, dict[int, list[float]]]
 
 
 class PassClock(Planner):
-    """Notes every pass that a planner is told of.
+    """A planner that records every pass that it observes.
 
     Attributes:
-        given: seconds of a `full` and of a `slim` pass and of one `draft`, told instead of what was
-            measured; nothing else takes time then. None: what was measured.
+        given: seconds of a `full` pass, a `slim` pass and one `draft` token, which replace the
+            measured ones; everything else takes no time then. None: the measured ones.
     """
 
     given: dict[str, float] | None = None
@@ -46,7 +46,7 @@ class PassClock(Planner):
 
     def _noted(self, kind: str, size: int, seconds: float) -> float:
         if self.given is not None:
-            # A draft model that is asked for no drafts still makes one pass.
+            # A draft model makes one pass even if no draft is wanted.
             seconds = self.given.get(kind, 0.0) * (max(size, 1) if kind == "draft" else 1)
         self._passes.append((kind, size, seconds))
         return seconds
@@ -74,8 +74,7 @@ def _each(passes: Passes) -> Iterator[tuple[str, int, float, float]]:
 
 
 def at_mean_times(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """Seconds that every run of every plan would have taken if each of its passes had taken the
-    mean of its kind and size over all runs.
+    """Seconds of every run, if each pass had taken the mean time of its kind and size in all runs.
 
         seconds = sum_(kind, size) count mean(kind, size)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pairs of the VIA-SD paper, modelled: speed-ups that follow from its reported rejection rates
-and from how many bytes of weights each pass reads, beside the speed-ups that it reports. Nothing
-here is measured on a model; the planner runs on a simulated engine.
+"""Speed-ups of the model pairs of the VIA-SD paper, computed from the rejection rates that it
+reports and from the bytes of weights that each pass reads, beside the speed-ups that it reports.
+Nothing is measured on a model; the planner runs on a simulated engine.
 
     python benchmarks/via_sd_modelled.py
 """
@@ -117,13 +117,13 @@ def acceptance(accept_full: float, accept_slim: float, kept_rate: float) -> Acce
 
 
 def plain_speed(accept: float, times: StepTimes) -> float:
-    """Over plain decoding, with as many drafts as `times` knows of."""
+    """Speed-up over plain decoding with the largest number of drafts."""
     rates = forecast_plain(acceptance(accept, accept, 1.0), times).rates
     return float(rates[-1] / rates[0])
 
 
 def via_speed(accept_slim: float, escalated: float, times: StepTimes) -> float:
-    """Over plain decoding, under the paper's rule: no full pass until a token escalates."""
+    """Speed-up over plain decoding under the paper's rule: no full pass until a token escalates."""
     accept = acceptance(0.0, accept_slim, 1 - escalated)
     found = forecast_tiered(accept, times, LONG_WINDOW, LONG_WINDOW)
     return float(found.rates[-1].max()) * float(times.full(1))
@@ -148,7 +148,7 @@ def escalated_for(speed: float, accept_slim: float, times: StepTimes) -> str:
 def planned_speed(
     rates: RequestRates, passes_: Passes, args: argparse.Namespace, window: int, paper: bool
 ) -> float:
-    """What the planner reaches over plain decoding; without a window, without the tier."""
+    """Speed-up of the planner over plain decoding. A window of 0 turns the tier off."""
     engine = SimulatedEngine(
         [rates],
         lambda requests, drafts: drafts * passes_.draft,

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`auto` of VIA-SD on the texts of real models, without their passes: what a target answers, and
-what its slim verifier and a draft model say at each position, is recorded once, and plans are
-replayed against it with given pass times. Judges a change of the planner in a minute, over more
-prompts than can be timed; says nothing about the times themselves.
+"""`auto` of VIA-SD on recorded texts of real models: the target's answers, and the tokens that its
+slim verifier and a draft model predict at each position. Plans are replayed on them with given pass
+times, so that a change of the planner is judged in a minute and on more prompts than can be timed.
 
     python benchmarks/via_sd_replay.py record TARGET --mask even:0.2 --prompts humaneval.jsonl \\
         --out texts.json
     python benchmarks/via_sd_replay.py judge texts.json --full 23.1 --slim 17.8
 
 `record --dial .55:.9` takes a constructed target of `via_sd_dial.py` instead, whose texts serve
-all costs. Greedy and lossless. Positions that follow the text are as they were recorded; behind a
-token that the full model will refuse, of which nothing counts but the time, the slim verifier keeps
-drafts as often as elsewhere.
+all costs. Greedy and lossless. Behind a token that the full model will reject nothing was recorded:
+there the slim verifier accepts drafts as often as elsewhere, and only the time of rounds counts.
 """
 
 import argparse
@@ -46,8 +44,8 @@ NOISE, OUTLIERS = 0.04, 0.005
 # What a row adds to a pass, in passes; seconds of a step beside its passes, and of a search for
 # n-grams.
 ROW, OVERHEAD, LOOKUP = 0.004, 0.003, 1e-4
-# Passes after which the machine's mood is mostly another.
-MOOD = 100
+# Passes after which the machine's speed has mostly changed.
+SPEED_MEMORY = 100
 # Batches to learn on before the count starts, batches that count, repeats with other orders.
 STARTS = {"at the start": (0, 5, 8), "later": (4, 16, 4)}
 
@@ -151,12 +149,12 @@ def slim_tokens(model: Any, skipped: set[int], ids: Any) -> list[int]:
 
 
 class Replay:
-    """One request after the other; the planner is told what the model runner would tell it.
+    """One request after the other. The planner is told what the model runner would tell it.
 
     Args:
         seconds: of a pass of the full model, of the slim verifier, and of one draft.
-        wander: standard deviation of the logarithm of the machine's slowness, that all passes share
-            for some time. The planner sees it; what counts are the times without.
+        wander: standard deviation of the logarithm of a slowdown that all passes share for some
+            time. The planner observes it; the times that count are without it.
     """
 
     def __init__(
@@ -167,7 +165,7 @@ class Replay:
         window: int,
         seed: int,
     ) -> None:
-        self.window, self.wander, self.mood = window, wander, 0.0
+        self.window, self.wander, self.log_slowdown = window, wander, 0.0
         self.full, self.slim, self.draft = seconds
         self.random = random.Random(seed)
         self.seconds = 0.0
@@ -257,9 +255,9 @@ class Replay:
         self.seconds += seconds * (1 + ROW * rows)
         noise = max(1 + NOISE * self.random.gauss(0, 1), 0.5)
         if self.wander:
-            step = self.wander * (2 / MOOD) ** 0.5
-            self.mood += step * self.random.gauss(0, 1) - self.mood / MOOD
-            noise *= exp(self.mood)
+            step = self.wander * (2 / SPEED_MEMORY) ** 0.5
+            self.log_slowdown += step * self.random.gauss(0, 1) - self.log_slowdown / SPEED_MEMORY
+            noise *= exp(self.log_slowdown)
         return seconds * (1 + ROW * rows) * noise * (5 if self.random.random() < OUTLIERS else 1)
 
 
