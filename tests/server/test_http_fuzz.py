@@ -21,7 +21,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, note, seed, settings
 from hypothesis import strategies as st
-from test_serve import running_server, vllm_command
+from servers import running_server, vllm_command
 
 REQUESTS = int(os.environ.get("NVIUM_FUZZ", "300"))
 SEED = int(os.environ.get("NVIUM_FUZZ_SEED", "0"))

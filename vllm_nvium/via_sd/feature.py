@@ -18,9 +18,9 @@ def _is_on(vllm_config: "VllmConfig") -> bool:
 def _make_stat_logger(vllm_config: "VllmConfig", engine_indexes: Any, logs: bool) -> Any | None:
     if not _is_on(vllm_config):
         return None
-    from vllm_nvium.via_sd.stats import ViaSDStatLogger
+    from vllm_nvium.via_sd.stats import make_stat_logger
 
-    return ViaSDStatLogger(vllm_config, engine_indexes, logs=logs)
+    return make_stat_logger(vllm_config, engine_indexes, logs)
 
 
 VIA_SD = Feature(

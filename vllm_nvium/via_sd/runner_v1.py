@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_nvium.engine.requests import GREEDY_BELOW
+from vllm_nvium.engine.stats import KEY, Reporter
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.drafting import DraftAgain, drafts_again
@@ -22,7 +23,7 @@ from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, e
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
 from vllm_nvium.via_sd.planner import OFF, DraftPlan, FixedRounds, Planner
 from vllm_nvium.via_sd.sampler import TieredRejectionSampler
-from vllm_nvium.via_sd.stats import KEY, Counts, Reporter
+from vllm_nvium.via_sd.stats import ViaSDCounts
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -105,7 +106,7 @@ class ViaSDModelRunnerMixin(Runner):
         else:
             self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
         self.via_sd_requests: dict[str, Request] = {}
-        self._reporter = Reporter(options.window)
+        self._reporter = Reporter(ViaSDCounts.zero(options.window))
         # Windows and plain drafts that the next step verifies, by request.
         self._windows: dict[str, Window] = {}
         # The laws [W, V] that drafts were drawn from, by request; none for point masses.
@@ -122,7 +123,7 @@ class ViaSDModelRunnerMixin(Runner):
         self._generator.manual_seed(self.vllm_config.model_config.seed + 1)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> ViaSDCounts:
         """Since the engine was started."""
         return self._reporter.counts
 
@@ -296,7 +297,9 @@ class ViaSDModelRunnerMixin(Runner):
                 self._grow_windows()
             self._keep_laws_of_plain_drafts()
             # The scheduler reads it; what a process sends to another keeps added attributes.
-            setattr(output, KEY, self._reporter.report(self._plan))
+            plan = self._plan
+            report = self._reporter.report(drafts=plan.num_draft_tokens, rounds=plan.rounds)
+            setattr(output, KEY, report)
             self._step_end = time.perf_counter()
         return output
 

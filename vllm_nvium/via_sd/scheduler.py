@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler with room for a window: the slim verifier writes K/V at positions that the next
 step will schedule, so their blocks must be there before. Without it those writes land in blocks of
-other requests, and the runner's counts end in this process."""
+other requests."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nvium.via_sd.options import options_of
-from vllm_nvium.via_sd.stats import KEY, put
-
-if TYPE_CHECKING:
-    from vllm.v1.metrics.stats import SchedulerStats
 
 
 class ViaSDScheduler(Scheduler):
     """Reserves as many KV slots ahead as a window has tokens, and a draft model's drafts behind the
-    last of them, and adds the runner's counts to the statistics of a step.
+    last of them.
 
     vLLM reserves none for drafters without a KV cache of their own (n-gram, suffix).
     """
 
     dynamic_sd_lookup: list[int] | None
-    _report: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,14 +38,3 @@ class ViaSDScheduler(Scheduler):
         self._vllm_lookahead_tokens = value
         options = options_of(self.vllm_config)
         self._drafts = options.drafts if options is not None else 0
-
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self._report = getattr(model_runner_output, KEY, None)
-        return super().update_from_output(scheduler_output, model_runner_output)
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
-        stats = super().make_stats(*args, **kwargs)
-        # vLLM may make statistics more than once in a step.
-        report, self._report = self._report, None
-        put(stats, report)
-        return stats

@@ -1,37 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of VIA-SD, from the model runner to the process that answers clients: counters beside
-vLLM's own on /metrics, and a line in its log. They travel in `kv_connector_stats`, the free-form
-field of vLLM's scheduler statistics, which is unused because VIA-SD refuses KV connectors.
+"""The numbers of VIA-SD: windows, what became of their tokens, and passes. The table below is all
+that /metrics and the log line are made of; `engine/stats.py` carries them.
 """
 
 import logging
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from prometheus_client import Counter, Gauge, Histogram
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-
+from vllm_nvium.engine.stats import Counts, MethodStatLogger, Metric, percent, ratio
 from vllm_nvium.via_sd.options import options_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.metrics.stats import SchedulerStats
-
-    from vllm_nvium.via_sd.planner import DraftPlan
 
 logger = logging.getLogger("vllm.via_sd")
 
-# The attribute of vLLM's ModelRunnerOutput, and the key in its scheduler statistics.
-KEY = "via_sd"
 TIERS = ("accept", "regenerate", "escalate")
-LABELS = ("model_name", "engine")
 # Upper bounds of the histogram's buckets, in tokens; the longest window there can be is one more.
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(slots=True)
-class Counts:
-    """Sums: since the engine was started, or of one step, or of the time between two log lines.
+class ViaSDCounts(Counts):
+    """Sums.
 
     Attributes:
         full_passes: steps of the full model that did nothing but decode; turns: requests in each of
@@ -56,17 +47,9 @@ class Counts:
     lengths: list[int] = field(default_factory=list)
 
     @classmethod
-    def zero(cls, window: int) -> "Counts":
+    def zero(cls, window: int) -> "ViaSDCounts":
         """Nothing yet, where windows hold at most so many tokens."""
         return cls(lengths=[0] * (window + 1))
-
-    def add(self, other: "Counts", sign: int = 1) -> None:
-        for name in NAMES:
-            mine, more = getattr(self, name), getattr(other, name)
-            if isinstance(mine, list):
-                mine[:] = [a + sign * b for a, b in zip(mine, more, strict=True)]
-            else:
-                setattr(self, name, mine + sign * more)
 
     def observe_window(self, length: int, accepted: int) -> None:
         """A window of so many tokens was verified."""
@@ -76,47 +59,6 @@ class Counts:
         self.lengths[length] += 1
 
 
-NAMES = tuple(entry.name for entry in fields(Counts))
-
-
-class Reporter:
-    """What the model runner tells of its counts: each step the part that is new.
-
-    Differences, because vLLM sends a step's statistics to one of its API processes only.
-    """
-
-    def __init__(self, window: int) -> None:
-        self.counts = Counts.zero(window)
-        self._reported = Counts.zero(window)
-        self._window = window
-
-    def report(self, plan: "DraftPlan") -> dict[str, Any]:
-        """Plain values, with the plan that windows follow at present."""
-        new = Counts.zero(self._window)
-        new.add(self.counts)
-        new.add(self._reported, sign=-1)
-        self._reported.add(new)
-        return {"counts": asdict(new), "drafts": plan.num_draft_tokens, "rounds": plan.rounds}
-
-
-def put(stats: "SchedulerStats | None", report: dict[str, Any] | None) -> None:
-    """Sends a report along; without statistics (`--disable-log-stats`) there is nothing to do."""
-    if stats is not None and report is not None:
-        stats.kv_connector_stats = {KEY: report}
-
-
-def take(stats: "SchedulerStats | None") -> dict[str, Any] | None:
-    """The report, which is gone afterwards: vLLM's loggers would ask a KV connector to read it."""
-    if stats is None or not stats.kv_connector_stats or KEY not in stats.kv_connector_stats:
-        return None
-    report = stats.kv_connector_stats[KEY]
-    stats.kv_connector_stats = None
-    return report
-
-
-# --- Prometheus -----------------------------------------------------------------------------------
-
-# Field of `Counts`, name without `_total`, help text.
 COUNTERS = (
     ("windows", "windows", "Windows that the full model verified."),
     ("window_tokens", "window_tokens", "Tokens of verified windows."),
@@ -128,126 +70,63 @@ COUNTERS = (
     ("turns", "full_pass_requests", "Requests in those passes, summed over the passes."),
     ("tokens", "decode_tokens", "Tokens that requests got from those passes."),
 )
-PREFIX = "vllm:via_sd_"
+GAUGES = (
+    ("drafts", "Most tokens that the drafter proposes at a time, at present."),
+    ("rounds", "Most rounds of drafts and slim checks in a window, at present."),
+)
 
 
-class EngineMetrics:
-    """The metrics of one engine, with vLLM's labels."""
-
-    def __init__(self, metrics: dict[str, Any], labels: list[str]) -> None:
-        tiers = metrics.get("tiers")
-        self.tiers = [tiers.labels(*labels, name) for name in TIERS] if tiers else []
-        self.own = {
-            name: metric.labels(*labels) for name, metric in metrics.items() if name != "tiers"
-        }
-
-    def observe(self, counts: Counts, drafts: int, rounds: int) -> None:
-        for name, _, _ in COUNTERS:
-            self.own[name].inc(getattr(counts, name))
-        for counter, count in zip(self.tiers, counts.tiers, strict=False):
-            counter.inc(count)
-        for length, count in enumerate(counts.lengths):
-            for _ in range(count):
-                self.own["lengths"].observe(length)
-        self.own["drafts"].set(drafts)
-        self.own["rounds"].set(rounds)
-
-
-def make_metrics(window: int, *, may_be_paper: bool) -> dict[str, Any]:
-    """Registers all metrics, by field of `Counts`."""
-    metrics: dict[str, Any] = {
-        entry: Counter(PREFIX + name, text, LABELS) for entry, name, text in COUNTERS
-    }
-    metrics["lengths"] = Histogram(
-        PREFIX + "window_length",
-        "Tokens of each verified window.",
-        LABELS,
-        buckets=[*(length for length in LENGTHS if length < window), window],
+def metrics(window: int, *, may_be_paper: bool) -> tuple[Metric, ...]:
+    """Every metric of VIA-SD, one row each."""
+    rows = [Metric("counter", entry, f"via_sd_{name}", text) for entry, name, text in COUNTERS]
+    rows += [Metric("gauge", name, f"via_sd_{name}", text) for name, text in GAUGES]
+    rows.append(
+        Metric(
+            "histogram",
+            "lengths",
+            "via_sd_window_length",
+            "Tokens of each verified window.",
+            values=tuple(map(float, range(window + 1))),
+            buckets=tuple(float(b) for b in (*(n for n in LENGTHS if n < window), window)),
+        )
     )
-    for name, text in (
-        ("drafts", "Most tokens that the drafter proposes at a time, at present."),
-        ("rounds", "Most rounds of drafts and slim checks in a window, at present."),
-    ):
-        metrics[name] = Gauge(PREFIX + name, text, LABELS, multiprocess_mode="mostrecent")
     if may_be_paper:
         text = "Tokens of windows under the paper's rule, by what the slim verifier made of them."
-        metrics["tiers"] = Counter(PREFIX + "tier_tokens", text, (*LABELS, "tier"))
-    return metrics
+        tiers = Metric("counter", "tiers", "via_sd_tier_tokens", text, "tier", TIERS)
+        rows.append(tiers)
+    return tuple(rows)
 
 
-# --- The logger -----------------------------------------------------------------------------------
+def make_stat_logger(
+    vllm_config: "VllmConfig", engine_indexes: list[int], logs: bool
+) -> MethodStatLogger:
+    """For an engine with VIA-SD."""
+    options = options_of(vllm_config)
+    assert options is not None
+    may_be_paper = options.mode == "paper" or options.allow_paper_mode
+    return MethodStatLogger(
+        vllm_config,
+        engine_indexes,
+        metrics(options.window, may_be_paper=may_be_paper),
+        ViaSDCounts.zero(options.window),
+        summary,
+        logger if logs else None,
+    )
 
 
-class ViaSDStatLogger(AggregateStatLoggerBase):
-    """Made after vLLM's Prometheus logger, which removes every metric `vllm:*` that it finds, and
-    asked before all others, because it takes the report away.
-
-    Args:
-        engine_indexes: engines whose statistics come to this process.
-        logs: whether log lines are wanted.
-    """
-
-    def __init__(
-        self, vllm_config: "VllmConfig", engine_indexes: list[int], *, logs: bool = True
-    ) -> None:
-        options = options_of(vllm_config)
-        assert options is not None
-        may_be_paper = options.mode == "paper" or options.allow_paper_mode
-        metrics = make_metrics(options.window, may_be_paper=may_be_paper)
-        model = vllm_config.model_config.served_model_name
-        self.engines = {
-            index: EngineMetrics(metrics, [model, str(index)]) for index in engine_indexes
-        }
-        self.logs = logs
-        self._window = options.window
-        self._since_log = Counts.zero(self._window)
-        self._plan = (0, 0)
-
-    def record(
-        self,
-        scheduler_stats: "SchedulerStats | None",
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
-        report = take(scheduler_stats)
-        if report is None:
-            return
-        counts = Counts(**report["counts"])
-        self._plan = report["drafts"], report["rounds"]
-        self._since_log.add(counts)
-        if engine_idx in self.engines:
-            self.engines[engine_idx].observe(counts, *self._plan)
-
-    def log(self) -> None:
-        """One line on what happened since the last; none when nothing was decoded."""
-        counts, self._since_log = self._since_log, Counts.zero(self._window)
-        if self.logs and counts.tokens:
-            logger.info("%s", summary(counts, *self._plan))
-
-    def log_engine_initialized(self) -> None:
-        pass
-
-
-def summary(counts: Counts, drafts: int, rounds: int) -> str:
+def summary(counts: ViaSDCounts, now: dict[str, float]) -> str:
+    """The log line; empty where nothing was decoded."""
+    if not counts.tokens:
+        return ""
     parts = [
         f"Windows: {counts.windows}",
-        f"Mean window length: {_ratio(counts.window_tokens, counts.windows)} tokens",
-        f"Slim acceptance: {_percent(counts.slim_accepted, counts.slim_drafted)}",
-        f"Full-model acceptance: {_percent(counts.accepted, counts.window_tokens)}",
-        f"Full passes per token: {_ratio(counts.turns, counts.tokens)}",
-        f"Plan: {drafts} drafts, {rounds} rounds",
+        f"Mean window length: {ratio(counts.window_tokens, counts.windows)} tokens",
+        f"Slim acceptance: {percent(counts.slim_accepted, counts.slim_drafted)}",
+        f"Full-model acceptance: {percent(counts.accepted, counts.window_tokens)}",
+        f"Full passes per token: {ratio(counts.turns, counts.tokens)}",
+        f"Plan: {now['drafts']} drafts, {now['rounds']} rounds",
     ]
-    total = sum(counts.tiers)
-    if total:
+    if total := sum(counts.tiers):
         shares = zip(TIERS, counts.tiers, strict=True)
-        parts.append("Tiers: " + ", ".join(f"{_percent(n, total)} {name}" for name, n in shares))
+        parts.append("Tiers: " + ", ".join(f"{percent(n, total)} {name}" for name, n in shares))
     return "VIA-SD metrics: " + ", ".join(parts)
-
-
-def _ratio(part: int, whole: int) -> str:
-    return f"{part / whole:.2f}" if whole else "-"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"

@@ -17,6 +17,7 @@ from vllm import SamplingParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+from chi_square import SIGNIFICANCE, chi_square
 from trace_engine import TOLERANCE, Arrival, TraceEngine, reference_logits
 
 from tiny_models import make_nvium
@@ -26,10 +27,9 @@ from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
 VOCABULARY = 64
 LAWS = ["routed", "mixture"]
 PROMPT = [5, 9, 33, 12]
+
+
 # Fixed seeds make every run the same run, so this is not a rate of false alarms in CI.
-SIGNIFICANCE = 1e-3
-
-
 class Served:
     """A checkpoint's reference and an engine that serves it."""
 
@@ -64,26 +64,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def params(law: str, **fields: Any) -> SamplingParams:
     fields = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 1} | fields
     return SamplingParams(extra_args={"nvium_sampling": law}, **fields)
-
-
-def chi_square(observed: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """p-value over groups of counts, each group given its own total; rare bins are pooled."""
-    seen, due, groups = [], [], 0
-    for counts, probabilities in zip(observed, expected, strict=True):
-        mean = counts.sum() * probabilities / probabilities.sum()
-        order = np.argsort(mean)
-        # Together: all with fewer than five expected, and as many as it takes to expect five.
-        enough = int(np.searchsorted(np.cumsum(mean[order]), 5.0)) + 1
-        pooled = max(enough, int((mean < 5.0).sum()))
-        starts = np.r_[0, pooled : len(mean)]
-        due_here = np.add.reduceat(mean[order], starts)
-        if len(due_here) > 1:
-            seen.append(np.add.reduceat(counts[order], starts))
-            due.append(due_here)
-            groups += 1
-    if not groups:
-        return 1.0
-    return stats.chisquare(np.concatenate(seen), np.concatenate(due), ddof=groups - 1).pvalue
 
 
 # ----------------------------------------------------------------------------- at temperature 1

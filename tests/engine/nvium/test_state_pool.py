@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from test_traces import hazard, traces
 from trace_engine import TraceEngine, check_against_reference, patch_thresholds
+from trace_strategies import hazard, traces
 
 from tiny_models import make_nvium
 from vllm_nvium.model_executor.layers.side_cache import SideCache

@@ -16,73 +16,12 @@ from vllm import SamplingParams
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival, TraceEngine, check_against_reference, forced_thresholds
+from trace_strategies import TEXTS, VOCABULARY, hazard, traces
 
 from tiny_models import make_nvium
 from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.completion import IN_FLIGHT, CatchUpError
 from vllm_nvium.model_executor.rows import Batch
-
-VOCABULARY = 256
-# Prompts are cut from two long texts, so that prefix-cache hits are common.
-_TEXTS = [[random.Random(t).randrange(3, VOCABULARY) for _ in range(120)] for t in range(2)]
-
-
-@st.composite
-def arrivals(draw: st.DrawFn, top_k: bool = True) -> Arrival:
-    # Triton's interpreter cannot run Model Runner V2's kernel for top_k.
-    text = draw(st.sampled_from(_TEXTS))
-    length = draw(st.integers(1, 110))
-    tail = draw(st.lists(st.integers(3, VOCABULARY - 1), max_size=3))
-    params = SamplingParams(
-        temperature=1.0,
-        seed=draw(st.integers(0, 3)),
-        max_tokens=draw(st.one_of(st.integers(1, 8), st.integers(30, 70))),
-        ignore_eos=True,
-        extra_args=draw(
-            st.sampled_from([None, None, {"nvium_max_deferred": 0}, {"nvium_max_deferred": 3}])
-        ),
-        # Either leaves the prefix cache unread, so that blocks come to be there twice.
-        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
-        skip_reading_prefix_cache=draw(st.sampled_from([None, None, None, True])),
-        # A greedy choice of the drawn head: equal requests get equal tokens, whatever their seeds.
-        top_k=draw(st.sampled_from([0, 0, 1])) if top_k else 0,
-    )
-    return Arrival(
-        step=draw(st.integers(0, 12)),
-        prompt=text[:length] + tail,
-        params=params,
-        abort_after=draw(st.sampled_from([None, None, None, 1, 5, 20])),
-    )
-
-
-@st.composite
-def traces(draw: st.DrawFn, max_size: int = 7) -> list[Arrival]:
-    """Arrivals, some of which go on from what an earlier one has got."""
-    # Sizes drawn evenly: lists of their own accord are mostly short, and nothing collides in them.
-    size = draw(st.integers(1, max_size))
-    trace = draw(st.lists(arrivals(), min_size=size, max_size=size))
-    for number, arrival in enumerate(trace):
-        earlier = [i for i in range(number) if trace[i].continues is None]
-        if earlier and draw(st.booleans()):
-            arrival.continues = draw(st.sampled_from(earlier))
-            arrival.step = trace[arrival.continues].step + draw(st.integers(20, 80))
-            arrival.prompt = draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=3))
-            # Whole blocks of an answer, which the cache then has as somebody's prompt too.
-            arrival.take = draw(st.sampled_from([180, 180, 32, 64, 96]))
-            if draw(st.booleans()):
-                arrival.prompt = []
-        elif number and draw(st.integers(0, 3)) == 0:  # the same request again, at once or later
-            twin = trace[draw(st.integers(0, number - 1))]
-            arrival.prompt, arrival.continues, arrival.take = (
-                list(twin.prompt),
-                twin.continues,
-                twin.take,
-            )
-            arrival.step = max(arrival.step, twin.step)
-    return trace
-
-
-hazard = st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0])
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +83,7 @@ def test_more_requests_than_fit(served, hazards):
         trace = [
             Arrival(
                 step=2 * i,
-                prompt=_TEXTS[i % 2][: generator.randint(20, 60)] + [10 + i],
+                prompt=TEXTS[i % 2][: generator.randint(20, 60)] + [10 + i],
                 params=forced(generator.randint(0, 9), generator.randint(50, 70)),
             )
             for i in range(6)
@@ -162,7 +101,7 @@ def test_prefix_hits_on_positions_that_wait(served, hazards):
     hits = engine.unfinished_hits
     for round_ in range(4):
         # Two tokens decoded after a block is full are enough for others to hit it.
-        trace = [Arrival(0, _TEXTS[0][: 20 + round_] + [100 + round_], forced(round_, 80))]
+        trace = [Arrival(0, TEXTS[0][: 20 + round_] + [100 + round_], forced(round_, 80))]
         for step in (55, 55, 56, 70, 85, 85, 95):
             prompt = [generator.randrange(3, VOCABULARY)]
             params = forced(generator.randint(0, 9), generator.randint(2, 12))
@@ -304,10 +243,10 @@ def test_blocks_of_a_victim_that_never_ran_are_not_hit(served):
     params = SamplingParams(max_tokens=3, seed=0, **GREEDY)
     busy = SamplingParams(max_tokens=20, seed=0, **GREEDY)
     trace = [
-        Arrival(0, _TEXTS[0][:80], params, abort_after=10, priority=1),
+        Arrival(0, TEXTS[0][:80], params, abort_after=10, priority=1),
         Arrival(0, [200, 201], busy),
-        Arrival(5, _TEXTS[1][:40], params),
-        Arrival(30, [*_TEXTS[0][:64], 9], params),
+        Arrival(5, TEXTS[1][:40], params),
+        Arrival(30, [*TEXTS[0][:64], 9], params),
     ]
     preemptions = engine.preemptions
     play((served[0], engine), trace, [0.0, 0.0, 0.0])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_sampling_laws import SIGNIFICANCE, chi_square
+from chi_square import SIGNIFICANCE, chi_square
 from transformers import PreTrainedModel
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams

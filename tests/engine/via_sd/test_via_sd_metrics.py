@@ -16,7 +16,7 @@ from typing import Any
 
 import openai
 import pytest
-from test_serve import free_port, vllm_command
+from servers import free_port, vllm_command
 from vllm import SamplingParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -24,8 +24,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from trace_engine import Arrival, TraceEngine
 from vllm.v1.metrics.reader import Counter, Gauge, Histogram, get_metrics_snapshot
 
+from vllm_nvium.engine.stats import Reporter, put, take
 from vllm_nvium.via_sd import stats as metrics
-from vllm_nvium.via_sd.stats import COUNTERS, TIERS, Counts, Reporter, put, summary, take
+from vllm_nvium.via_sd.stats import COUNTERS, TIERS, ViaSDCounts, summary
 
 WINDOW = 8
 DRAFTER = {
@@ -96,7 +97,7 @@ def test_metrics_and_log_are_the_runners_counts(
     # Only when it is asked to: the first search for n-grams is compiled for seconds.
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1000")
     play(engine)
-    counts: Counts = engine.runner.counts
+    counts: ViaSDCounts = engine.runner.counts
     check_metrics(own_metrics(), asdict(counts), mode)
     # Enough happened for the equalities to mean something.
     assert counts.windows and counts.slim_accepted and counts.accepted < counts.window_tokens
@@ -105,7 +106,7 @@ def test_metrics_and_log_are_the_runners_counts(
     lines: list[str] = []
     monkeypatch.setattr(metrics.logger, "info", lambda text, *args: lines.append(text % args))
     engine.engine.do_log_stats()
-    assert lines == [summary(counts, 3, 2)]
+    assert lines == [summary(counts, {"drafts": 3, "rounds": 2})]
     assert lines[0].startswith(f"VIA-SD metrics: Windows: {counts.windows}, ")
     assert ("Tiers:" in lines[0]) == (mode == "paper")
     # Nothing happened since.
@@ -186,19 +187,17 @@ def test_a_report_survives_vllms_wire() -> None:
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-    from vllm_nvium.via_sd.planner import DraftPlan
-
-    reporter = Reporter(WINDOW)
+    reporter = Reporter(ViaSDCounts.zero(WINDOW))
     reporter.counts.observe_window(5, 4)
     reporter.counts.tiers[1] += 3
     sent = EngineCoreOutputs(scheduler_stats=SchedulerStats())
-    put(sent.scheduler_stats, reporter.report(DraftPlan(3, 2)))
+    put(sent.scheduler_stats, reporter.report(drafts=3, rounds=2))
     got = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
     report = take(got.scheduler_stats)
-    assert report is not None and Counts(**report["counts"]) == reporter.counts
-    assert (report["drafts"], report["rounds"]) == (3, 2)
+    assert report is not None and ViaSDCounts(**report["counts"]) == reporter.counts
+    assert report["now"] == {"drafts": 3, "rounds": 2}
     # Each report tells what is new, and vLLM's loggers find nothing behind it.
-    assert Counts(**reporter.report(DraftPlan(3, 2))["counts"]) == Counts.zero(WINDOW)
+    assert ViaSDCounts(**reporter.report(drafts=3, rounds=2)["counts"]) == ViaSDCounts.zero(WINDOW)
     assert take(got.scheduler_stats) is None and got.scheduler_stats.kv_connector_stats is None
     assert take(None) is None
     put(None, report)
@@ -417,6 +416,9 @@ def test_a_server_answers_a_beam_search_with_options_by_400(server: tuple[str, P
 
 
 def test_what_nothing_is_divided_by() -> None:
-    line = summary(Counts.zero(4), 3, 0)
+    counts, plan = ViaSDCounts.zero(4), {"drafts": 3, "rounds": 0}
+    assert summary(counts, plan) == ""
+    counts.tokens = 1
+    line = summary(counts, plan)
     assert "Mean window length: - tokens" in line and "Slim acceptance: -" in line
     assert "nan" not in line and "Tiers" not in line

@@ -25,7 +25,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from test_mask import mask_file
+from mask_files import mask_file
 from trace_engine import Arrival, TraceEngine
 from via_sd_engine import NGRAM, ViaSDEngine
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_traces import arrivals, hazard
 from trace_engine import Arrival, TraceEngine, check_against_reference, patch_thresholds
+from trace_strategies import arrivals, hazard
 from vllm import SamplingParams
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
