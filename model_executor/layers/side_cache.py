@@ -2,8 +2,9 @@
 """The side cache: residual states and depth marks of positions that left the model early.
 
 A position's state stays here until a catch-up pass takes it further; the mark says how many
-segments it has been through (`catch_up.py` reads and writes both). Both belong to a slot of the KV
-cache: `block_table[request, position // block_size] * block_size + position % block_size`.
+segments it has been through (`nvium/completion.py` reads and writes both). Both belong to a slot
+of the KV cache:
+`block_table[request, position // block_size] * block_size + position % block_size`.
 
 States are on the device. To vLLM they are one more attention layer, whose KV cache spec has the
 block size of all the others. All are full attention, so vLLM puts them into one KV cache group: one

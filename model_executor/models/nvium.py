@@ -2,7 +2,7 @@
 """`NviumForCausalLM` for vLLM: a Llama-family transformer cut into segments between its exits.
 
 It is built from vLLM's own layers, so quantised weights and tensor parallelism stay possible; each
-segment is compiled on its own, and the cascade between them is `cascade.py`.
+segment is compiled on its own, and the cascade between them is `nvium/step.py`.
 """
 
 import re

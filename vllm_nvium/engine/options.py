@@ -96,10 +96,11 @@ def keys_of(options: type, prefix: str) -> tuple[str, ...]:
 def as_config(options: Any, prefix: str) -> dict[str, Any]:
     """Options as keys of `additional_config`; defaults are left out, because one that does nothing
     is refused where it is given."""
+    cls: Any = type(options)
     return {
         prefix + name: getattr(options, name)
-        for name in options_of_class(type(options))
-        if getattr(options, name) != getattr(type(options), name)
+        for name in options_of_class(cls)
+        if getattr(options, name) != getattr(cls, name)
     }
 
 

@@ -27,7 +27,7 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         # What a worker derives for a drafter: all other options in it are the target's. Such a
-        # drafter was refused by itself (`drafter.py`).
+        # drafter was refused by itself (`as_drafter.py`).
         if vllm_config.model_config.runner_type == "draft":
             return
         NviumOptions.from_vllm_config(vllm_config)

@@ -34,7 +34,7 @@ from vllm_nvium import plugin
 from vllm_nvium.engine.patches.input_processor import check as check_request
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, write_mask_file
-from vllm_nvium.via_sd import start as startup
+from vllm_nvium.via_sd import start
 from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
 from vllm_nvium.via_sd.refusals import UNSUPPORTED
 from vllm_nvium.via_sd.start import CPU_WORKER, SCHEDULER, check
@@ -333,16 +333,16 @@ def test_advice_of_vllm_about_the_window_names_its_flag(tmp_path: Path) -> None:
     config = config | {"num_nextn_predict_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     mtp = {"method": "mtp", "num_speculative_tokens": 2}
-    start = {"speculative_config": mtp, "trust_remote_code": True}
-    message = refusal(tmp_path, {"window": 7}, **start)
+    with_mtp = {"speculative_config": mtp, "trust_remote_code": True}
+    message = refusal(tmp_path, {"window": 7}, **with_mtp)
     assert (
         message.startswith("--via-sd-window is 7") and "must be divisible by n_predict=2" in message
     )
     assert "give another window" in message
-    arguments(tmp_path, {"window": 8}, **start).create_engine_config()
+    arguments(tmp_path, {"window": 8}, **with_mtp).create_engine_config()
     # What is wrong in what was given is said as it was given.
     with pytest.raises(ValueError, match="num_speculative_tokens:3 must be divisible"):
-        wrong = start | {"speculative_config": mtp | {"num_speculative_tokens": 3}}
+        wrong = with_mtp | {"speculative_config": mtp | {"num_speculative_tokens": 3}}
         arguments(tmp_path, {"window": 7}, **wrong).create_engine_config()
 
 
@@ -486,9 +486,7 @@ def test_a_penalty_that_every_request_of_the_papers_rule_would_have(
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a start warns about, as it is added."""
     said: list[str] = []
-    monkeypatch.setattr(
-        startup.logger, "warning", lambda text, *args: said.append(str(text) % args)
-    )
+    monkeypatch.setattr(start.logger, "warning", lambda text, *args: said.append(str(text) % args))
     return said
 
 
@@ -528,13 +526,13 @@ def test_model_runner_v1_is_chosen_where_v2_is_the_default(
 ) -> None:
     import vllm.platforms
 
-    monkeypatch.delenv(startup.V2_SWITCH, raising=False)
+    monkeypatch.delenv(start.V2_SWITCH, raising=False)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     worker = CPU_WORKER
     if platform == "CUDA":
         cuda = Cuda(vllm.platforms.current_platform)
         monkeypatch.setattr(vllm.platforms, "current_platform", cuda)
-        worker = startup.GPU_WORKER
+        worker = start.GPU_WORKER
     plain = arguments(dense_checkpoint, additional_config={})
     config = arguments(dense_checkpoint).create_engine_config()
     assert config.parallel_config.worker_cls == worker
@@ -543,11 +541,11 @@ def test_model_runner_v1_is_chosen_where_v2_is_the_default(
     assert not pickle.loads(pickle.dumps(config)).use_v2_model_runner
     assert not copy.copy(config).use_v2_model_runner
     # The next engine of this process chooses as if this one had not been.
-    assert startup.V2_SWITCH not in os.environ
+    assert start.V2_SWITCH not in os.environ
     assert plain.create_engine_config().use_v2_model_runner
     with pytest.raises(UserError):
         arguments(dense_checkpoint, pipeline_parallel_size=2).create_engine_config()
-    assert startup.V2_SWITCH not in os.environ
+    assert start.V2_SWITCH not in os.environ
     assert plain.create_engine_config().use_v2_model_runner
 
 
@@ -557,7 +555,7 @@ def test_who_chose_a_model_runner_has_it(
 ) -> None:
     config = arguments(dense_checkpoint).create_engine_config()
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    monkeypatch.setenv(startup.V2_SWITCH, value)
+    monkeypatch.setenv(start.V2_SWITCH, value)
     assert config.use_v2_model_runner is bool(int(value))
 
 
