@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What N-vium remembers of every request between steps, and the arrays one step needs of it.
 
-Both model runners keep one `RequestTable`; it knows nothing of either.
+Both model runners keep one `NviumRequests`; it knows nothing of either.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_nvium.engine.requests import GREEDY_BELOW
+from vllm_nvium.engine.requests import GREEDY_BELOW, RequestTable
 from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.step import Sampling
 from vllm_nvium.nvium.options import NviumOptions
@@ -85,7 +85,7 @@ class RequestInfo:
     complete: int = 0
 
 
-class RequestTable:
+class NviumRequests(RequestTable[RequestInfo]):
     """All requests of a model runner, and the per-step arrays in the order of its batch.
 
     Args:
@@ -106,13 +106,13 @@ class RequestTable:
         decide_early: bool = True,
         greedy_margin: float = 0.0,
     ) -> None:
+        super().__init__()
         self.options = options
         self._seeds_of_requests = RequestSeeds(engine_seed)
         self.num_exits = num_exits
         self.always_full = always_full
         self.decide_early = decide_early
         self.greedy_margin = greedy_margin
-        self.requests: dict[str, RequestInfo] = {}
         self._order: list[str] = []
         self._rows: list[RequestInfo] = []
 
@@ -138,11 +138,11 @@ class RequestTable:
         self._order = []
 
     def remove(self, request_id: str) -> None:
-        self.requests.pop(request_id, None)
+        super().remove(request_id)
         self._order = []
 
-    def forget_blocks(self, request_id: str) -> None:
-        """The request was preempted: what it held complete it may no longer hold."""
+    def preempted(self, request_id: str) -> None:
+        """What it held complete it may no longer hold."""
         if info := self.requests.get(request_id):
             info.complete = 0
             # It may come back into the same batch: `reset_prefix_cache` preempts all at once.

@@ -19,7 +19,7 @@ from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import engine_seed
-from vllm_nvium.nvium.requests import RequestTable
+from vllm_nvium.nvium.requests import NviumRequests
 from vllm_nvium.nvium.stats import StepObserver
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class NviumModelRunnerMixin:
     """Put before `GPUModelRunner` or `CPUModelRunner` in a class's bases."""
 
-    nvium_requests: RequestTable
+    nvium_requests: NviumRequests
     nvium_catch_up: CatchUp
     # The last step, for metrics and tests.
     nvium_step: Step | None = None
@@ -39,7 +39,7 @@ class NviumModelRunnerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         model = self.get_model()  # type: ignore[attr-defined]
         config = self.vllm_config  # type: ignore[attr-defined]
-        self.nvium_requests = RequestTable(
+        self.nvium_requests = NviumRequests(
             NviumOptions.from_vllm_config(config),
             engine_seed(config),
             num_exits=len(model.exits),
@@ -78,7 +78,7 @@ class NviumModelRunnerMixin:
         for new in scheduler_output.scheduled_new_reqs:
             self.nvium_requests.add(new.req_id, new.sampling_params)
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            self.nvium_requests.forget_blocks(request_id)
+            self.nvium_requests.preempted(request_id)
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     def _model_forward(

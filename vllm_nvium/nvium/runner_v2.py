@@ -18,7 +18,7 @@ from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import engine_seed
-from vllm_nvium.nvium.requests import RequestTable
+from vllm_nvium.nvium.requests import NviumRequests
 from vllm_nvium.nvium.stats import StepObserver
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class NviumModelState(DefaultModelState):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.requests = RequestTable(
+        self.requests = NviumRequests(
             NviumOptions.from_vllm_config(vllm_config),
             engine_seed(vllm_config),
             num_exits=len(model.exits),  # type: ignore[arg-type]

@@ -6,12 +6,11 @@ verifies in the next step.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_nvium.engine.requests import GREEDY_BELOW
 from vllm_nvium.engine.stats import KEY, Reporter
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
@@ -20,13 +19,13 @@ from vllm_nvium.model_executor.via_sd.mask import skipped_layers
 from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
 from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows, slim_laws
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, extend
-from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, ViaSDRequestOptions, options_of
-from vllm_nvium.via_sd.planner import OFF, DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, options_of
+from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.requests import ViaSDRequests
 from vllm_nvium.via_sd.sampler import TieredRejectionSampler
 from vllm_nvium.via_sd.stats import ViaSDCounts
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
@@ -38,47 +37,6 @@ else:
 # anything is drawn: what is drawn decides how long a window gets, so that drafts which keep their
 # law because windows stayed short would not be draws from it any more.
 LARGEST_LAWS = 1 << 30
-
-
-@dataclass(slots=True)
-class Request:
-    """What the window needs to know of a request.
-
-    Attributes:
-        options: as the request asked.
-        params: vLLM's sampling parameters.
-    """
-
-    options: ViaSDRequestOptions
-    params: "SamplingParams"
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.params.temperature < GREEDY_BELOW
-
-    @property
-    def is_seeded(self) -> bool:
-        return not self.is_greedy and self.params.seed is not None
-
-    @property
-    def is_tiered(self) -> bool:
-        """Whether the slim tier may be used for it."""
-        return self.options.on and not self.is_seeded
-
-    @property
-    def rule(self) -> str:
-        """As the planner calls it."""
-        return self.options.mode if self.is_tiered else OFF
-
-    @property
-    def keeps_laws(self) -> bool:
-        # A grammar cuts drafts that it forbids before they are verified; with point masses that
-        # leaves the law alone, with the slim law as proposal it would not.
-        return not self.is_greedy and self.params.structured_outputs is None
-
-    @property
-    def stop_tokens(self) -> frozenset[int]:
-        return frozenset(() if self.params.ignore_eos else self.params.all_stop_token_ids)
 
 
 class ViaSDModelRunnerMixin(Runner):
@@ -105,12 +63,8 @@ class ViaSDModelRunnerMixin(Runner):
             )
         else:
             self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
-        self.via_sd_requests: dict[str, Request] = {}
+        self.via_sd_requests = ViaSDRequests(options)
         self._reporter = Reporter(ViaSDCounts.zero(options.window))
-        # Windows and plain drafts that the next step verifies, by request.
-        self._windows: dict[str, Window] = {}
-        # The laws [W, V] that drafts were drawn from, by request; none for point masses.
-        self._proposals: dict[str, torch.Tensor] = {}
         self._plan = DraftPlan(options.drafts, 0)
         self._draft_seconds = self._step_start = 0.0
         self._has_drafted = False
@@ -159,21 +113,14 @@ class ViaSDModelRunnerMixin(Runner):
 
     def _update_states(self, scheduler_output: "SchedulerOutput") -> Any:
         for request_id in scheduler_output.finished_req_ids:
-            self.via_sd_requests.pop(request_id, None)
-            self._windows.pop(request_id, None)
-            self._proposals.pop(request_id, None)
+            self.via_sd_requests.remove(request_id)
             self.planner.remove(request_id)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
         for request_id in {*(scheduler_output.preempted_req_ids or ()), *resumed}:
-            self._windows.pop(request_id, None)  # preempted, and its drafts with it
-            self._proposals.pop(request_id, None)
+            self.via_sd_requests.preempted(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
-                options = ViaSDRequestOptions.from_extra_args(
-                    new.sampling_params.extra_args, self.via_sd
-                )
-                request = Request(options, new.sampling_params)
-                self.via_sd_requests[new.req_id] = request
+                request = self.via_sd_requests.add(new.req_id, new.sampling_params)
                 # A session that goes on may have changed its rule.
                 self.planner.remove(new.req_id)
                 self.planner.add(new.req_id, request.rule, request.is_greedy)
@@ -225,7 +172,9 @@ class ViaSDModelRunnerMixin(Runner):
         its turn it would forget all others too, and take draws for point masses.
         """
         counts = spec_decode_metadata.num_draft_tokens
-        found = [self._proposals.get(name) for name in self.input_batch.req_ids[: len(counts)]]
+        found = [
+            self.via_sd_requests.probs(name) for name in self.input_batch.req_ids[: len(counts)]
+        ]
         if not any(count and own is not None for count, own in zip(counts, found, strict=True)):
             return None
         laws = torch.zeros(sum(counts), self.input_batch.vocab_size, device=self.device)
@@ -243,7 +192,7 @@ class ViaSDModelRunnerMixin(Runner):
         """Which of this step's drafts the paper's rule keeps without asking the full model."""
         kept: list[bool] = []
         for request_id, count in zip(self.input_batch.req_ids, num_draft_tokens, strict=False):
-            window = self._windows.get(request_id)
+            window = self.via_sd_requests.window(request_id)
             own = window is not None and window.is_paper
             # vLLM may have cut a window short, or replaced it when the request was preempted.
             drafts = self._verified.get(request_id, ())
@@ -289,9 +238,7 @@ class ViaSDModelRunnerMixin(Runner):
         if is_step:
             self._observe_step(output, asked)
             # Requests that had no turn in this step still wait with their drafts.
-            for request_id in self.input_batch.req_ids:
-                self._windows.pop(request_id, None)
-                self._proposals.pop(request_id, None)
+            self.via_sd_requests.forget_drafts(self.input_batch.req_ids)
             self._leave_out_drafts()
             if self._has_drafted and self._plan.rounds > 0:
                 self._grow_windows()
@@ -317,14 +264,15 @@ class ViaSDModelRunnerMixin(Runner):
             self.counts.full_passes += 1
         for request_id, tokens in zip(ids, output.sampled_token_ids, strict=True):
             drafts = self._verified.get(request_id, ())
-            if not tokens or request_id not in self.via_sd_requests:
+            request = self.via_sd_requests.get(request_id)
+            if not tokens or request is None:
                 continue
             if self._is_decode:
                 self.counts.turns += 1
                 self.counts.tokens += len(tokens)
             if not drafts and request_id not in asked:
                 continue
-            window = self._windows.get(request_id)
+            window = request.window
             accepted = len(tokens) - 1
             if window is not None:
                 tiers = window.tiers[: len(drafts)]
@@ -380,7 +328,7 @@ class ViaSDModelRunnerMixin(Runner):
         for request_id, laws in zip(self._draft_prob_req_ids, self._draft_probs, strict=False):
             request = self.via_sd_requests.get(request_id)
             if request is not None and request.keeps_laws:
-                self._proposals[request_id] = laws
+                request.probs = laws
 
     # --- the window -----------------------------------------------------------------------------
 
@@ -433,7 +381,7 @@ class ViaSDModelRunnerMixin(Runner):
         windows = []
         batch = self.input_batch
         # Requests that have no turn keep theirs.
-        with_laws = batch.num_reqs + len(self._proposals)
+        with_laws = batch.num_reqs + self.via_sd_requests.num_with_probs
         may_keep_laws = self._bytes_of_laws(with_laws) <= LARGEST_LAWS
         for i, request_id in enumerate(batch.req_ids):
             request = self.via_sd_requests.get(request_id)
@@ -564,14 +512,13 @@ class ViaSDModelRunnerMixin(Runner):
         for window in windows:
             if window.rounds == 0:
                 continue
-            request_id = ids[window.request]
-            self._windows[request_id] = window
+            request = self.via_sd_requests.requests[ids[window.request]]
+            request.window, request.probs = window, None
             all_drafts[window.request] = window.tokens
-            self._proposals.pop(request_id, None)
             if window.keeps_laws and window.tokens:
-                self._proposals[request_id] = torch.stack(window.laws)
+                request.probs = torch.stack(window.laws)
                 window.laws.clear()
         self._draft_token_ids = all_drafts
         self._draft_token_req_ids = list(ids)
-        # Laws wait in `_proposals`, by request and no longer than its drafts.
+        # They wait with their requests, no longer than the drafts do.
         self._draft_probs, self._draft_prob_req_ids = None, None

@@ -19,7 +19,7 @@ from tiny_models import make_nvium
 from vllm_nvium.nvium import request_seeds
 from vllm_nvium.nvium.options import NviumOptions
 from vllm_nvium.nvium.request_seeds import RequestSeeds
-from vllm_nvium.nvium.requests import RequestTable
+from vllm_nvium.nvium.requests import NviumRequests
 
 # Two runs of the same work: vLLM's numbers repeat, its random characters do not.
 OFFLINE = ["0-1f0c9a2b", "1-00000000", "0_2-aaaaaaaa", "1_2-aaaaaaaa", "3-12345678", "10-0badcafe"]
@@ -48,7 +48,7 @@ def test_requests_whose_given_ids_are_equal_draw_apart(ids: list[str]) -> None:
 
 
 def test_a_table_gives_equal_numbers_draws_of_their_own() -> None:
-    table = RequestTable(NviumOptions(), 0, num_exits=3)
+    table = NviumRequests(NviumOptions(), 0, num_exits=3)
     ids = ["7-1f0c9a2b", "7-00000000"]
     for request_id in ids:
         table.add(request_id, SamplingParams(temperature=1.0))

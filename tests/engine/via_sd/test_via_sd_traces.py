@@ -330,7 +330,10 @@ def test_more_drafts_than_fit_into_one_pass(with_draft_model: Served) -> None:
             name = waiting.request_id
             is_window = waiting.spec_token_ids == last.get(name.rsplit("-", 1)[0])
             if is_window and name not in engine.runner.input_batch.req_id_to_index:
-                assert engine.runner._windows[name].tokens == waiting.spec_token_ids
+                assert (
+                    engine.runner.via_sd_requests.requests[name].window.tokens
+                    == waiting.spec_token_ids
+                )
                 waited += 1
 
     engine.set_rounds(4, 3, WINDOW)
@@ -570,7 +573,9 @@ def test_laws_of_windows_take_no_more_memory_than_they_may(
     monkeypatch.setattr(engine.runner, "_get_spec_decode_draft_probs", measured)
 
     def look() -> None:
-        held.append((len(engine.runner._windows), len(engine.runner._proposals)))
+        table = engine.runner.via_sd_requests
+        windows = [one for one in table.requests.values() if one.window is not None]
+        held.append((len(windows), table.num_with_probs))
 
     # Texts that repeat themselves, so that windows get long, with laws all the same.
     sampled = SamplingParams(temperature=1.0, top_k=1, max_tokens=40, ignore_eos=True)

@@ -31,7 +31,7 @@ from vllm_nvium.model_executor.ops.head_rows import (
 from vllm_nvium.model_executor.ops.ragged import passes_of, ragged_ranges, range_starts, slots_of
 from vllm_nvium.model_executor.rows import Batch, Rows
 from vllm_nvium.nvium.options import NviumOptions
-from vllm_nvium.nvium.requests import RequestTable, is_ancestral, is_plain_greedy
+from vllm_nvium.nvium.requests import NviumRequests, is_ancestral, is_plain_greedy
 
 # ---------------------------------------------------------------------------------------- draws
 
@@ -333,11 +333,11 @@ def test_every_field_of_sampling_params_is_in_a_table() -> None:
     assert fields == known
 
 
-def _table(**options: Any) -> RequestTable:
-    return RequestTable(dataclasses.replace(NviumOptions(), **options), 0, num_exits=3)
+def _table(**options: Any) -> NviumRequests:
+    return NviumRequests(dataclasses.replace(NviumOptions(), **options), 0, num_exits=3)
 
 
-def _step(table: RequestTable, ids: list[str], last: list[int], decoding: bool = True) -> Any:
+def _step(table: NviumRequests, ids: list[str], last: list[int], decoding: bool = True) -> Any:
     count = len(ids)
     return table.sampling(ids, np.array(last), np.full(count, decoding), np.full(count, False))
 
@@ -367,8 +367,8 @@ def test_a_preempted_request_is_complete_nowhere() -> None:
     _step(table, ["a", "b"], [9, 5], decoding=False)
     table.completed(np.array([9, 5]))
     # All of them preempted and resumed at once, in the same order.
-    table.forget_blocks("a")
-    table.forget_blocks("b")
+    table.preempted("a")
+    table.preempted("b")
     assert not _step(table, ["a", "b"], [10, 6]).may_stop.any()
     assert table.complete.tolist() == [0, 0]
 
@@ -407,7 +407,7 @@ def test_who_needs_the_mixture(law: str, params: SamplingParams, expected: tuple
 
 
 def test_custom_processors_make_every_request_of_the_mixture_go_to_full_depth() -> None:
-    table = RequestTable(NviumOptions(sampling="mixture"), 0, num_exits=3, always_full=True)
+    table = NviumRequests(NviumOptions(sampling="mixture"), 0, num_exits=3, always_full=True)
     for request_id, temperature in (("a", 1.0), ("b", 0.0)):
         table.add(request_id, SamplingParams(temperature=temperature))
     _step(table, ["a", "b"], [3, 3], decoding=False)
