@@ -141,10 +141,10 @@ class Worker:
 
 def _via_sd(worker: Any) -> dict[str, Any]:
     runner = worker.model_runner
-    if not hasattr(runner, "counts"):
+    if not hasattr(runner, "session"):
         return {}
-    snapshot = getattr(runner.planner, "snapshot", dict)()
-    return {"counts": asdict(runner.counts), "planner": snapshot}
+    snapshot = getattr(runner.session.planner, "snapshot", dict)()
+    return {"counts": asdict(runner.session.counts), "planner": snapshot}
 
 
 def _depth_of_last_step(worker: Any) -> int:

@@ -237,9 +237,9 @@ class Engine:
         """Tokens, seconds and passes of a batch's decode steps until its first request is done,
         those seconds of them in which windows were made; full passes per token of all steps, and
         how much of the texts stood before."""
-        self.runner.planner = planner
+        self.runner.session.planner = planner
         planner.taken()
-        counts = self.runner.counts
+        counts = self.runner.session.counts
         turns, tokens = counts.turns, counts.tokens
         options = {"via_sd_mode": mode}
         self.worker.begin(
@@ -257,7 +257,7 @@ class Engine:
                 passes += [*taken, ("other", 0, seconds - known)]
                 run["tokens"] += step["tokens"]
                 run["seconds"] += seconds
-                run["tiered"] += seconds * (self.runner._plan.rounds > 0)
+                run["tiered"] += seconds * (self.runner.session.plan.rounds > 0)
             # The last requests of a batch would be timed in a smaller one.
             is_full = max(self.worker.lengths.values()) < self.args.new_tokens
         run["passes_per_token"] = (counts.turns - turns) / max(counts.tokens - tokens, 1)

@@ -115,9 +115,8 @@ class ViaSDEngine(TraceEngine):
 
     def _record_windows(self) -> None:
         runner = self.runner
-        plain_drafts, draft_again, hand_over = (
-            runner._plain_drafts, runner._draft_again, runner._hand_over
-        )  # fmt: skip
+        session, plain_drafts = runner.session, runner._plain_drafts
+        draft_again, hand_over = session._draft_again, session.hand_over
 
         def tokens_of(row: int) -> list[int]:
             batch = runner.input_batch
@@ -137,28 +136,29 @@ class ViaSDEngine(TraceEngine):
             drafts, probs = plain_drafts()
             for row, tokens in enumerate(drafts):
                 if not runner.discard_request_mask.np[row]:
-                    self.asked.append(Asked(tokens_of(row), list(tokens), 1, runner.via_sd.window))
+                    self.asked.append(
+                        Asked(tokens_of(row), list(tokens), 1, runner.session.options.window)
+                    )
             return drafts, probs
 
-        def record_again(again: Any, windows: Any, going: list[int], *args: Any) -> Any:
+        def record_again(view: Any, windows: Any, going: list[int], *args: Any) -> Any:
             # One place is the slim verifier's own.
             room = max(windows[i].room for i in going) - 1
-            drafts = draft_again(again, windows, going, *args)
+            drafts = draft_again(view, windows, going, *args)
             for i, tokens in zip(going, drafts.tokens, strict=True):
                 window = windows[i]
                 prefix = tokens_of(window.request) + window.tokens
                 self.asked.append(Asked(prefix, list(tokens), window.rounds + 1, room))
             return drafts
 
-        def record_windows(windows: Any, *args: Any) -> None:
-            hand_over(windows, *args)
+        def record_windows(request_ids: Any, windows: Any) -> None:
+            hand_over(request_ids, windows)
             for window in windows:
-                if window.rounds:
-                    self.window_rounds.append(window.rounds)
-                    self.handed.append(handed(window))
+                self.window_rounds.append(window.rounds)
+                self.handed.append(handed(window))
 
         runner._plain_drafts = record_plain
-        runner._draft_again, runner._hand_over = record_again, record_windows
+        session._draft_again, session.hand_over = record_again, record_windows
 
     @property
     def blocks_in_use(self) -> int:
@@ -170,11 +170,11 @@ class ViaSDEngine(TraceEngine):
         """From the next step on, as if the engine had been started so."""
         runner = self.runner
         if window is not None:
-            runner.via_sd = replace(runner.via_sd, window=window)
+            runner.session.options = replace(runner.session.options, window=window)
         if rounds == "auto":
-            runner.planner = Planner(drafts, runner.via_sd.window)
+            runner.session.planner = Planner(drafts, runner.session.options.window)
         else:
-            runner.planner = FixedRounds(drafts, int(rounds))
+            runner.session.planner = FixedRounds(drafts, int(rounds))
 
 
 # --- the reference --------------------------------------------------------------------------------

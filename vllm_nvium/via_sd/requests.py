@@ -63,19 +63,11 @@ class Request:
 
 
 class ViaSDRequests(RequestTable[Request]):
-    """All requests of a model runner.
+    """All requests of a model runner."""
 
-    Args:
-        options: of the engine; a request may override them.
-    """
-
-    def __init__(self, options: ViaSDOptions) -> None:
-        super().__init__()
-        self.options = options
-
-    def add(self, request_id: str, params: "SamplingParams") -> Request:
-        """A new request, or one with an id used before."""
-        options = ViaSDRequestOptions.from_extra_args(params.extra_args, self.options)
+    def add(self, request_id: str, params: "SamplingParams", engine: ViaSDOptions) -> Request:
+        """A new request, or one with an id used before; it may override options of the engine."""
+        options = ViaSDRequestOptions.from_extra_args(params.extra_args, engine)
         request = self.requests[request_id] = Request(options, params)
         return request
 

@@ -94,7 +94,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def draw_tokens(served: Served, requests: Sequence[SamplingParams]) -> list[list[int]]:
     torch.manual_seed(0)  # what requests without a seed share
-    served.engine.runner._generator.manual_seed(1)
+    served.engine.runner.session.generator.manual_seed(1)
     served.engine.run([Arrival(0, list(PROMPT), params) for params in requests])
     return [served.engine.emitted[str(i)].tokens for i in range(len(requests))]
 
@@ -209,7 +209,7 @@ def test_lossless_tokens_follow_the_targets_law(
 ) -> None:
     served.engine.set_rounds(2, rounds)
     served.engine.window_rounds.clear()
-    counts = served.engine.runner.counts
+    counts = served.engine.runner.session.counts
     before = counts.accepted, counts.window_tokens, counts.slim_accepted, counts.slim_drafted
     tokens = draw_tokens(served, [sampled(temperature)] * REQUESTS)
     check_joint(tokens, joint_law(served.reference, TOKENS, temperature))
@@ -227,17 +227,17 @@ def test_windows_of_large_batches_follow_the_targets_law(
     verifier and the drafter draw are point masses there, and draws in smaller batches."""
     engine, runner = served.engine, served.engine.runner
     engine.set_rounds(2, 2)
-    monkeypatch.setattr("vllm_nvium.via_sd.runner_v1.LARGEST_LAWS", runner._bytes_of_laws(128))
+    monkeypatch.setattr("vllm_nvium.via_sd.session.LARGEST_LAWS", runner.session.bytes_of_laws(128))
     sizes: dict[bool, set[int]] = {True: set(), False: set()}
-    open_windows = runner._open_windows
+    open_windows = runner.session.open_windows
 
-    def opened() -> Any:
-        windows = open_windows()
+    def opened(view: Any) -> Any:
+        windows = open_windows(view)
         for window in windows:
             sizes[window.keeps_laws].add(runner.input_batch.num_reqs)
         return windows
 
-    monkeypatch.setattr(runner, "_open_windows", opened)
+    monkeypatch.setattr(runner.session, "open_windows", opened)
     check_joint(
         draw_tokens(served, [sampled(1.0)] * REQUESTS), joint_law(served.reference, TOKENS, 1.0)
     )
@@ -408,10 +408,12 @@ def test_tokens_of_the_papers_rule_follow_its_formula(
 ) -> None:
     served.engine.set_rounds(drafts, rounds)
     served.engine.window_rounds.clear()
-    tiers = list(served.engine.runner.counts.tiers)
+    tiers = list(served.engine.runner.session.counts.tiers)
     tokens = draw_tokens(served, [sampled(temperature, extra_args=PAPER)] * REQUESTS)
     check_papers_law(served, tokens, temperature, drafts, rounds)
-    happened = [b - a for a, b in zip(tiers, served.engine.runner.counts.tiers, strict=True)]
+    happened = [
+        b - a for a, b in zip(tiers, served.engine.runner.session.counts.tiers, strict=True)
+    ]
     assert all(count > 100 for count in happened), happened
     assert max(served.engine.window_rounds) == rounds
 

@@ -97,7 +97,7 @@ def test_metrics_and_log_are_the_runners_counts(
     # Only when it is asked to: the first search for n-grams is compiled for seconds.
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1000")
     play(engine)
-    counts: ViaSDCounts = engine.runner.counts
+    counts: ViaSDCounts = engine.runner.session.counts
     check_metrics(own_metrics(), asdict(counts), mode)
     # Enough happened for the equalities to mean something.
     assert counts.windows and counts.slim_accepted and counts.accepted < counts.window_tokens
@@ -139,8 +139,10 @@ def test_tiers_are_there_where_a_request_may_ask_for_them(dense_checkpoint: Path
     paper.extra_args = {"via_sd_mode": "paper"}
     engine.run([Arrival(0, PROMPTS[0], paper)])
     found = own_metrics()
-    assert [found[f"tier_tokens:{tier}"].value for tier in TIERS] == engine.runner.counts.tiers
-    assert sum(engine.runner.counts.tiers) > 0
+    assert [
+        found[f"tier_tokens:{tier}"].value for tier in TIERS
+    ] == engine.runner.session.counts.tiers
+    assert sum(engine.runner.session.counts.tiers) > 0
 
 
 def test_engine_without_via_sd_has_none(dense_checkpoint: Path) -> None:
@@ -160,7 +162,7 @@ def test_statistics_that_are_off_stay_off(dense_checkpoint: Path) -> None:
     )
     play(engine)
     assert engine.engine.logger_manager is None
-    assert engine.runner.counts.windows
+    assert engine.runner.session.counts.windows
 
 
 def test_vllm_describes_windows_per_request(dense_checkpoint: Path) -> None:
@@ -173,7 +175,7 @@ def test_vllm_describes_windows_per_request(dense_checkpoint: Path) -> None:
     )
     engine.run([Arrival(0, PROMPTS[1], GREEDY)])
     found = engine.outputs["0"].outputs[0].spec_decode_metrics.to_dict()
-    counts = engine.runner.counts
+    counts = engine.runner.session.counts
     assert found["num_spec_tokens"] == WINDOW
     assert max(found["per_step_drafted"]) <= WINDOW
     # The drafts before a request's last token need no window.
@@ -209,7 +211,7 @@ from dataclasses import asdict
 from vllm import LLM, SamplingParams
 
 def counts_of(worker):
-    return asdict(worker.model_runner.counts)
+    return asdict(worker.model_runner.session.counts)
 
 if __name__ == "__main__":
     path, drafter, options, prompts, answer = map(json.loads, sys.argv[1:])

@@ -792,11 +792,11 @@ def test_greedy_results_of_sampling_options_are_the_plain_engines(features: Feat
         "no text": greedy(detokenize=False),
         "to the end of the context": greedy(max_tokens=None),
     }
-    before = features.tiered.runner.counts.windows
+    before = features.tiered.runner.session.counts.windows
     wanted, found = (
         outputs(engine, *asked.values()) for engine in (features.plain, features.tiered)
     )
-    assert features.tiered.runner.counts.windows > before + 50
+    assert features.tiered.runner.session.counts.windows > before + 50
     changed = 0
     for name, mine, theirs in zip(asked, found, wanted, strict=True):
         for left, right in zip(mine.outputs, theirs.outputs, strict=True):
@@ -856,24 +856,24 @@ def test_structured_outputs_are_the_plain_engines(features: Features, kind: str)
             )
         ]
 
-    before = features.tiered.runner.counts.slim_passes
+    before = features.tiered.runner.session.counts.slim_passes
     wanted, found = (outputs(engine, *asked()) for engine in (features.plain, features.tiered))
     assert found[0].outputs[0].token_ids == wanted[0].outputs[0].token_ids
     assert found[0].outputs[0].text == wanted[0].outputs[0].text
     if kind == "choice":
         assert found[0].outputs[0].text in STRUCTURES[kind]["choice"]
     # A choice may be over after a token.
-    assert kind == "choice" or features.tiered.runner.counts.slim_passes > before
+    assert kind == "choice" or features.tiered.runner.session.counts.slim_passes > before
 
 
 def test_the_papers_rule_keeps_no_forbidden_token(features: Features) -> None:
     """It may change which token is chosen, never to one that may not be."""
     engine = features.tiered
     keep_all = {"via_sd_mode": "paper", "via_sd_accept": 0.0, "via_sd_escalate": 0.0}
-    saved = engine.runner.via_sd, engine.engine.vllm_config.additional_config
+    saved = engine.runner.session.options, engine.engine.vllm_config.additional_config
     free = outputs(engine, greedy())[0].outputs[0]
     engine.engine.vllm_config.additional_config = saved[1] | {"via_sd_allow_paper_mode": True}
-    engine.runner.via_sd = ViaSDOptions(**{**vars(saved[0]), "allow_paper_mode": True})
+    engine.runner.session.options = ViaSDOptions(**{**vars(saved[0]), "allow_paper_mode": True})
     forbidden = sorted(set(free.token_ids))[:8]
     allowed = [token for token in range(3, 98) if token not in forbidden]
     words = [chr(32 + token - 3) for token in forbidden if token >= 3]
@@ -881,9 +881,9 @@ def test_the_papers_rule_keeps_no_forbidden_token(features: Features) -> None:
         # Drafts that escalate are not kept by the slim verifier.
         all_escalate = keep_all | {"via_sd_accept": 1.0, "via_sd_escalate": 1.0}
         for extra_args, least, most in ((keep_all, 1.0, 1.0), (all_escalate, 0.0, 0.9)):
-            before = replace(engine.runner.counts)
+            before = replace(engine.runner.session.counts)
             outputs(engine, greedy(extra_args=extra_args))
-            counts = engine.runner.counts
+            counts = engine.runner.session.counts
             kept = counts.slim_accepted - before.slim_accepted
             assert least <= kept / (counts.slim_drafted - before.slim_drafted) <= most
         found = outputs(
@@ -894,7 +894,7 @@ def test_the_papers_rule_keeps_no_forbidden_token(features: Features) -> None:
         assert not set(found[1].outputs[0].token_ids) & set(forbidden)
         assert not set(found[0].outputs[0].text) & {word for word in words if word.strip()}
     finally:
-        engine.runner.via_sd, engine.engine.vllm_config.additional_config = saved
+        engine.runner.session.options, engine.engine.vllm_config.additional_config = saved
 
 
 @pytest.mark.parametrize(
@@ -904,9 +904,9 @@ def test_the_papers_rule_keeps_no_forbidden_token(features: Features) -> None:
 )
 def test_the_papers_rule_takes_no_penalties(features: Features, fields: dict[str, Any]) -> None:
     config, runner = features.tiered.engine.vllm_config, features.tiered.runner
-    saved = config.additional_config, runner.via_sd
+    saved = config.additional_config, runner.session.options
     config.additional_config = saved[0] | {"via_sd_allow_paper_mode": True}
-    runner.via_sd = replace(saved[1], allow_paper_mode=True)
+    runner.session.options = replace(saved[1], allow_paper_mode=True)
     paper = {"via_sd_mode": "paper"}
     try:
         with pytest.raises(VLLMValidationError) as error:
@@ -914,7 +914,7 @@ def test_the_papers_rule_takes_no_penalties(features: Features, fields: dict[str
         for extra_args in ({"via_sd_mode": "lossless"}, paper | {"via_sd": "off"}):
             assert outputs(features.tiered, greedy(extra_args=extra_args, **fields))[0].finished
     finally:
-        config.additional_config, runner.via_sd = saved
+        config.additional_config, runner.session.options = saved
     name = next(iter(fields))
     assert f"{name} is {fields[name]}" in str(error.value)
     assert "generation_config.json" in str(error.value) and "'lossless'" in str(error.value)

@@ -100,7 +100,7 @@ def test_answers_under_the_papers_rule_parse(engine: ViaSDEngine, kind: str) -> 
         for temperature in TEMPERATURES
         for _ in range(4)
     ]  # fmt: skip
-    tiers = list(engine.runner.counts.tiers)
+    tiers = list(engine.runner.session.counts.tiers)
     engine.run([Arrival(0, generator.choices(letters, k=40), each) for each in params])
     complete = 0
     for number in range(len(params)):
@@ -109,4 +109,4 @@ def test_answers_under_the_papers_rule_parse(engine: ViaSDEngine, kind: str) -> 
         complete += answer.finish_reason == "stop"
     assert complete
     # Windows had tokens of it.
-    assert sum(engine.runner.counts.tiers) > sum(tiers)
+    assert sum(engine.runner.session.counts.tiers) > sum(tiers)

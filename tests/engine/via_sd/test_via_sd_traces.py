@@ -37,6 +37,7 @@ from tiny_models import make_dense, make_eagle, make_mimo
 from vllm_nvium.model_executor.ops.tiers import ACCEPT, REGENERATE, Checked
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
 from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.runner_v1 import V1StepView
 
 VOCABULARY = 64
 WINDOW = 12
@@ -248,7 +249,7 @@ def test_more_requests_of_the_papers_rule_than_fit(
     served: Served = request.getfixturevalue(drafter)
     engine = served.engine
     engine.set_rounds(3, 2, WINDOW)
-    before, tiers = vars_of(engine), list(engine.runner.counts.tiers)
+    before, tiers = vars_of(engine), list(engine.runner.session.counts.tiers)
     preemptions = engine.preemptions
     engine.window_rounds.clear()
     trace = crowd(5)
@@ -261,7 +262,7 @@ def test_more_requests_of_the_papers_rule_than_fit(
     assert max(engine.window_rounds) == 2
     assert min(by_tier) > 0, by_tier
     happened = {key: value - before[key] for key, value in vars_of(engine).items()}
-    counted = [b - a for a, b in zip(tiers, engine.runner.counts.tiers, strict=True)]
+    counted = [b - a for a, b in zip(tiers, engine.runner.session.counts.tiers, strict=True)]
     assert sum(counted) == happened["window_tokens"] > happened["accepted"]
     assert happened["slim_accepted"] < happened["slim_drafted"]
 
@@ -331,33 +332,33 @@ def test_more_drafts_than_fit_into_one_pass(with_draft_model: Served) -> None:
             is_window = waiting.spec_token_ids == last.get(name.rsplit("-", 1)[0])
             if is_window and name not in engine.runner.input_batch.req_id_to_index:
                 assert (
-                    engine.runner.via_sd_requests.requests[name].window.tokens
+                    engine.runner.session.requests.requests[name].window.tokens
                     == waiting.spec_token_ids
                 )
                 waited += 1
 
     engine.set_rounds(4, 3, WINDOW)
     most = 0
-    check = engine.runner._check
+    check = engine.runner.session.check
 
-    def count(windows: Any, drafts: Any) -> Any:
+    def count(view: Any, windows: Any, drafts: Any) -> Any:
         nonlocal most
         most = max(most, len(windows) + sum(map(len, drafts.tokens)))
-        return check(windows, drafts)
+        return check(view, windows, drafts)
 
-    engine.runner._check = count
+    engine.runner.session.check = count
     engine.after_step = look
     try:
         # Short ones: all of them are decoded at once.
         play(with_draft_model, [Arrival(0, [10 + i, 20], greedy(20)) for i in range(12)])
     finally:
-        engine.runner._check, engine.after_step = check, None
+        engine.runner.session.check, engine.after_step = check, None
     assert 30 < most <= 48
     assert waited > 10
 
 
 def vars_of(engine: ViaSDEngine) -> dict[str, int]:
-    counts = engine.runner.counts
+    counts = engine.runner.session.counts
     sums = {name: getattr(counts, name) for name in counts.__slots__}
     return {name: value for name, value in sums.items() if isinstance(value, int)}
 
@@ -391,7 +392,7 @@ def test_every_family(kind: str, tmp_path: Path) -> None:
     engine.after_step = look
     play(Served(reference, engine), crowd(3, size=5))
     assert look.compared > 500 and max(engine.window_rounds) >= 1
-    counts = engine.runner.counts
+    counts = engine.runner.session.counts
     assert 0 < counts.slim_accepted < counts.slim_drafted
     assert 0 < counts.accepted < counts.window_tokens
 
@@ -418,7 +419,7 @@ def test_drafters_that_answer_once(
     engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20, **remote)
     served = Served(reference, engine)
     play(served, crowd(2, size=5))  # `auto` begins without drafts
-    counts, checked = engine.runner.counts, 0
+    counts, checked = engine.runner.session.counts, 0
     for drafts, rounds in ((3, 2), (4, 0), (1, 1)):
         engine.set_rounds(drafts, rounds)
         engine.asked.clear()
@@ -474,7 +475,7 @@ def test_no_drafts_that_nobody_made(with_ngrams: Served) -> None:
     verified: list[int] = []
 
     def look() -> None:
-        for tokens in engine.runner._verified.values():
+        for tokens in engine.runner.session.verified.values():
             verified.extend(tokens)
 
     engine.after_step = look
@@ -492,12 +493,12 @@ def test_no_drafts_that_nobody_made(with_ngrams: Served) -> None:
 def test_no_tier_above_the_largest_batch(with_ngrams: Served) -> None:
     """`--via-sd-max-batch` beside a fixed number of rounds."""
     engine = with_ngrams.engine
-    engine.runner.planner = FixedRounds(3, 2, max_batch=2)
+    engine.runner.session.planner = FixedRounds(3, 2, max_batch=2)
     sizes: list[int] = []
     grow = engine.runner._grow_windows
 
     def count() -> None:
-        sizes.append(len(engine.runner._drafting()))
+        sizes.append(len(engine.runner.session.drafting(V1StepView(engine.runner))))
         grow()
 
     engine.runner._grow_windows = count
@@ -514,7 +515,7 @@ def test_seeded_requests_count_for_the_largest_batch(with_ngrams: Served) -> Non
     seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True)
     trace = [Arrival(0, _TEXTS[2][:20], greedy(20)), *[Arrival(0, _TEXTS[1][:20], seeded)] * 2]
     for most, rounds in ((3, True), (2, False)):
-        engine.runner.planner = FixedRounds(3, 2, max_batch=most)
+        engine.runner.session.planner = FixedRounds(3, 2, max_batch=most)
         engine.window_rounds.clear()
         engine.run(trace)
         assert bool(engine.window_rounds) == rounds
@@ -573,7 +574,7 @@ def test_laws_of_windows_take_no_more_memory_than_they_may(
     monkeypatch.setattr(engine.runner, "_get_spec_decode_draft_probs", measured)
 
     def look() -> None:
-        table = engine.runner.via_sd_requests
+        table = engine.runner.session.requests
         windows = [one for one in table.requests.values() if one.window is not None]
         held.append((len(windows), table.num_with_probs))
 
@@ -587,7 +588,7 @@ def test_laws_of_windows_take_no_more_memory_than_they_may(
         assert max(sizes) <= 3 * room
         held.clear()
         sizes.clear()
-        monkeypatch.setattr("vllm_nvium.via_sd.runner_v1.LARGEST_LAWS", 3 * room - 1)
+        monkeypatch.setattr("vllm_nvium.via_sd.session.LARGEST_LAWS", 3 * room - 1)
         engine.run(trace)
         assert (3, 0) in held
         assert {laws for windows, laws in held if windows == 3} == {0}
@@ -622,7 +623,7 @@ def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Serv
         prompt = list(_TEXTS[number % len(_TEXTS)][number : number + 24])
         params = SamplingParams(temperature=temperature, max_tokens=60, ignore_eos=True)
         engine.set_rounds(3, 2, WINDOW)
-        engine.runner.planner = TwoRounds(3, WINDOW)
+        engine.runner.session.planner = TwoRounds(3, WINDOW)
         engine.asked.clear()
         judged.clear()
         text = prompt + engine.run([Arrival(0, prompt, params)])["0"].tokens
@@ -648,10 +649,10 @@ def test_a_prompts_last_token_is_no_decode_step(with_ngrams: Served) -> None:
     engine.set_rounds(0, 0, WINDOW)
     prompt = [random.Random(98).randrange(3, VOCABULARY) for _ in range(33)]  # a block and a token
     engine.run([Arrival(0, list(prompt), greedy(1))])
-    turns = engine.runner.counts.turns
+    turns = engine.runner.session.counts.turns
     engine.run([Arrival(0, list(prompt), greedy(1))])
     assert engine.outputs["0"].num_cached_tokens == 32
-    assert engine.runner.counts.turns == turns
+    assert engine.runner.session.counts.turns == turns
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -674,7 +675,7 @@ def test_a_draft_model_is_timed_where_requests_decode(
             assert (requests, asked) == (1, drafts) and seconds > 0
             seen.append("draft")
 
-    engine.runner.planner = Told(3, WINDOW)
+    engine.runner.session.planner = Told(3, WINDOW)
     engine.run([Arrival(0, _TEXTS[1][:30], greedy(24))])
     assert seen.count("full") > 5
     assert seen.count("full") - 1 <= seen.count("draft") <= seen.count("full")

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The windows of all requests of an engine: how many drafts are asked for, the rounds of slim
+checks that grow them, and what the next step of the full model verifies. It knows a model runner
+by the protocol `StepView` only, so that another runner needs that and no more.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_nvium.engine.stats import Reporter
+from vllm_nvium.model_executor.ops.tiers import ESCALATE
+from vllm_nvium.model_executor.rows import Rows
+from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, extend
+from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
+from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.requests import ViaSDRequests
+from vllm_nvium.via_sd.stats import ViaSDCounts
+from vllm_nvium.via_sd.step_view import StepView
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+# Bytes of laws that the windows of a batch may take if all of them get full. In larger batches
+# drafts are taken for point masses, as those of requests with a grammar are. This is decided before
+# anything is drawn: what is drawn decides how long a window gets, so that drafts which keep their
+# law because windows stayed short would not be draws from it any more.
+LARGEST_LAWS = 1 << 30
+
+
+class Session:
+    """See above.
+
+    Args:
+        options: of the engine.
+        can_draft_again: see `StepView`; a drafter that cannot leaves a window with one round.
+        vocab_size: of the target; laws are this wide.
+        generator: for draws of the slim tier.
+    """
+
+    def __init__(
+        self,
+        options: ViaSDOptions,
+        can_draft_again: bool,
+        vocab_size: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.options = options
+        self.vocab_size = vocab_size
+        self.generator = generator
+        self.planner: Planner | FixedRounds
+        if options.rounds == AUTO:
+            rounds: dict[str, Any] = {} if can_draft_again else {"max_rounds": 1}
+            self.planner = Planner(
+                options.drafts, options.window, max_batch=options.max_batch, **rounds
+            )
+        else:
+            self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
+        self.requests = ViaSDRequests()
+        self.reporter = Reporter(ViaSDCounts.zero(options.window))
+        self.plan = DraftPlan(options.drafts, 0)
+        # Whether the step does nothing but decode; the drafts that it verifies, by request.
+        self.is_decode = False
+        self.verified: dict[str, Sequence[int]] = {}
+        # Drafts that were asked for the last step and go straight to the full model.
+        self.asked: dict[str, int] = {}
+        self.draft_seconds = self._step_start = 0.0
+        self._step_end: float | None = None
+
+    @property
+    def counts(self) -> ViaSDCounts:
+        """Since the engine was started."""
+        return self.reporter.counts
+
+    def report(self) -> dict[str, Any]:
+        """What is new since the last report."""
+        plan = self.plan
+        return self.reporter.report(drafts=plan.num_draft_tokens, rounds=plan.rounds)
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def add(self, request_id: str, params: "SamplingParams") -> None:
+        """A new request, or one whose conversation goes on."""
+        request = self.requests.add(request_id, params, self.options)
+        # A session that goes on may have changed its rule.
+        self.planner.remove(request_id)
+        self.planner.add(request_id, request.rule, request.is_greedy)
+
+    def remove(self, request_id: str) -> None:
+        self.requests.remove(request_id)
+        self.planner.remove(request_id)
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def begin_step(
+        self, scheduled: dict[str, int], drafts: dict[str, Sequence[int]], decoding: set[str]
+    ) -> None:
+        """The full model is about to run.
+
+        Args:
+            scheduled: rows of each request; drafts: those that are verified among them.
+            decoding: requests that have generated a token before.
+        """
+        self._step_start = time.perf_counter()
+        # The last token of a prompt is one row too.
+        self.is_decode = bool(scheduled) and all(
+            name in decoding and rows == 1 + len(drafts.get(name, ()))
+            for name, rows in scheduled.items()
+        )
+        self.verified = drafts
+        if self.is_decode and self._step_end is not None:
+            self.planner.observe_overhead(len(scheduled), self._step_start - self._step_end)
+        self._step_end = None
+
+    def end_step(self) -> None:
+        self._step_end = time.perf_counter()
+
+    def kept(self, request_ids: Sequence[str], num_draft_tokens: Sequence[int]) -> list[bool]:
+        """For each draft of the step whether the paper's rule keeps it without asking the full
+        model."""
+        kept: list[bool] = []
+        for request_id, count in zip(request_ids, num_draft_tokens, strict=False):
+            window = self.requests.window(request_id)
+            # vLLM may have cut a window short, or replaced it when the request was preempted.
+            drafts = list(self.verified.get(request_id, ()))
+            if window is not None and window.is_paper and drafts == window.tokens[:count]:
+                kept += [tier != ESCALATE for tier in window.tiers[:count]]
+            else:
+                kept += [False] * count
+        return kept
+
+    def draft_probs(
+        self, request_ids: Sequence[str], counts: Sequence[int], draft_token_ids: torch.Tensor
+    ) -> torch.Tensor | None:
+        """[drafts, V] float32, what the drafts of this step were drawn from; None where all are
+        point masses."""
+        found = [self.requests.probs(name) for name in request_ids[: len(counts)]]
+        if not any(count and own is not None for count, own in zip(counts, found, strict=True)):
+            return None
+        tokens = draft_token_ids.long()
+        laws = torch.zeros(sum(counts), self.vocab_size, device=tokens.device)
+        # vLLM's placeholders, -1, are never accepted and take nothing from the law.
+        laws.scatter_(1, tokens.clamp(min=0)[:, None], (tokens >= 0).float()[:, None])
+        start = 0
+        for count, own in zip(counts, found, strict=True):
+            if own is not None:
+                laws[start : start + count] = own[:count]
+            start += count
+        return laws
+
+    def drafting(self, view: StepView) -> list[str]:
+        """Requests that decode in the next step and may have drafts in it."""
+        ids = view.request_ids
+        requests = [self.requests.get(request_id) for request_id in ids]
+        return [
+            ids[i]
+            for i, request in enumerate(requests)
+            if not view.unfinished[i] and request is not None and not request.is_seeded
+        ]
+
+    def plan_drafts(self, view: StepView) -> tuple[list[str], int]:
+        """Who may have drafts, and how many the drafter is to propose for each."""
+        request_ids = self.drafting(view)
+        if request_ids:
+            decoding = len(view.request_ids) - int(sum(view.unfinished))
+            self.plan = self.planner.plan(request_ids, decoding)
+        # Where all are seeded or read their prompts, nobody is to have drafts.
+        count = self.plan.num_draft_tokens if request_ids else 0
+        self.asked = dict.fromkeys(request_ids, count)
+        return request_ids, count
+
+    def observe_drafter(self, num_requests: int, count: int, seconds: float) -> None:
+        """The drafter has answered for the first round."""
+        self.draft_seconds = seconds
+        # A draft model reads prompts, too, which has nothing to do with drafts.
+        if self.is_decode and num_requests:
+            self.planner.observe_draft_call(num_requests, count, seconds)
+
+    def observe_step(
+        self, request_ids: Sequence[str], sampled: Sequence[Sequence[int]], asked: dict[str, int]
+    ) -> None:
+        """What the pass of the full model taught; the drafts of its requests are gone then.
+
+        Args:
+            sampled: new tokens of each request.
+            asked: drafts that each request was to get, of those that the slim tier did not check.
+        """
+        if self.is_decode:
+            seconds = time.perf_counter() - self._step_start - self.draft_seconds
+            rows = len(request_ids) + sum(map(len, self.verified.values()))
+            self.planner.observe_full_pass(rows, seconds)
+            self.counts.full_passes += 1
+        for request_id, tokens in zip(request_ids, sampled, strict=True):
+            drafts = self.verified.get(request_id, ())
+            request = self.requests.get(request_id)
+            if not tokens or request is None:
+                continue
+            if self.is_decode:
+                self.counts.turns += 1
+                self.counts.tokens += len(tokens)
+            if not drafts and request_id not in asked:
+                continue
+            window = request.window
+            accepted = len(tokens) - 1
+            if window is not None:
+                self.counts.observe_window(len(drafts), accepted)
+                if window.is_paper:
+                    for tier in window.tiers[: len(drafts)]:
+                        self.counts.tiers[tier] += 1
+            self.planner.observe_full_check(
+                request_id, len(drafts), accepted, window is not None, asked.get(request_id, 0)
+            )
+        # Requests that had no turn in this step still wait with their drafts.
+        self.requests.forget_drafts(request_ids)
+
+    def keep_probs(self, request_ids: Sequence[str], probs: Sequence[torch.Tensor]) -> None:
+        """Drafts that the slim tier did not check are proposals too, with the drafter's law."""
+        for request_id, laws in zip(request_ids, probs, strict=False):
+            request = self.requests.get(request_id)
+            if request is not None and request.keeps_laws:
+                request.probs = laws
+
+    # --- the window -----------------------------------------------------------------------------
+
+    def grow(
+        self, view: StepView, tokens: list[list[int]], probs: torch.Tensor | None
+    ) -> list[Window]:
+        """Rounds of slim checks on the drafter's answers.
+
+        Args:
+            tokens, probs: of every request, in batch order.
+
+        Returns:
+            the windows of requests that may use the tier; those that got a round hold the drafts
+            for the next step.
+        """
+        windows = self.open_windows(view)
+        if not windows:
+            return windows
+        drafts = Drafts(
+            [tokens[window.request] for window in windows],
+            None if probs is None else probs[[window.request for window in windows]],
+        )
+        for window in windows:
+            self.asked.pop(view.request_ids[window.request], None)
+        current, done = windows, 0
+        while drafts := drafts.trimmed(self._rooms(view, current)):
+            hidden, rows = self.check(view, current, drafts)
+            done += 1
+            # Positions in `current` of those that go on.
+            going = [i for i, window in enumerate(current) if window.is_open]
+            if not going or not view.can_draft_again:
+                break
+            lengths = [len(current[i].tokens) for i in going]
+            names = [view.request_ids[current[i].request] for i in going]
+            if not self.planner.another_round(lengths, done, names):
+                break
+            drafts = self._draft_again(view, current, going, hidden, rows)
+            current = [current[i] for i in going]
+        else:
+            for window in current:
+                is_first = window.rounds == 0
+                self._observe_slim_check(view, window, window.room, 0, 0, is_first)
+        return windows
+
+    def hand_over(self, request_ids: Sequence[str], windows: Sequence[Window]) -> None:
+        """The next step verifies the tokens of these windows; each has had a round."""
+        for window in windows:
+            request = self.requests.requests[request_ids[window.request]]
+            request.window, request.probs = window, None
+            if window.keeps_laws and window.tokens:
+                request.probs = torch.stack(window.laws)
+                window.laws.clear()
+
+    def open_windows(self, view: StepView) -> list[Window]:
+        """One for each request that may use the tier in this step."""
+        windows = []
+        # Requests that have no turn keep theirs.
+        with_laws = len(view.request_ids) + self.requests.num_with_probs
+        may_keep_laws = self.bytes_of_laws(with_laws) <= LARGEST_LAWS
+        for row, request_id in enumerate(view.request_ids):
+            request = self.requests.get(request_id)
+            if request is None or not request.is_tiered or view.unfinished[row]:
+                continue
+            position, newest, generated = view.newest(row)
+            left = (request.params.max_tokens or view.max_model_len) - generated
+            # The full model adds one token of its own behind the window.
+            limit = min(self.options.window, left - 1, view.max_model_len - position - 1)
+            if limit < 1 or newest in request.stop_tokens:
+                continue
+            windows.append(
+                Window(
+                    request=row,
+                    position=position,
+                    newest=newest,
+                    limit=limit,
+                    is_greedy=request.is_greedy,
+                    is_paper=request.options.mode == "paper",
+                    accept=request.options.accept,
+                    escalate=request.options.escalate,
+                    stop_tokens=request.stop_tokens,
+                    keeps_laws=request.keeps_laws and may_keep_laws,
+                )
+            )
+        return windows
+
+    def bytes_of_laws(self, windows: int) -> int:
+        """Of full windows: float32 over the vocabulary for each token."""
+        return 4 * windows * self.options.window * self.vocab_size
+
+    def _rooms(self, view: StepView, windows: Sequence[Window]) -> list[int]:
+        """Tokens that each window may grow by, so that all of them fit into one pass of the slim
+        verifier, and then of a draft model, which adds a row of its own for each."""
+        most = view.max_slim_rows // max(len(windows), 1) - 1
+        return [min(window.room, most) for window in windows]
+
+    def check(
+        self, view: StepView, windows: list[Window], drafts: Drafts
+    ) -> tuple[torch.Tensor, list[Rows]]:
+        """One slim pass and what it leaves: the windows grow.
+
+        Returns:
+            hidden states [T, H] of the pass and its rows per KV cache group.
+        """
+        start = time.perf_counter()
+        hidden, rows, logits = view.run_slim(windows, drafts)
+        found = check_round(windows, drafts, logits, view.laws, self.generator)
+        accepted = found.accepted.tolist()
+        rooms = [window.room for window in windows]
+        is_first = windows[0].rounds == 0
+        extend(windows, drafts, found)
+        num_rows = len(windows) + sum(map(len, drafts.tokens))
+        self.planner.observe_slim_pass(num_rows, time.perf_counter() - start)
+        self.counts.slim_passes += 1
+        for window, room, tokens, kept in zip(windows, rooms, drafts.tokens, accepted, strict=True):
+            self.counts.slim_drafted += len(tokens)
+            self.counts.slim_accepted += kept - _escalated(window)
+            self._observe_slim_check(view, window, room, len(tokens), kept, is_first)
+        return hidden, rows
+
+    def _observe_slim_check(
+        self,
+        view: StepView,
+        window: Window,
+        room: int,
+        drafted: int,
+        accepted: int,
+        is_first: bool,
+    ) -> None:
+        """One round of a window that had room for so many tokens."""
+        asked = max(min(self.plan.num_draft_tokens, room - 1), 0)
+        name = view.request_ids[window.request]
+        self.planner.observe_slim_check(
+            name, asked, drafted, accepted, _escalated(window), is_first
+        )
+
+    def _draft_again(
+        self,
+        view: StepView,
+        windows: list[Window],
+        going: list[int],
+        hidden: torch.Tensor,
+        rows: list[Rows],
+    ) -> Drafts:
+        """The drafter goes on from where the windows that are still open end."""
+        start = time.perf_counter()
+        room = max(windows[i].room for i in going) - 1
+        # A draft model may read fewer positions than the target.
+        longest = max(windows[i].last_position for i in going)
+        count = min(self.plan.num_draft_tokens, room, view.drafter_max_model_len - 1 - longest)
+        if count < 1:
+            return Drafts([[] for _ in going])
+        drafts = view.draft_again(windows, going, hidden, rows, count)
+        self.planner.observe_draft_call(len(going), count, time.perf_counter() - start)
+        return drafts
+
+
+def _escalated(window: Window) -> int:
+    """Tokens that the paper's rule leaves to the full model; a window ends with the first round
+    that has such a token."""
+    return window.tiers.count(ESCALATE) if window.is_paper else 0
