@@ -6,7 +6,7 @@ free-form field of vLLM's scheduler statistics: both methods refuse KV connector
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -55,6 +55,7 @@ class Reporter(Generic[C]):
     def __init__(self, counts: C) -> None:
         self.counts = counts
         self._reported = counts.empty()
+        self._names = [entry.name for entry in fields(counts)]
 
     def report(self, **now: float) -> dict[str, Any]:
         """Plain values.
@@ -62,11 +63,16 @@ class Reporter(Generic[C]):
         Args:
             now: numbers that are no sums.
         """
-        new = self.counts.empty()
-        new.add(self.counts)
-        new.add(self._reported, sign=-1)
-        self._reported.add(new)
-        return {"counts": asdict(new), "now": now}  # type: ignore[call-overload]
+        new: dict[str, Any] = {}
+        for name in self._names:
+            mine, told = getattr(self.counts, name), getattr(self._reported, name)
+            if isinstance(mine, list):
+                new[name] = [a - b for a, b in zip(mine, told, strict=True)]
+                mine = list(mine)
+            else:
+                new[name] = mine - told
+            setattr(self._reported, name, mine)
+        return {"counts": new, "now": now}
 
 
 def put(stats: "SchedulerStats | None", report: dict[str, Any] | None) -> None:
