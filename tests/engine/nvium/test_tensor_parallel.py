@@ -68,12 +68,16 @@ def run(model: str, ranks: int) -> dict[str, Any]:
     }
 
 
+HELPERS = Path(__file__).parents[2] / "helpers"
+
+
 def in_a_process(model: Path, ranks: int, out: Path) -> dict[str, Any]:
     own = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
         [sys.executable, __file__, str(model), str(ranks), str(out)],
