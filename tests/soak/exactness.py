@@ -167,8 +167,8 @@ def check_exit(margins: np.ndarray, drawn: Drawn, where: str, counts: Counts) ->
         counts.close += 1
 
 
-def make_engine(path: str, g: random.Random, v2: bool) -> tuple[SoakEngine, str]:
-    fields = {
+def make_engine(path: str, g: random.Random, v2: bool, large: bool) -> tuple[SoakEngine, str]:
+    fields: dict[str, Any] = {
         "block_size": g.choice([32, 32, 64]),
         "num_gpu_blocks_override": g.choice([9, 12, 30, 90, 140]),
         "max_num_batched_tokens": g.choice([16, 48, 200, 400]),
@@ -176,6 +176,9 @@ def make_engine(path: str, g: random.Random, v2: bool) -> tuple[SoakEngine, str]
         "max_num_seqs": g.choice([3, 6, 12, 24, 32]),
     }
     fields["max_num_batched_tokens"] = max(fields["max_num_batched_tokens"], fields["max_num_seqs"])
+    if large:
+        fields |= {"num_gpu_blocks_override": g.choice([90, 140]), "max_num_batched_tokens": 400}
+        fields["max_num_seqs"] = g.choice([12, 24, 32])
     if v2:
         fields["max_num_seqs"] = 6
     return SoakEngine(path, **fields), str(fields)
@@ -185,6 +188,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="generated tokens to check")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="only engines with room for many requests: more tokens an hour, fewer preemptions",
+    )
     parser.add_argument("--v2", action="store_true", help="Model Runner V2 is used, interpreted")
     args = parser.parse_args()
     start, counts = time.time(), Counts()
@@ -194,11 +202,10 @@ def main() -> None:
     round_ = 0
     while counts.tokens < args.tokens:
         g = random.Random(f"{args.seed}.{round_}")
-        engine, shown = make_engine(folder, g, args.v2)
+        engine, shown = make_engine(folder, g, args.v2, args.large)
         for number in range(6 if args.v2 else 40):
-            play(
-                reference, engine, g, counts, f"seed {args.seed}.{round_}, crowd {number}, {shown}"
-            )
+            where = f"seed {args.seed}.{round_}, crowd {number}, {shown}"
+            play(reference, engine, g, counts, args.large, where)
             progress.update(counts.tokens - progress.n)
             if counts.tokens >= args.tokens:
                 break
@@ -214,12 +221,14 @@ def main() -> None:
     )
 
 
-def play(reference: Any, engine: SoakEngine, g: random.Random, counts: Counts, shown: str) -> None:
+def play(
+    reference: Any, engine: SoakEngine, g: random.Random, counts: Counts, large: bool, shown: str
+) -> None:
     config = engine.scheduler.scheduler_config
-    config.long_prefill_token_threshold = g.choice([0, 0, 0, 0, 1, 7])
+    config.long_prefill_token_threshold = 0 if large else g.choice([0, 0, 0, 0, 1, 7])
     resets = tuple(g.sample(range(5, 80), 2)) if g.random() < 0.2 else ()
     # Small crowds meet every state; large ones give the tokens.
-    size = g.randint(2, 14) if g.random() < 0.4 else g.randint(20, 60)
+    size = g.randint(2, 14) if g.random() < 0.4 and not large else g.randint(20, 60)
     trace = crowd(g, size, with_top_k=not os.environ.get("TRITON_INTERPRET"))
     engine.drawn.clear()
     try:
