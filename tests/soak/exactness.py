@@ -228,7 +228,9 @@ def play(
     config.long_prefill_token_threshold = 0 if large else g.choice([0, 0, 0, 0, 1, 7])
     resets = tuple(g.sample(range(5, 80), 2)) if g.random() < 0.2 else ()
     # Small crowds meet every state; large ones give the tokens.
-    size = g.randint(2, 14) if g.random() < 0.4 and not large else g.randint(20, 60)
+    size = g.randint(2, 14) if g.random() < 0.4 else g.randint(20, 60)
+    if large:
+        size = g.randint(150, 300)
     trace = crowd(g, size, with_top_k=not os.environ.get("TRITON_INTERPRET"))
     engine.drawn.clear()
     try:
