@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_nvium.engine import hooks
 from vllm_nvium.engine.after_import import after_import
+from vllm_nvium.errors import UserError
 from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
 
 # Below "vllm", because vLLM configures that logger only and other INFO lines are lost.
@@ -158,7 +159,7 @@ def _refuse_checkpoints(reason: str) -> None:
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 # PretrainedConfig makes an instance without arguments to compare with when it is
                 # printed or saved, but nothing gets that far.
-                raise ValueError(reason)
+                raise UserError(reason)
 
         AutoConfig.register(row.model_type, RefusedConfig, exist_ok=True)
 

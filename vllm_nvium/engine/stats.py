@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_nvium.engine.patches.scheduler import KEY
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.metrics.stats import SchedulerStats
 
-# The attribute of vLLM's ModelRunnerOutput, and the key in its scheduler statistics.
-KEY = "vllm_nvium"
 LABELS = ("model_name", "engine")
 
 

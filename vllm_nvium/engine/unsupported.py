@@ -2,7 +2,7 @@
 """What a start is refused for, as rows of a table: N-vium and VIA-SD each have one. Nothing of vLLM
 is imported at module level, because the tables are read where vLLM's parser is built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,19 @@ class Unsupported:
     value: Callable[["VllmConfig"], Any]
     why: str
     remedy: str
+
+
+def first_set(rows: Iterable[Unsupported], config: Any) -> tuple[Unsupported, Any] | None:
+    """The first option of a table that is on, and its value.
+
+    Args:
+        config: a VllmConfig, or what has the same parts.
+    """
+    for row in rows:
+        value = row.value(config)
+        if value is not None and value is not False:
+            return row, value
+    return None
 
 
 def above_one(value: int) -> int | None:

@@ -6,7 +6,7 @@ of a segment may wait for a catch-up pass and is cut by how many rows go on."""
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vllm_nvium.engine.unsupported import Unsupported
+from vllm_nvium.engine.unsupported import Unsupported, first_set
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,13 +41,7 @@ ASKED: tuple[Unsupported, ...] = (
 
 def asked_for(vllm_config: "VllmConfig") -> tuple[Unsupported, Any] | None:
     """The first option that asks for CUDA graphs, and its value, where there are any to ask for."""
-    if not _are_possible(vllm_config):
-        return None
-    for option in ASKED:
-        value = option.value(vllm_config)
-        if value is not None:
-            return option, value
-    return None
+    return first_set(ASKED, vllm_config) if _are_possible(vllm_config) else None
 
 
 def switch_off(vllm_config: "VllmConfig") -> None:

@@ -6,7 +6,7 @@ the configuration's hash; a request may override them through `vllm_xargs`."""
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "NviumForCausalLM"
 PREFIX = "nvium_"
-SAMPLING_LAWS = ("routed", "mixture")
+SamplingLaw = Literal["routed", "mixture"]
+SAMPLING_LAWS = get_args(SamplingLaw)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class NviumOptions:
     """
 
     sampling: Annotated[
-        Literal["routed", "mixture"],
+        SamplingLaw,
         Option(
             needed="'routed' or 'mixture'",
             help="Law that tokens are drawn from: 'routed' draws an exit and then a token from "

@@ -7,6 +7,7 @@ from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.unsupported import (
     Unsupported,
     above_one,
+    first_set,
     pooling_runner,
     rust_frontend,
     watermark,
@@ -138,13 +139,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:
     """Raise UserError for the first option in the table that is on."""
-    for option in UNSUPPORTED:
-        value = option.value(vllm_config)
-        if value is not None:
-            raise _refusal(option, value)
-    if (asked := cuda_graphs.asked_for(vllm_config)) is not None:
-        raise _refusal(*asked)
-
-
-def _refusal(option: Unsupported, value: Any) -> UserError:
-    return UserError(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")
+    found = first_set(UNSUPPORTED, vllm_config) or cuda_graphs.asked_for(vllm_config)
+    if found is not None:
+        option, value = found
+        raise UserError(f"{option.flag} is {value!r}, but {option.why}; {option.remedy}.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_nvium.engine.unsupported import (
     Unsupported,
     above_one,
+    first_set,
     pooling_runner,
     rust_frontend,
     watermark,
@@ -124,10 +125,9 @@ def refuse_unsupported(config: Any) -> None:
     Args:
         config: a VllmConfig, or what has the same parts.
     """
-    for row in UNSUPPORTED:
-        value = row.value(config)
-        if value is not None and value is not False:
-            raise UserError(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
+    if (found := first_set(UNSUPPORTED, config)) is not None:
+        row, value = found
+        raise UserError(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
 
 
 def check_drafter(spec: Any, options: "ViaSDOptions") -> None:

@@ -246,8 +246,7 @@ class ViaSDModelRunnerMixin(Runner):
             self._leave_out_drafts()
             if self._has_drafted and session.plan.rounds > 0:
                 self._grow_windows()
-            if self._draft_probs is not None and self._draft_prob_req_ids is not None:
-                session.keep_probs(self._draft_prob_req_ids, self._draft_probs)
+            self._keep_draft_probs()
             # The scheduler reads it; what a process sends to another keeps added attributes.
             setattr(output, KEY, session.report())
             session.end_step()
@@ -282,8 +281,7 @@ class ViaSDModelRunnerMixin(Runner):
         windows = self.session.grow(V1StepView(self), drafts, probs)
         if not windows:
             return
-        if self._draft_probs is not None and self._draft_prob_req_ids is not None:
-            self.session.keep_probs(self._draft_prob_req_ids, self._draft_probs)
+        self._keep_draft_probs()
         checked = [window for window in windows if window.rounds > 0]
         for window in checked:
             drafts[window.request] = window.tokens
@@ -292,6 +290,10 @@ class ViaSDModelRunnerMixin(Runner):
         self._draft_token_req_ids = list(ids)
         # Laws wait with their requests, no longer than the drafts do.
         self._draft_probs, self._draft_prob_req_ids = None, None
+
+    def _keep_draft_probs(self) -> None:
+        if self._draft_probs is not None and self._draft_prob_req_ids is not None:
+            self.session.keep_probs(self._draft_prob_req_ids, self._draft_probs)
 
     def _plain_drafts(self) -> tuple[list[list[int]], torch.Tensor | None]:
         """What the drafter answered, in batch order."""

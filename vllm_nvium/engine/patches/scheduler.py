@@ -12,7 +12,7 @@ from typing import Any
 from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.patches import Patch
 
-# As in `engine.stats`, which is not imported here: processes without an engine have no need of it.
+# The attribute of vLLM's ModelRunnerOutput, and the key in its scheduler statistics.
 KEY = "vllm_nvium"
 
 
