@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch or vLLM, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,6 +66,18 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "llama"
     make_dense(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def parser() -> Any:
+    """vLLM's parser of engine arguments, with the flags of this package."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_nvium import plugin
+
+    plugin.register()
+    return EngineArgs.add_cli_args(FlexibleArgumentParser())
 
 
 @pytest.fixture

@@ -272,7 +272,7 @@ def test_a_method_that_lacks_a_name_is_off_and_the_other_runs(
     with pytest.raises(ValueError, match="--via-sd is given, but VIA-SD is off: .*no_such_name"):
         engine_config(dense_checkpoint, **via_sd)
     missing("nvium")
-    with pytest.raises(ValueError, match="lacks vllm.forward_context:no_such_name"):
+    with pytest.raises(ValueError, match="^vLLM 0.32.7 lacks vllm.forward_context:no_such_name"):
         engine_config(nvium_checkpoint)
     assert "via_sd" in engine_config(dense_checkpoint, **via_sd).parallel_config.worker_cls
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -256,6 +257,27 @@ def check_against_reference(
         )
         compared += 1
     return compared
+
+
+def play_against_reference(
+    reference: NviumForCausalLM,
+    engine: TraceEngine,
+    trace: list[Arrival],
+    hazards: list[float],
+    resets: Sequence[int] = (),
+) -> None:
+    """Plays a trace to its end; every request got its tokens, and they are the reference's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch_thresholds(patch, hazards)
+        emitted = engine.run(trace, resets=resets)
+    for number, arrival in enumerate(trace):
+        seen = emitted.get(str(number))
+        if seen is None:
+            assert arrival.abort_after is not None
+            continue
+        if arrival.abort_after is None:
+            assert len(seen.tokens) == arrival.params.max_tokens
+        check_against_reference(reference, arrival, seen, hazards)
 
 
 def patch_thresholds(monkeypatch: Any, hazards: list[float]) -> None:

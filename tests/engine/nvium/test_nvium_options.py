@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starts import from_command_line
 
 from vllm_nvium import plugin
 from vllm_nvium.engine.options import merge
@@ -22,21 +23,6 @@ from vllm_nvium.nvium.options import NviumOptions, validate_request
 
 def config(**additional: Any) -> Any:
     return SimpleNamespace(additional_config=additional)
-
-
-@pytest.fixture(scope="module")
-def parser() -> Any:
-    plugin.register()
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return EngineArgs.add_cli_args(FlexibleArgumentParser())
-
-
-def from_command_line(parser: Any, model: Path, *arguments: str) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    return EngineArgs.from_cli_args(parser.parse_args(["--model", str(model), *arguments]))
 
 
 def test_defaults() -> None:

@@ -9,29 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starts import refusal, start
 
 from vllm_nvium.nvium.cuda_graphs import ASKED
 from vllm_nvium.nvium.refusals import UNSUPPORTED
 from vllm_nvium.nvium.start import CPU_WORKER
 
 pytestmark = pytest.mark.usefixtures("read_environment")
-
-
-def start(path: Path, **options: Any) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    return EngineArgs(model=str(path), **options).create_engine_config()
-
-
-def refusal(path: Path, **options: Any) -> str:
-    with pytest.raises(ValueError) as error:
-        start(path, **options)
-    message = str(error.value)
-    # Not pydantic's stack of lines, which is a ValueError too.
-    assert "\n" not in message and "validation error" not in message, message
-    assert message.endswith("."), message
-    assert "1234567" not in message, "a secret"
-    return message
 
 
 def test_v1_on_cpu_gets_its_worker(nvium_checkpoint: Path) -> None:

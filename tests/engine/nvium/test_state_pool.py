@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from trace_engine import Arrival, TraceEngine, check_against_reference, patch_thresholds
+from trace_engine import (
+    Arrival,
+    TraceEngine,
+    check_against_reference,
+    patch_thresholds,
+    play_against_reference,
+)
 from trace_strategies import TEXTS, hazard, traces
 from vllm import SamplingParams
 
@@ -73,18 +79,7 @@ def served(request, tmp_path_factory):
     hazards=st.tuples(hazard, hazard, hazard).map(list),
 )
 def test_traces(served, trace, hazards):
-    reference, engine = served
-    with pytest.MonkeyPatch.context() as patch:
-        patch_thresholds(patch, hazards)
-        emitted = engine.run(trace)
-    for number, arrival in enumerate(trace):
-        seen = emitted.get(str(number))
-        if seen is None:
-            assert arrival.abort_after is not None
-            continue
-        if arrival.abort_after is None:
-            assert len(seen.tokens) == arrival.params.max_tokens
-        check_against_reference(reference, arrival, seen, hazards)
+    play_against_reference(*served, trace, hazards)
 
 
 def test_the_pool_runs_out(served, monkeypatch):

@@ -15,11 +15,10 @@ from vllm import SamplingParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from trace_engine import Arrival, TraceEngine, check_against_reference, forced_thresholds
+from trace_engine import Arrival, TraceEngine, play_against_reference
 from trace_strategies import TEXTS, VOCABULARY, hazard, traces
 
 from tiny_models import make_nvium
-from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.completion import IN_FLIGHT, CatchUpError
 from vllm_nvium.model_executor.rows import Batch
 
@@ -54,18 +53,7 @@ def test_logits_are_the_references(served, trace, hazards, resets, chunk):
 
 
 def play(served, trace: list[Arrival], hazards: list[float], resets: tuple[int, ...] = ()) -> None:
-    reference, engine = served
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "margin_thresholds", forced_thresholds(hazards))
-        emitted = engine.run(trace, resets=resets)
-    for number, arrival in enumerate(trace):
-        seen = emitted.get(str(number))
-        if seen is None:
-            assert arrival.abort_after is not None
-            continue
-        if arrival.abort_after is None:
-            assert len(seen.tokens) == arrival.params.max_tokens
-        check_against_reference(reference, arrival, seen, hazards)
+    play_against_reference(*served, trace, hazards, resets)
 
 
 def forced(seed: int, max_tokens: int) -> SamplingParams:

@@ -16,7 +16,7 @@ from typing import Any
 
 import openai
 import pytest
-from servers import free_port, vllm_command
+from servers import running_server
 from vllm import SamplingParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -265,40 +265,13 @@ def server(
     dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
     """Base URL and log of a lossless server, which logs every second."""
-    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = vllm_command("serve", str(dense_checkpoint), "--port", str(port))
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256"]
-    command += ["--enforce-eager", "--served-model-name", "tiny"]
-    command += ["--speculative-config", json.dumps(DRAFTER)]
-    command += ["--via-sd", "--via-sd-mask", "2", "--via-sd-rounds", "2"]
-    command += ["--via-sd-window", str(WINDOW)]
-    command += ["--per-request-spec-decode-metrics", "summary"]
-    environment = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, log.read_text()[-6000:]
-            assert time.monotonic() < deadline, log.read_text()[-6000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield url, log
-        assert process.poll() is None, log.read_text()[-6000:]
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    arguments = ["--max-model-len", "256", "--speculative-config", json.dumps(DRAFTER)]
+    arguments += ["--via-sd", "--via-sd-mask", "2", "--via-sd-rounds", "2"]
+    arguments += ["--via-sd-window", str(WINDOW), "--per-request-spec-decode-metrics", "summary"]
+    interval = {"VLLM_LOG_STATS_INTERVAL": "1"}
+    with running_server(dense_checkpoint, log, *arguments, **interval) as url:
+        yield url.removesuffix("/v1"), log
 
 
 def scraped(url: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starts import from_command_line
 from transformers import PreTrainedModel
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -33,7 +34,7 @@ from tiny_models import make_dense, make_mimo, save_character_tokenizer
 from vllm_nvium import plugin
 from vllm_nvium.engine.patches.input_processor import check as check_request
 from vllm_nvium.errors import UserError
-from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, write_mask_file
+from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, even_layers, write_mask_file
 from vllm_nvium.via_sd import start
 from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
 from vllm_nvium.via_sd.refusals import UNSUPPORTED
@@ -43,21 +44,6 @@ from vllm_nvium.weights import fingerprint
 pytestmark = pytest.mark.usefixtures("read_environment")
 
 # ------------------------------------------------------------------------------------------- flags
-
-
-@pytest.fixture(scope="module")
-def parser() -> Any:
-    plugin.register()
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return EngineArgs.add_cli_args(FlexibleArgumentParser())
-
-
-def from_command_line(parser: Any, model: Path, *arguments: str) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    return EngineArgs.from_cli_args(parser.parse_args(["--model", str(model), *arguments]))
 
 
 FLAGS: dict[str, tuple[list[str], Any]] = {
@@ -438,6 +424,18 @@ def searched_mask(target: Path, folder: Path, **fields: Any) -> str:
     identity = ModelIdentity.from_config(json.loads((target / "config.json").read_text()))
     write_mask_file(folder / "mask.json", mask_file(identity=identity.model_dump(), **fields))
     return str(folder / "mask.json")
+
+
+def test_workers_are_given_the_layers_that_were_checked(
+    dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    """And no file, which may change before they read it, or be somewhere else to them."""
+    mask = searched_mask(dense_checkpoint, tmp_path)
+    config = arguments(dense_checkpoint, {"mask": mask}).create_engine_config()
+    assert config.additional_config["via_sd_mask"] == "1-2"
+    config = arguments(dense_checkpoint, {"mask": "even:0.25"}).create_engine_config()
+    [layer] = even_layers(4, 1)
+    assert config.additional_config["via_sd_mask"] == str(layer)
 
 
 def test_nothing_said_again_is_no_contradiction() -> None:

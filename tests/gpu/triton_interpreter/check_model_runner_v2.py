@@ -11,13 +11,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trace_engine import Arrival, TraceEngine, check_against_reference, patch_thresholds
+from trace_engine import (
+    Arrival,
+    TraceEngine,
+    check_against_reference,
+    patch_thresholds,
+    play_against_reference,
+)
 from trace_strategies import arrivals, hazard
 from vllm import SamplingParams
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from tiny_models import make_nvium
+from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 from vllm_nvium.nvium.runner_v2 import NviumModelState
 
@@ -97,18 +104,36 @@ def test_traces(
     trace: list[Arrival],
     hazards: list[float],
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch_thresholds(patch, hazards)
-        emitted = engine.run(trace)
-    for number, arrival in enumerate(trace):
-        seen = emitted.get(str(number))
-        if seen is None:
-            assert arrival.abort_after is not None
-            continue
-        if arrival.abort_after is None:
-            assert len(seen.tokens) == arrival.params.max_tokens
-        check_against_reference(model[1], arrival, seen, hazards)
+    play_against_reference(model[1], engine, trace, hazards)
     assert engine.host_blocks_checked > 0
+
+
+def test_metrics_are_what_happened(engine: V2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model state counts, and what it reports comes with the output of each step."""
+    patch_thresholds(monkeypatch, [0.5, 0.5, 0.5])
+    reports: list[dict[str, Any] | None] = []
+    update = engine.scheduler.update_from_output
+
+    def watch(scheduler_output: Any, output: Any) -> Any:
+        reports.append(getattr(output, KEY, None))
+        return update(scheduler_output, output)
+
+    monkeypatch.setattr(engine.scheduler, "update_from_output", watch)
+    engine.state.observer.report()  # what the tests before have left
+    params = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=8, ignore_eos=True) for i in range(3)
+    ]
+    trace = [Arrival(2 * i, PROMPTS[i], params[i]) for i in range(3)]
+    emitted = engine.run(trace)
+    exits = [0] * 4
+    for number, arrival in enumerate(trace):
+        seen = emitted[str(number)]
+        assert len(seen.tokens) == 8
+        for i in range(8):
+            exits[seen.exits[len(arrival.prompt) - 1 + i]] += 1
+    told = [report["counts"]["exit_tokens"] for report in reports if report is not None]
+    assert [sum(each) for each in zip(*told, strict=True)] == exits
+    assert sum(exits) == 24 and exits[0] > 0
 
 
 def test_preempted_requests_resume(

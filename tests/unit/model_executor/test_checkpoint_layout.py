@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from starts import refusal, start
 
 from vllm_nvium.model_executor.models.checkpoint_layout import (
     INDEX,
@@ -59,21 +60,6 @@ def test_is_what_the_reference_model_saves(fields: dict[str, Any]) -> None:
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     assert expected_shapes(config) == {name: tuple(value.shape) for name, value in state.items()}
-
-
-def start(path: Path, **options: Any) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-
-    return EngineArgs(model=str(path), **options).create_engine_config()
-
-
-def refusal(path: Path, **options: Any) -> str:
-    with pytest.raises(ValueError) as error:
-        start(path, **options)
-    message = str(error.value)
-    assert "\n" not in message and "validation error" not in message, message
-    assert message.endswith("."), message
-    return message
 
 
 @pytest.fixture
