@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slim verifier: the target with some of its layers skipped (arXiv:2606.12243, section 3). It
-has the target's own weights and writes the target's own KV cache, so it costs no memory, and a
+"""The slim verifier: the target with some of its layers skipped (arXiv:2606.12243, section 3), or
+with copies of its weights at low precision, or both. It writes the target's own KV cache, and a
 later pass of the full model over the same positions makes good what it left open.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,10 @@ class SlimPass(Protocol):
         """
         ...
 
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, V], the slim verifier's logits for states [T, H] of a pass."""
+        ...
+
     def warm_up(self, num_tokens: int, device: torch.device) -> None:
         """A pass without requests, so that it is compiled at start and counts in the memory
         profile."""
@@ -46,11 +51,14 @@ class SlimPass(Protocol):
 
 
 class SlimVerifier:
-    """The target without the layers in `skipped`, as a `SlimPass`.
+    """The target without the layers in `skipped` and with copies of some modules in their places,
+    as a `SlimPass`.
 
     Args:
         model: the target, as vLLM loaded it.
         skipped: indices of layers; see `mask.skipped_layers`.
+        copies: module of the target -> what the slim verifier has instead; see `slim_quantised`.
+        kind: names what they are, for compiled artefacts.
     """
 
     attention_groups: Sequence[Sequence[Any]] = ()
@@ -60,12 +68,20 @@ class SlimVerifier:
         model: nn.Module,
         skipped: Sequence[int],
         vllm_config: VllmConfig,
+        copies: Mapping[nn.Module, nn.Module] | None = None,
+        kind: str = "skip",
     ) -> None:
         self.vllm_config = vllm_config
         self.skipped = tuple(skipped)
-        inner = model.model
-        kept = [layer for i, layer in enumerate(inner.layers) if i not in self.skipped]
-        self.layers = without_layers(inner, self.skipped, vllm_config)
+        inner, copies = model.model, copies or {}
+        kept = [
+            with_copies(layer, copies)
+            for i, layer in enumerate(inner.layers)
+            if i not in self.skipped
+        ]
+        name = f"Slim{type(inner).__name__}_{kind}_{'_'.join(map(str, self.skipped))}"
+        self.layers = of_layers(inner, kept, name, vllm_config)
+        self._head = with_copies(model, copies, below=("lm_head", "model", "embed_tokens"))
         # Only these layers' caches are written and need metadata.
         self.layer_names = {
             name
@@ -94,18 +110,47 @@ class SlimVerifier:
         ):
             return self.layers(token_ids, positions, None, None)
 
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._head.compute_logits(hidden)
+        return logits
+
     def warm_up(self, num_tokens: int, device: torch.device) -> None:
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
             self.layers(token_ids, token_ids.clone(), None, None)
 
 
-def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmConfig) -> nn.Module:
-    """A model of the class of `inner` that shares all of its modules and runs only some layers."""
+def with_copies(
+    module: nn.Module, copies: Mapping[nn.Module, nn.Module], below: Sequence[str] | None = None
+) -> nn.Module:
+    """The module with copies in the places of some of its parts. All else is shared, attention
+    modules and so the KV cache among it; with nothing to replace, it is the module itself.
+
+    Args:
+        below: names of parts that are looked into; all of them by default.
+    """
+    if module in copies:
+        return copies[module]
+    parts = {
+        name: with_copies(part, copies, below)
+        if part is not None and (below is None or name in below)
+        else part
+        for name, part in vars(module)["_modules"].items()
+    }
+    if all(parts[name] is part for name, part in vars(module)["_modules"].items()):
+        return module
+    found = copy.copy(module)
+    found.__dict__["_modules"] = parts
+    return found
+
+
+def of_layers(
+    inner: nn.Module, layers: Sequence[nn.Module], name: str, vllm_config: VllmConfig
+) -> nn.Module:
+    """A model of the class of `inner` that shares all of its modules and runs these layers."""
     base = type(inner)
 
     def share(self: nn.Module, **_: Any) -> None:
-        layers = [layer for i, layer in enumerate(inner.layers) if i not in skipped]
         # Everything is shared but the list of layers; nn.Module's own __init__ would empty it all.
         self.__dict__.update(vars(inner))
         self.__dict__.pop("aot_compiled_fn", None)
@@ -115,7 +160,7 @@ def without_layers(inner: nn.Module, skipped: Sequence[int], vllm_config: VllmCo
         self.aux_hidden_state_layers = ()
 
     return make_slice(
-        f"Slim{base.__name__}_{'_'.join(map(str, skipped))}",
+        name,
         base,
         base.forward,
         # `positions` is [T], or [3, T] with multimodal rotary embeddings.

@@ -82,6 +82,11 @@ class Drafts:
     def __bool__(self) -> bool:
         return any(self.tokens)
 
+    def of(self, windows: Sequence[int]) -> "Drafts":
+        """Those of some of the windows, by their positions."""
+        probs = None if self.probs is None else self.probs[list(windows)]
+        return Drafts([self.tokens[i] for i in windows], probs)
+
     def trimmed(self, rooms: Sequence[int]) -> "Drafts":
         """As many as fit into the windows with a token of the slim tier behind them."""
         kept = [d[: max(room - 1, 0)] for d, room in zip(self.tokens, rooms, strict=True)]
@@ -161,7 +166,7 @@ def extend(windows: Sequence[Window], drafts: Drafts, found: Checked) -> None:
         del window.laws[len(window.tokens) :]
         window.is_open = (
             bool(new)
-            and window.room > 1
+            and window.room > 0
             and window.stop_tokens.isdisjoint(new)
             and not (window.is_paper and ESCALATE in kinds)
         )

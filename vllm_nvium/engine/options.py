@@ -149,6 +149,10 @@ def add_flags(group: Any, options: type, prefix: str) -> None:
             continue
         default = getattr(options, name)
         schema = adapter.json_schema()
+        # Of an option that may be left to its default, the part that says what it may be.
+        for part in schema.get("anyOf", ()):
+            if part.get("enum"):
+                schema = part
         settings: dict[str, Any] = {}
         if schema.get("type") == "boolean":
             settings["action"], shown_default = "store_true", "off"

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 KEY = "via_sd"
 PREFIX = "via_sd_"
 AUTO: Literal["auto"] = "auto"
+SKIP = "skip"
+# What the slim verifier skips where nothing is said.
+DEFAULT_MASK = "even:0.2"
 # vLLM's rejection sampler takes at most so many drafts; a round adds one of them at least.
 LARGEST_WINDOW = 128
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -48,7 +51,11 @@ class ViaSDOptions:
     """Options of one engine.
 
     Attributes:
+        slim: what makes the slim verifier cheaper than the target: copies of the weights at low
+            precision, or `skip`, layers left out. `auto` times the kinds at start and takes the one
+            that promises most. None is `skip` where a mask is given, else `auto`.
         mask: which layers the slim verifier skips: a mask file, `even:RATIO`, or a list of layers.
+            None is `even:0.2` for `skip`, and no layer for the others.
         mode: `lossless`, or the paper's rule, which keeps tokens that the full model never saw.
         accept, escalate: thresholds of the paper's rule on `q'(v) / max q'`.
         window: most tokens between two passes of the full model.
@@ -60,15 +67,25 @@ class ViaSDOptions:
             `num_speculative_tokens` becomes `window`. Not a flag.
     """
 
+    slim: Annotated[
+        Literal["auto", "int4", "int8", "fp8", "skip"] | None,
+        Option(
+            needed="'auto', 'int4', 'int8', 'fp8' or 'skip'",
+            help="What makes the slim verifier cheaper than the target: copies of its weights at "
+            "low precision, or layers that it skips. 'auto' times the kinds at start and takes the "
+            "one that promises most. The default is 'skip' beside --via-sd-mask, else 'auto'.",
+        ),
+    ] = None
     mask: Annotated[
-        Annotated[str, Field(min_length=1)],
+        Annotated[str, Field(min_length=1)] | None,
         Option(
             needed="a file, even:RATIO or a list",
             help="Layers that the slim verifier skips: a file of `vllm-nvium search-mask`, a ratio "
-            "of evenly spread layers, or a list such as 5,9,13-15.",
+            "of evenly spread layers, or a list such as 5,9,13-15. The default is even:0.2 for "
+            "--via-sd-slim skip, and none for the other kinds.",
             metavar="FILE|even:RATIO|LIST",
         ),
-    ] = "even:0.2"
+    ] = None
     mode: Annotated[
         Literal["lossless", "paper"],
         Option(
@@ -133,6 +150,11 @@ class ViaSDOptions:
         Annotated[int, Field(ge=0, le=LARGEST_WINDOW)],
         Option(needed=f"an integer in 1..{LARGEST_WINDOW}"),
     ] = 0
+
+    @property
+    def kind(self) -> str:
+        """`slim`, with its default filled in."""
+        return self.slim or (AUTO if self.mask is None else SKIP)
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "ViaSDOptions | None":

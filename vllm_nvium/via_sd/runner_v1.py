@@ -7,7 +7,7 @@ step; what the session needs to see of a step is `V1StepView`.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,10 @@ import torch
 from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.drafting import DraftAgain, drafts_again
-from vllm_nvium.model_executor.via_sd.mask import skipped_layers
-from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
+from vllm_nvium.model_executor.via_sd.slim import SlimPass
 from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows, slim_laws
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window
+from vllm_nvium.via_sd.loading import load_with_slim_verifier
 from vllm_nvium.via_sd.options import ViaSDOptions, options_of
 from vllm_nvium.via_sd.sampler import TieredRejectionSampler
 from vllm_nvium.via_sd.session import LARGEST_LAWS, Session
@@ -72,7 +72,7 @@ class V1StepView:
             for token in (window.last_token, *tokens)
         ]
         hidden = runner.slim(torch.tensor(token_ids, device=runner.device), groups)
-        return hidden, groups, runner.model.compute_logits(hidden)
+        return hidden, groups, runner.slim.compute_logits(hidden)
 
     def laws(
         self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
@@ -102,7 +102,7 @@ class ViaSDModelRunnerMixin(Runner):
     """Put before `GPUModelRunner` or `CPUModelRunner` in a class's bases."""
 
     session: Session
-    slim: SlimPass
+    slim: SlimPass | None = None
     # vLLM's own: what the drafter answered, which the next step verifies, and from what it drew.
     _draft_token_ids: Any
     _draft_probs: Any
@@ -134,15 +134,17 @@ class ViaSDModelRunnerMixin(Runner):
     # --- start ----------------------------------------------------------------------------------
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        layers = self.model_config.hf_text_config.num_hidden_layers
-        # The start has made a list of layers of what the user gave.
-        skipped = skipped_layers(self.via_sd.mask, layers)
-        self.slim = SlimVerifier(self.get_model(), skipped, self.vllm_config)
+        load = partial(super().load_model, *args, **kwargs)
+        slim = load_with_slim_verifier(self, self.via_sd, load)
+        if slim is None:
+            self.session.leave_tier_off()
+        else:
+            self.slim = slim
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        self.slim.attention_groups = self.attn_groups
+        if self.slim is not None:
+            self.slim.attention_groups = self.attn_groups
 
     def _dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """vLLM's run without requests, which compiles the model and tells its memory: the slim
@@ -154,7 +156,7 @@ class ViaSDModelRunnerMixin(Runner):
             laws = min(self.session.bytes_of_laws(self.max_num_reqs), LARGEST_LAWS)
             held = torch.empty(2 * laws, dtype=torch.uint8, device=self.device)
         output = super()._dummy_run(num_tokens, *args, **kwargs)
-        if kwargs.get("is_profile"):
+        if kwargs.get("is_profile") and self.slim is not None:
             self.slim.warm_up(num_tokens, self.device)
         del held
         return output

@@ -35,7 +35,8 @@ class Session:
 
     Args:
         options: of the engine.
-        can_draft_again: see `StepView`; a drafter that cannot leaves a window with one round.
+        can_draft_again: see `StepView`; behind a drafter that cannot, the slim verifier goes on
+            alone.
         vocab_size: of the target; laws are this wide.
         generator: for draws of the slim tier.
     """
@@ -52,9 +53,11 @@ class Session:
         self.generator = generator
         self.planner: Planner | FixedRounds
         if options.rounds == AUTO:
-            rounds: dict[str, Any] = {} if can_draft_again else {"max_rounds": 1}
             self.planner = Planner(
-                options.drafts, options.window, max_batch=options.max_batch, **rounds
+                options.drafts,
+                options.window,
+                drafts_again=can_draft_again,
+                max_batch=options.max_batch,
             )
         else:
             self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
@@ -246,24 +249,47 @@ class Session:
         for window in windows:
             self.asked.pop(view.request_ids[window.request], None)
         current, done = windows, 0
-        while drafts := drafts.trimmed(self._rooms(view, current)):
+        while True:
+            current, drafts = self._with_a_round(view, current, drafts)
+            if not current:
+                break
             hidden, rows = self.check(view, current, drafts)
             done += 1
             # Positions in `current` of those that go on.
             going = [i for i, window in enumerate(current) if window.is_open]
-            if not going or not view.can_draft_again:
-                break
             lengths = [len(current[i].tokens) for i in going]
             names = [view.request_ids[current[i].request] for i in going]
-            if not self.planner.another_round(lengths, done, names):
+            if not going or not self.planner.another_round(lengths, done, names):
                 break
             drafts = self._draft_again(view, current, going, hidden, rows)
             current = [current[i] for i in going]
-        else:
-            for window in current:
+        return windows
+
+    def _with_a_round(
+        self, view: StepView, windows: list[Window], drafts: Drafts
+    ) -> tuple[list[Window], Drafts]:
+        """The windows that have a round, with as many drafts as they have room for. Where the
+        drafter has none, the slim verifier's own token makes a round, but not under the paper's
+        rule: nobody but the slim verifier would ever have seen such a token.
+        """
+        drafts = drafts.trimmed(self._rooms(view, windows))
+        kept = []
+        for i, (window, tokens) in enumerate(zip(windows, drafts.tokens, strict=True)):
+            if window.is_paper and not tokens:
                 is_first = window.rounds == 0
                 self._observe_slim_check(view, window, window.room, 0, 0, is_first)
-        return windows
+            else:
+                kept.append(i)
+        return [windows[i] for i in kept], drafts.of(kept)
+
+    def leave_tier_off(self) -> None:
+        """There is no slim verifier: drafts go straight to the full model."""
+        options = self.options
+        self.planner = (
+            Planner(options.drafts, options.window, max_rounds=0)
+            if options.rounds == AUTO
+            else FixedRounds(options.drafts, 0)
+        )
 
     def hand_over(self, request_ids: Sequence[str], windows: Sequence[Window]) -> None:
         """The next step verifies the tokens of these windows; each has had a round."""
@@ -365,6 +391,8 @@ class Session:
         rows: list[Rows],
     ) -> Drafts:
         """The drafter goes on from where the windows that are still open end."""
+        if not view.can_draft_again:
+            return Drafts([[] for _ in going])
         start = time.perf_counter()
         room = max(windows[i].room for i in going) - 1
         # A draft model may read fewer positions than the target.

@@ -15,8 +15,11 @@ from pydantic import ValidationError
 
 from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.options import (
+    AUTO,
+    DEFAULT_MASK,
     NO_PENALTIES,
     PREFIX,
+    SKIP,
     ViaSDOptions,
     is_own,
     options_of,
@@ -39,7 +42,11 @@ logger = logging.getLogger("vllm.via_sd")
 CPU_WORKER = "vllm_nvium.via_sd.cpu_worker.ViaSDCPUWorker"
 GPU_WORKER = "vllm_nvium.via_sd.gpu_worker.ViaSDGPUWorker"
 SCHEDULER = "vllm_nvium.via_sd.scheduler.ViaSDScheduler"
-DRAFTS, MASK = PREFIX + "drafts", PREFIX + "mask"
+DRAFTS, MASK, SLIM = PREFIX + "drafts", PREFIX + "mask", PREFIX + "slim"
+# The drafter of a start that names none: n-grams that stood in the text before, which cost nothing.
+# Behind them, and where there are none, the slim verifier drafts for itself.
+DEFAULT_DRAFTER = {"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 5}
+DEFAULT_DRAFTS = 4
 V2_SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 # vLLM's short flags for some of --speculative-config's keys.
 SHORT_FLAGS = {
@@ -131,30 +138,56 @@ def check(vllm_config: "VllmConfig") -> None:
         skipped_layers,
     )
 
-    skipped = skipped_layers(
-        options.mask,
-        model.hf_text_config.num_hidden_layers,
-        ModelIdentity.from_config(model.hf_config),
-    )
-    if (mask_file := mask_file_of(options.mask)) is not None:
-        _check_weights(options.mask, mask_file, vllm_config)
-    # Workers skip what was checked here: a file may change, and other processes may not see it.
-    vllm_config.additional_config[MASK] = layer_list(skipped)
+    kind = vllm_config.additional_config[SLIM] = _kind_of_slim(options, model)
+    mask = options.mask or (DEFAULT_MASK if kind == SKIP else None)
+    skipped: tuple[int, ...] = ()
+    if mask is not None:
+        skipped = skipped_layers(
+            mask,
+            model.hf_text_config.num_hidden_layers,
+            ModelIdentity.from_config(model.hf_config),
+        )
+        if (mask_file := mask_file_of(mask)) is not None:
+            _check_weights(mask, mask_file, vllm_config)
+        # Workers skip what was checked here: a file may change, and other processes may not see it.
+        vllm_config.additional_config[MASK] = layer_list(skipped)
     if vllm_config.use_v2_model_runner:
         raise UserError(
             f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "
             "where drafts can be checked before they are verified; unset it."
         )
     logger.info(
-        "VIA-SD on Model Runner V1: mode %s, the slim verifier skips %d of %d layers (%s), windows "
-        "of at most %d tokens, %d drafts at a time",
+        "VIA-SD on Model Runner V1: mode %s, slim verifier %s, which skips %d of %d layers (%s), "
+        "windows of at most %d tokens, %d drafts at a time",
         options.mode,
+        kind,
         len(skipped),
         model.hf_text_config.num_hidden_layers,
-        ",".join(map(str, skipped)),
+        layer_list(skipped) or "none",
         options.window,
         options.drafts,
     )
+
+
+def _kind_of_slim(options: ViaSDOptions, model: Any) -> str:
+    """What `--via-sd-slim` comes to for this target.
+
+    Raises:
+        UserError: copies of weights are asked for that are quantised already.
+    """
+    if options.kind == SKIP or model.quantization is None:
+        return options.kind
+    if options.kind != AUTO:
+        raise UserError(
+            f"--via-sd-slim is {options.kind!r}, but the weights of {model.model} are quantised "
+            f"already ({model.quantization}); give skip."
+        )
+    logger.info(
+        "VIA-SD: the weights of %s are quantised already (%s), so the slim verifier skips layers",
+        model.model,
+        model.quantization,
+    )
+    return SKIP
 
 
 def _as_given(engine_args: Any) -> Any:
@@ -201,7 +234,8 @@ def instead_of(
     try:
         refuse_unsupported(vllm_config)
         check_architecture(vllm_config.model_config)
-        check_drafter(vllm_config.speculative_config, options)
+        if vllm_config.speculative_config is not None:
+            check_drafter(vllm_config.speculative_config, options)
     except UserError as refusal:
         return refusal
     changed = f"--via-sd-window is {options.window}, which is num_speculative_tokens to vLLM"
@@ -283,10 +317,8 @@ def _with_short_flags(engine_args: Any) -> dict[str, Any]:
 
 def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, Any], int]:
     if not given:
-        raise UserError(
-            "--via-sd is on, but --speculative-config names no drafter; add for instance "
-            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 4}\'.'
-        )
+        drafts = max(min(DEFAULT_DRAFTS, options.window - int(options.rounds != 0)), 1)
+        given = DEFAULT_DRAFTER | {"num_speculative_tokens": drafts}
     spec = dict(given)
     method = spec.get("method") or ("draft_model" if spec.get("model") else None)
     if method not in METHODS:

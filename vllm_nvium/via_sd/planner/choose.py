@@ -33,7 +33,8 @@ FIRST_PLANS = {NONE: DraftPlan(0, 0), PLAIN: DraftPlan(4, 0), TIERED: DraftPlan(
 NEEDS: dict[str, tuple[str, ...]] = {
     NONE: (),
     PLAIN: ("accept_full",),
-    TIERED: ("accept_slim", "accept_window"),
+    # A drafter that never has drafts teaches nothing about the slim verifier's judgement of them.
+    TIERED: ("accept_window",),
 }
 MIN_TRIALS = 16.0
 # Steps between two trials of the same kind. Plain decoding has no acceptance rate to learn, so that
@@ -75,8 +76,8 @@ class Planner(Estimates):
     Args:
         max_draft_tokens: most tokens that the drafter may propose for a request at a time.
         max_window: most tokens between two passes of the full model.
-        max_rounds: most rounds of a window. Where more would pay, more draft tokens pay about as
-            much.
+        max_rounds: most rounds of a window; as many as it has tokens by default.
+        drafts_again: whether the drafter is asked in all rounds of a window; else in the first.
         max_batch: no slim tier while more requests than this decode.
         trial_budget: share of the time that trials may lose.
     """
@@ -86,13 +87,14 @@ class Planner(Estimates):
         max_draft_tokens: int,
         max_window: int,
         *,
-        max_rounds: int = 8,
+        max_rounds: int | None = None,
+        drafts_again: bool = True,
         max_batch: int | None = None,
         trial_budget: float = 0.01,
     ) -> None:
-        super().__init__(max_draft_tokens)
+        super().__init__(max_draft_tokens, drafts_again)
         self.max_window, self.max_batch = max_window, max_batch
-        self.max_rounds = min(max_rounds, max_window)
+        self.max_rounds = max_window if max_rounds is None else min(max_rounds, max_window)
         self.trial_budget = trial_budget
         # The plan of this step, and the one that is used between trials.
         self._plan = self._used = DraftPlan(0, 0)
@@ -110,8 +112,8 @@ class Planner(Estimates):
         self._last_trial: dict[str, int] = {}  # number of the step, by kind
         self._budget_seconds = 0.0
         self._steps_of = {NONE: 0, PLAIN: 0, TIERED: 0}
-        # By request: s and q of `another_round`, and the mean length of a round.
-        self._round_gains: dict[str, tuple[float, float, float]] = {}
+        # By request: s and q of `another_round`, the mean length of a round, and the hit rate.
+        self._round_gains: dict[str, tuple[float, float, float, float]] = {}
 
     def remove(self, request_id: str) -> None:
         super().remove(request_id)
@@ -165,20 +167,20 @@ class Planner(Estimates):
             return True
         self._add_round_gains(request_ids)
         num_drafts, situation = self._plan.num_draft_tokens, self._situation
-        gained = added = 0.0
+        gained = added = drafted = 0.0
         rows = situation.background.rows[num_drafts]
         for request_id, length in zip(request_ids, window_lengths, strict=True):
-            survives, accepted, mean_length = self._round_gains[request_id]
+            survives, accepted, mean_length, hit_rate = self._round_gains[request_id]
+            drafted += min(num_drafts, self.max_window - 1 - length) * hit_rate
             room = min(self.max_window - length, mean_length)
             gained += accepted * room / mean_length * survives**length
             added += room
             rows += 1 + length
-        times, hit_rate = situation.times, situation.later_hit_rate
+        times = situation.times
         before, after = times.full((rows, rows + added))
-        seconds = times.slim(len(request_ids) * (num_drafts + 1)) + after - before
-        # The drafter runs first. If it returns nothing, the window ends.
-        cost = times.draft[num_drafts] + hit_rate * seconds
-        return bool(hit_rate * gained > self._used_rate * cost)
+        draft = np.broadcast_to(times.draft_later, times.draft.shape)[num_drafts]
+        cost = draft + times.slim(len(request_ids) + drafted) + after - before
+        return bool(gained > self._used_rate * cost)
 
     def forecast(self, request_ids: Sequence[str]) -> Forecast | None:
         """Every plan's, as `forecast_plans` arranges them; None before the first full pass."""
@@ -225,8 +227,8 @@ class Planner(Estimates):
         return self.situation(request_ids, self._num_others, self._sample_size(), optimism)
 
     def _cells_per_request(self) -> int:
-        lengths = self.max_window - 1 if self.max_rounds > 1 else 1
-        return max(self.max_draft_tokens * lengths**2, 1)
+        lengths = self.max_window if self.max_rounds > 1 else 1
+        return (self.max_draft_tokens + 1) * lengths**2
 
     def _sample_size(self) -> int:
         return max(min(MAX_CELLS // self._cells_per_request(), MAX_SAMPLE), MIN_SAMPLE)
@@ -251,7 +253,9 @@ class Planner(Estimates):
             rates = self.acceptance(missing).in_later_rounds()
             found = one_round(rates, np.array([self._plan.num_draft_tokens]))
             survives = np.where(rates.adds_bonus_token > 0, rates.accept_window, 1.0)
-            gains = zip(survives, found.accepted[:, 0], found.length[:, 0], strict=True)
+            gains = zip(
+                survives, found.accepted[:, 0], found.length[:, 0], rates.hit_rate, strict=True
+            )
             self._round_gains.update(zip(missing, gains, strict=True))
 
     # --- the choice -----------------------------------------------------------------------------
@@ -338,7 +342,7 @@ class Planner(Estimates):
 
     def _trial_is_over(self, trial: TrialLength) -> bool:
         judged = self._num_verified - self._verified_before
-        has_enough = self._plan.num_draft_tokens == 0 or judged >= trial.enough_tokens
+        has_enough = self._plan.kind == NONE or judged >= trial.enough_tokens
         return self._trial_steps >= (MIN_SAMPLES if has_enough else trial.max_steps)
 
     def _end_trial(self, forecast: Forecast | None) -> None:
@@ -380,8 +384,8 @@ def best_plan(forecast: Forecast, kind: str) -> DraftPlan:
         return DraftPlan(0, 0)
     if kind == PLAIN:
         return DraftPlan(1 + int(rates[1:, 0].argmax()), 0)
-    drafts, rounds = np.unravel_index(int(rates[1:, 1:].argmax()), rates[1:, 1:].shape)
-    return DraftPlan(1 + int(drafts), 1 + int(rounds))
+    drafts, rounds = np.unravel_index(int(rates[:, 1:].argmax()), rates[:, 1:].shape)
+    return DraftPlan(int(drafts), 1 + int(rounds))
 
 
 def lost_seconds(forecast: Forecast, plan: DraftPlan, steps: int = MIN_SAMPLES) -> float:

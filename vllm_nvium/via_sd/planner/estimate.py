@@ -87,13 +87,11 @@ class Situation:
 
     Attributes:
         rates, times, background: as `forecast_plans` takes them.
-        later_hit_rate: `any_hit_rate` of all rounds but the first.
     """
 
     rates: AcceptanceRates
     times: StepTimes
     background: BackgroundLoad
-    later_hit_rate: float
 
 
 class Estimates:
@@ -101,10 +99,11 @@ class Estimates:
 
     Args:
         max_draft_tokens: most tokens that the drafter may propose for a request at a time.
+        drafts_again: whether the drafter is asked in all rounds of a window; else in the first.
     """
 
-    def __init__(self, max_draft_tokens: int) -> None:
-        self.max_draft_tokens = max_draft_tokens
+    def __init__(self, max_draft_tokens: int, drafts_again: bool = True) -> None:
+        self.max_draft_tokens, self.drafts_again = max_draft_tokens, drafts_again
         self.reset_times()
         # Whether the drafter runs even if no draft is wanted.
         self._drafter_always_runs = False
@@ -311,7 +310,7 @@ class Estimates:
         rates = self._sampled(tiered, sample_size, optimism)
         drafted = self._sampled(plain, sample_size, optimism) if plain else None
         background = BackgroundLoad.of(drafted, self.max_draft_tokens, num_others)
-        return Situation(rates, times, background, rates.in_later_rounds().any_hit_rate)
+        return Situation(rates, times, background)
 
     def _sampled(
         self, request_ids: Sequence[str], sample_size: int, optimism: float
@@ -332,7 +331,9 @@ class Estimates:
         if full is None:
             return None
         overhead = self.overhead_seconds(num_drafting + num_others)
-        return StepTimes(self.draft_seconds(num_drafting), slim or full, full, overhead)
+        draft = self.draft_seconds(num_drafting)
+        later = draft if self.drafts_again else 0.0
+        return StepTimes(draft, slim or full, full, overhead, later)
 
 
 def _rates_of_request(request: RateEstimates, common: dict[str, float]) -> list[float]:

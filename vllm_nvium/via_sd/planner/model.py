@@ -25,7 +25,8 @@ class DraftPlan:
     """What one step does.
 
     Attributes:
-        num_draft_tokens: most tokens that the drafter proposes for a request at a time.
+        num_draft_tokens: most tokens that the drafter proposes for a request at a time. With 0 the
+            slim verifier drafts for itself, a token a round.
         rounds: most rounds of drafting and slim verification before the full model verifies. With
             0 the drafts go straight to the full model.
     """
@@ -35,7 +36,7 @@ class DraftPlan:
 
     @property
     def kind(self) -> str:
-        return NONE if self.num_draft_tokens == 0 else TIERED if self.rounds else PLAIN
+        return TIERED if self.rounds else PLAIN if self.num_draft_tokens else NONE
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -71,11 +72,6 @@ class AcceptanceRates:
     adds_bonus_token: np.ndarray
     weight: float = 1.0
 
-    @property
-    def any_hit_rate(self) -> float:
-        """Probability that the drafter returns drafts for at least one request."""
-        return float(1 - np.prod(1 - self.hit_rate) ** self.weight)
-
     def in_later_rounds(self) -> "AcceptanceRates":
         """The rates in all rounds of a window but the first."""
         return replace(self, hit_rate=self.hit_rate_later)
@@ -108,6 +104,8 @@ class StepTimes:
 
     Attributes:
         draft: `[D + 1]` float64, one call of the drafter for 0..D draft tokens per request.
+        draft_later: the same in all rounds of a window but the first: 0 for a drafter that answers
+            once per window.
         slim: one pass of the slim verifier, by its rows.
         full: one pass of the full model, by its rows.
         overhead: everything else, once per pass of the full model.
@@ -117,6 +115,7 @@ class StepTimes:
     slim: PassTimeCurve
     full: PassTimeCurve
     overhead: float = 0.0
+    draft_later: np.ndarray | float = 0.0
 
     @property
     def max_draft_tokens(self) -> int:
@@ -183,7 +182,7 @@ def forecast_plans(
     tokens[:, 0], seconds[:, 0] = plain.tokens, plain.seconds
     if with_tier:
         tiered = forecast_tiered(rates, times, max_window, max_rounds, background)
-        tokens[1:, 1:], seconds[1:, 1:] = tiered.tokens, tiered.seconds
+        tokens[:, 1:], seconds[:, 1:] = tiered.tokens, tiered.seconds
     return Forecast(tokens, seconds)
 
 
@@ -255,7 +254,7 @@ def round_survival(accept: Any, survive: Any, num_draft_tokens: Any, bonus: Any 
 
 @dataclass(frozen=True)
 class Round:
-    """Expected values of a round that takes place, `[B, D]` for 1..D draft tokens.
+    """Expected values of a round, `[B, D + 1]` for 0..D draft tokens.
 
     Attributes:
         length: tokens that it adds to a window.
@@ -267,17 +266,14 @@ class Round:
 
 
 def one_round(rates: AcceptanceRates, num_draft_tokens: np.ndarray) -> Round:
-    """A round takes place if the drafter returns drafts for at least one request.
-
-    Given that, a request has drafts with probability h / P (P is `any_hit_rate`). Without drafts it
-    gets the slim verifier's token only. With n tokens in the round:
+    """A request has drafts with probability h. Without them the round brings the slim verifier's
+    token only, and under the paper's rule nothing. With n tokens in the round:
 
         accepted = E[s + ... + s^n] = s (1 - E[s^n]) / (1 - s)
     """
     columns = (rates.accept_slim, rates.accept_window, rates.hit_rate, rates.adds_bonus_token)
     a, s, h, bonus = (column[:, None] for column in columns)
     s = np.minimum(s, MAX_RATE)
-    h = h / max(rates.any_hit_rate, 1e-9)
     survival = h * round_survival(a, s, num_draft_tokens, bonus) + (1 - h) * s**bonus
     return Round(
         length=h * round_length(a, num_draft_tokens, bonus) + (1 - h) * bonus,
@@ -292,66 +288,66 @@ def forecast_tiered(
     max_rounds: int,
     background: BackgroundLoad | None = None,
 ) -> Forecast:
-    """`[D, R]`: windows of at most 1..R rounds with 1..D draft tokens each.
+    """`[D + 1, R]`: windows of at most 1..R rounds with 0..D draft tokens each.
 
-    o_r(w) is the probability that a window is open and has w tokens after r rounds. Q_r is the
-    probability that the drafter returned drafts in each of the first r rounds. somebody_r is the
-    probability that at least one window is open before round r + 1. s is `accept_window`; under the
-    paper's rule s^w below is 1, because windows with an escalated token do not go on.
+    o_r(w) is the probability that a window is open and has w tokens after r rounds. somebody_r is
+    the probability that at least one window is open before round r + 1. s is `accept_window`; under
+    the paper's rule s^w below is 1, because windows with an escalated token do not go on.
 
         o_(r+1)(w') = sum_w o_r(w) P(n = w' - w) kept_rate^(w' - w)
-        tokens      = sum_i (1 + sum_r Q_(r+1) sum_w o_r(w) s^w accepted)
-        seconds     = sum_r somebody_r (Q_r draft(d) + Q_(r+1) slim(rows)) + full(rows) + overhead
+        tokens      = sum_i (1 + sum_r sum_w o_r(w) s^w accepted)
+        seconds     = sum_r somebody_r (draft(d) + slim(rows)) + full(rows) + overhead
 
     Args:
         max_window: most tokens between two passes of the full model. Every round ends with a token
-            of the slim verifier, so that a window with room for one more token is closed.
+            of the slim verifier, for which drafts leave room.
         background: requests that have drafts but no rounds, or neither.
     """
     most = times.max_draft_tokens
     background = background or BackgroundLoad.of(None, most)
     # Lengths of open windows. With one round there is only the empty window before it.
-    lengths = np.arange(max(max_window - 1, 0) if max_rounds > 1 else min(max_window - 1, 1))
+    lengths = np.arange(max_window if max_rounds > 1 else 1)
     first, later = (
         _round_transitions(each, most, max_window, lengths)
         for each in (rates, rates.in_later_rounds())
     )
-    state = np.zeros((len(rates.accept_window), most, 1, len(lengths)))
+    state = np.zeros((len(rates.accept_window), most + 1, 1, len(lengths)))
     state[..., :1] = 1.0
     of_rounds = []
     for done in range(max_rounds):
         moves, brings = later if done else first
         of_rounds.append((state @ brings)[..., 0, :])
         state = state @ moves
-    accepted, window, is_open, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)  # [B, D, R]
-    found = rates.any_hit_rate * rates.in_later_rounds().any_hit_rate ** np.arange(max_rounds)
-    asked = np.concatenate([[1.0], found[:-1]])  # Q_r; found is Q_(r+1), both [R]
-    tokens = 1 + np.cumsum(found * accepted, axis=2)
-    windows = np.cumsum(found * window, axis=2).sum(0)
-    somebody = 1 - np.prod(np.clip(1 - is_open, 0, 1), axis=0) ** rates.weight  # [D, R]
+    # [B, D + 1, R]
+    accepted, window, is_open, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)
+    tokens = 1 + np.cumsum(accepted, axis=2)
+    windows = np.cumsum(window, axis=2).sum(0)
+    somebody = 1 - np.prod(np.clip(1 - is_open, 0, 1), axis=0) ** rates.weight  # [D + 1, R]
     slim = times.slim(rates.weight * rows.sum(0) / np.maximum(somebody, 1e-9))
-    rounds = somebody * (asked * times.draft[1:, None] + found * slim)
-    full = times.full(rates.weight * (len(tokens) + windows) + background.rows[1:, None])
+    draft = np.repeat(times.draft[:, None], max_rounds, axis=1)
+    draft[:, 1:] = np.broadcast_to(times.draft_later, most + 1)[:, None]
+    rounds = somebody * (draft + slim)
+    full = times.full(rates.weight * (len(tokens) + windows) + background.rows[:, None])
     seconds = np.cumsum(rounds, axis=1) + full + times.overhead
-    return Forecast(rates.weight * tokens.sum(0) + background.tokens[1:, None], seconds)
+    return Forecast(rates.weight * tokens.sum(0) + background.tokens[:, None], seconds)
 
 
 def _round_transitions(
     rates: AcceptanceRates, most: int, max_window: int, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One round with 1..D draft tokens, of windows that have each of L lengths before it.
+    """One round with 0..D draft tokens, of windows that have each of L lengths before it.
 
     Returns:
-        `[B, D, L, L]`, the probability of each length after it, if the window stays open; and
-        `[B, D, L, 4]`: tokens that the full model accepts, tokens, 1 for the window itself, and
+        `[B, D + 1, L, L]`, the probability of each length after it, if the window stays open; and
+        `[B, D + 1, L, 4]`: tokens that the full model accepts, tokens, 1 for the window itself, and
         rows of the slim pass.
     """
-    drafts = np.arange(1, most + 1)
+    drafts = np.arange(most + 1)
     per_round = one_round(rates, drafts)
-    # Index (drafts - 1) of the drafts that a window has room for.
-    fits = np.minimum(drafts[:, None], max_window - 1 - lengths) - 1  # [D, L]
+    # Drafts that a window has room for.
+    fits = np.minimum(drafts[:, None], max_window - 1 - lengths)  # [D + 1, L]
     added = lengths - lengths[:, None]  # [L, L]
-    probs = _round_length_probs(rates, drafts, max_window)[:, fits]  # [B, D, L, W + 1]
+    probs = _round_length_probs(rates, drafts, max_window)[:, fits]  # [B, D + 1, L, W + 1]
     before = np.arange(len(lengths))[:, None]
     moves = np.where(added >= 0, probs[:, :, before, np.maximum(added, 0)], 0.0)
     survives = np.where(rates.adds_bonus_token > 0, rates.accept_window, 1.0)
@@ -360,7 +356,7 @@ def _round_transitions(
             survives[:, None, None] ** lengths * per_round.accepted[:, fits],
             per_round.length[:, fits],
             np.ones_like(per_round.length[:, fits]),
-            1 + (fits + 1) * (rates.hit_rate / max(rates.any_hit_rate, 1e-9))[:, None, None],
+            1 + fits * rates.hit_rate[:, None, None],
         ],
         axis=-1,
     )
@@ -368,9 +364,10 @@ def _round_transitions(
 
 
 def _round_length_probs(rates: AcceptanceRates, drafts: np.ndarray, longest: int) -> np.ndarray:
-    """`[B, D, W + 1]`: the probability that a round adds n tokens and none of them escalates."""
+    """`[B, D + 1, W + 1]`: the probability that a round adds n tokens and none of them
+    escalates."""
     a = rates.accept_slim[:, None, None]
-    h = (rates.hit_rate / max(rates.any_hit_rate, 1e-9))[:, None, None]
+    h = rates.hit_rate[:, None, None]
     n, d = np.arange(longest + 1), drafts[:, None]
     bonus = rates.adds_bonus_token[:, None, None]
     probs = np.where((n >= 1) & (n <= d), a ** np.maximum(n - 1, 0) * (1 - a), 0.0)

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of linear layers at low precision, for a slim verifier that is the target itself with
+cheaper weights. The kernels are torch's and vLLM's; which of them this machine has, and how fast
+they are, is found out by running them.
+"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+INT4, INT8, FP8 = "int4", "int8", "fp8"
+KINDS = (INT4, INT8, FP8)
+# Inputs of one int4 group share a scale and a zero point. Larger groups are cheaper and less true.
+GROUPS = (128, 64)
+# Rows of a weight that are quantised at a time: the steps between need several times their memory.
+ROWS_AT_A_TIME = 4096
+LARGEST_FP8 = 448.0
+
+
+# --- Formulas -------------------------------------------------------------------------------------
+
+
+def quantise_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds to the nearest of 16 levels between the least and the largest weight of each group.
+
+        s = (max - min) / 15,   z = min + 8 s,   w ~ (q - 8) s + z
+
+    Args:
+        weight: [N, K]; group: divides K.
+
+    Returns:
+        q, [N, K] int32 in 0..15, and [K / group, N, 2] float32, s and z.
+    """
+    rows, columns = weight.shape
+    grouped = weight.view(rows, columns // group, group)
+    low, high = (edge.float() for edge in torch.aminmax(grouped, dim=2))
+    scale = ((high - low) / 15).clamp(min=1e-8)
+    levels = (grouped - low[..., None]).div_(scale[..., None]).round_()
+    scales = torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous()
+    return levels.to(torch.int32).view(rows, columns), scales
+
+
+def dequantise_int4(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[N, K] float32, the weights that `quantise_int4` stands for."""
+    rows, columns = levels.shape
+    scale, zero = scales.float().unbind(dim=-1)
+    grouped = (levels - 8).float().view(rows, scale.shape[0], -1)
+    return (grouped * scale.t()[..., None] + zero.t()[..., None]).view(rows, columns)
+
+
+def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric, one scale per output.
+
+        s = max |w| / 127,   w ~ q s
+
+    Args:
+        weight: [N, K].
+
+    Returns:
+        q, [N, K] int8, and [N] float32, s.
+    """
+    weight = weight.float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-8)
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row, so that the largest of the row is the largest number of float8_e4m3fn.
+
+    Args:
+        weight: [N, K], or activations [T, K].
+
+    Returns:
+        q, [N, K] float8_e4m3fn, and [N, 1] float32, s, with w ~ q s.
+    """
+    weight = weight.float()
+    scale = (weight.abs().amax(dim=1, keepdim=True) / LARGEST_FP8).clamp(min=1e-8)
+    return (weight / scale).to(torch.float8_e4m3fn), scale
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+class LowPrecisionLinear(nn.Module):
+    """A copy of a linear layer of vLLM, called as it is: `layer(x)` gives (output, bias).
+
+    Attributes:
+        kernel: what multiplies, for logs; kind: one of `KINDS`; device_type: where it runs.
+        bytes_per_weight: of the copy, scales included.
+    """
+
+    kernel: ClassVar[str]
+    kind: ClassVar[str]
+    device_type: ClassVar[str]
+    bytes_per_weight: ClassVar[float]
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        returns_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bias, self.returns_bias = bias, returns_bias
+        self.copy_weight(weight)
+
+    @classmethod
+    def refusal(cls, outputs: int, inputs: int) -> str | None:
+        """Why it cannot take a weight [outputs, inputs]; None where it can."""
+        return None
+
+    @abstractmethod
+    def copy_weight(self, weight: torch.Tensor) -> None:
+        """Makes the copy of a weight [N, K], or makes it anew."""
+
+    @abstractmethod
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`x W^T`, [T, N], for x [T, K] bfloat16."""
+
+    @classmethod
+    @abstractmethod
+    def meant(cls, weight: torch.Tensor) -> torch.Tensor:
+        """[N, K] float32, the weights that a copy stands for, by the formulas above."""
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`x W^T`, in the dtype of x."""
+        return self.product(x.to(torch.bfloat16)).to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        output = self.multiply(x)
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype)
+        return (output, None) if self.returns_bias else output
+
+    def _keep(self, **tensors: torch.Tensor) -> None:
+        """As buffers. Compiled code and CUDA graphs read those that they have seen, so that a new
+        copy goes where the old one is."""
+        for name, tensor in tensors.items():
+            if name in self._buffers:
+                self.get_buffer(name).copy_(tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+
+
+class Int4Linear(LowPrecisionLinear):
+    """torch's int4 weights on CPU, with activations in bfloat16."""
+
+    kernel, kind, device_type = "torch W4A16", INT4, "cpu"
+    bytes_per_weight = 0.5 + 4 / GROUPS[0]
+
+    @classmethod
+    def refusal(cls, outputs: int, inputs: int) -> str | None:
+        if outputs % 16:
+            return f"{outputs} outputs are no multiple of 16"
+        return group_refusal(inputs)
+
+    def copy_weight(self, weight: torch.Tensor) -> None:
+        packed, scales = [], []
+        for part in weight.split(ROWS_AT_A_TIME):
+            levels, of_part = quantise_int4(part, group_of(weight.shape[1]))
+            packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1))
+            scales.append(of_part.to(torch.bfloat16))
+        self._keep(levels=torch.cat(packed), scales=torch.cat(scales, dim=1).contiguous())
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        group = x.shape[1] // self.scales.shape[0]
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return multiply(x.contiguous(), self.levels, group, self.scales)
+
+    @classmethod
+    def meant(cls, weight: torch.Tensor) -> torch.Tensor:
+        levels, scales = quantise_int4(weight, group_of(weight.shape[1]))
+        return dequantise_int4(levels, scales.to(torch.bfloat16))
+
+
+class Int4LinearOnCUDA(Int4Linear):
+    """The same on GPUs, where torch lays the weights out in tiles of 16 x TILES inputs."""
+
+    device_type = "cuda"
+    TILES = 8
+
+    @classmethod
+    def refusal(cls, outputs: int, inputs: int) -> str | None:
+        if outputs % 8 or inputs % (16 * cls.TILES):
+            return f"{outputs} x {inputs} are no multiples of 8 x {16 * cls.TILES}"
+        return group_refusal(inputs)
+
+    def copy_weight(self, weight: torch.Tensor) -> None:
+        levels, scales = quantise_int4(weight, group_of(weight.shape[1]))
+        # Two in a byte, the first in the upper half.
+        pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, self.TILES)
+        self._keep(levels=packed, scales=scales.to(torch.bfloat16))
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        group = x.shape[1] // self.scales.shape[0]
+        multiply = torch.ops.aten._weight_int4pack_mm
+        return multiply(x.contiguous(), self.levels, group, self.scales)
+
+
+class Int8Linear(LowPrecisionLinear):
+    """torch's int8 weights, with activations in bfloat16."""
+
+    kernel, kind, device_type = "torch W8A16", INT8, "cpu"
+    bytes_per_weight = 1.0
+
+    @classmethod
+    def refusal(cls, outputs: int, inputs: int) -> str | None:
+        # With other sizes torch 2.13 was seen to read beyond the weight.
+        if outputs % 32 or inputs % 32:
+            return f"{outputs} x {inputs} are no multiples of 32"
+        return None
+
+    def copy_weight(self, weight: torch.Tensor) -> None:
+        levels, scales = _int8_in_parts(weight)
+        self._keep(levels=levels, scales=scales.to(torch.bfloat16))
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        multiply = torch.ops.aten._weight_int8pack_mm
+        return multiply(x.contiguous(), self.levels, self.scales)
+
+    @classmethod
+    def meant(cls, weight: torch.Tensor) -> torch.Tensor:
+        levels, scales = quantise_int8(weight)
+        return levels.float() * scales.to(torch.bfloat16).float()[:, None]
+
+
+class Int8LinearByOneDNN(LowPrecisionLinear):
+    """oneDNN's product of int8 weights and int8 activations, which have a scale per row, through
+    vLLM's custom operators."""
+
+    kernel, kind, device_type = "oneDNN W8A8", INT8, "cpu"
+    bytes_per_weight = 1.0
+    # Sizes of the activations that oneDNN keeps a primitive for, as in vLLM's own layers.
+    PRIMITIVES = 32
+
+    @classmethod
+    def refusal(cls, outputs: int, inputs: int) -> str | None:
+        return None if custom_ops()._supports_onednn else "vLLM was built without oneDNN"
+
+    def copy_weight(self, weight: torch.Tensor) -> None:
+        levels, scales = _int8_in_parts(weight)
+        # oneDNN packs the levels and keeps a pointer to the scales.
+        self.scales = scales
+        self.handler = custom_ops().create_onednn_scaled_mm(
+            levels.t(), scales, torch.bfloat16, True, False, self.PRIMITIVES
+        )
+        self.outputs = weight.shape[0]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        ops = custom_ops()
+        levels, scales, _ = ops.onednn_scaled_int8_quant(x.contiguous(), None, None, True)
+        output = x.new_empty(x.shape[0], self.outputs)
+        ops.onednn_scaled_mm(self.handler, levels, output, scales, None, None, None)
+        return output
+
+    @classmethod
+    def meant(cls, weight: torch.Tensor) -> torch.Tensor:
+        levels, scales = quantise_int8(weight)
+        return levels.float() * scales[:, None]
+
+
+class FP8Linear(LowPrecisionLinear):
+    """torch's product of float8 weights and activations, with a scale per row of each."""
+
+    kernel, kind, device_type = "torch W8A8 float8", FP8, "cuda"
+    bytes_per_weight = 1.0
+
+    @classmethod
+    def refusal(cls, outputs: int, inputs: int) -> str | None:
+        if outputs % 16 or inputs % 16:
+            return f"{outputs} x {inputs} are no multiples of 16"
+        return None
+
+    def copy_weight(self, weight: torch.Tensor) -> None:
+        parts = [quantise_fp8(part) for part in weight.split(ROWS_AT_A_TIME)]
+        levels = torch.cat([levels for levels, _ in parts])
+        self._keep(levels=levels, scales=torch.cat([scale for _, scale in parts]).t())
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        levels, scales = quantise_fp8(x)
+        return torch._scaled_mm(
+            levels, self.levels.t(), scale_a=scales, scale_b=self.scales, out_dtype=torch.bfloat16
+        )
+
+    @classmethod
+    def meant(cls, weight: torch.Tensor) -> torch.Tensor:
+        levels, scales = quantise_fp8(weight)
+        return levels.float() * scales
+
+
+LAYERS: tuple[type[LowPrecisionLinear], ...] = (
+    Int4Linear,
+    Int4LinearOnCUDA,
+    Int8Linear,
+    Int8LinearByOneDNN,
+    FP8Linear,
+)
+
+
+def layers_for(device_type: str, kinds: tuple[str, ...] = KINDS) -> list[type[LowPrecisionLinear]]:
+    """Those that this machine can run: each is tried on a small weight and compared with what it
+    stands for, because that an operator exists does not say that it works."""
+    found = []
+    for layer in LAYERS:
+        if layer.device_type == device_type and layer.kind in kinds and _is_right(layer):
+            found.append(layer)
+    return found
+
+
+def _is_right(layer: type[LowPrecisionLinear]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 256, generator=generator).to(layer.device_type)
+    x = torch.randn(3, 256, generator=generator).to(layer.device_type)
+    try:
+        found = layer(weight.to(torch.bfloat16)).multiply(x)
+    except (RuntimeError, NotImplementedError, AttributeError):  # not built for this machine
+        return False
+    meant = x.to(torch.bfloat16).float() @ layer.meant(weight.to(torch.bfloat16)).t()
+    # Activations are rounded too: to 8 bits of mantissa, or to 255 levels.
+    return bool((found - meant).abs().max() < 0.05 * meant.abs().max())
+
+
+def group_of(inputs: int) -> int:
+    """The largest of `GROUPS` that divides the inputs of a layer."""
+    return next(group for group in GROUPS if inputs % group == 0)
+
+
+def group_refusal(inputs: int) -> str | None:
+    if all(inputs % group for group in GROUPS):
+        names = " or ".join(map(str, GROUPS))
+        return f"{inputs} inputs do not divide into groups of {names}"
+    return None
+
+
+def custom_ops() -> Any:
+    """vLLM's, which are loaded with the platform's library."""
+    from vllm import _custom_ops
+
+    return _custom_ops
+
+
+def _int8_in_parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [quantise_int8(part) for part in weight.split(ROWS_AT_A_TIME)]
+    return torch.cat([levels for levels, _ in parts]), torch.cat([scale for _, scale in parts])

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A slim verifier at low precision: copies of the target's linear layers and of its unembedding,
+made while vLLM loads the weights, of the kind that promises most on this machine. Norms, biases,
+embeddings and attention modules are the target's own, and so is the KV cache.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear
+
+# The share of the tokens of a slim verifier of each kind that the target keeps, before any was
+# seen: what was measured on Qwen2.5-Coder-1.5B and SmolLM2-135M, rounded down.
+SURVIVAL = {"int4": 0.95, "fp8": 0.97, "int8": 0.98}
+# Rows of the passes that are timed: a request's newest token, and windows to be verified.
+TIMED_ROWS = (1, 2, 4, 8)
+# A weight with more outputs is timed by a part of it.
+TIMED_OUTPUTS = 16384
+REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of all linear layers and the unembedding of one pass.
+
+    Attributes:
+        layer: what multiplies; None for the target's own.
+        seconds: by the rows of the pass.
+    """
+
+    layer: type[LowPrecisionLinear] | None
+    seconds: Mapping[int, float]
+
+    def at(self, rows: float) -> float:
+        """Seconds for so many rows, between those timed and beyond them by straight lines."""
+        sizes = sorted(self.seconds)
+        for low, high in zip(sizes, sizes[1:], strict=False):
+            if rows <= high or high == sizes[-1]:
+                slope = (self.seconds[high] - self.seconds[low]) / (high - low)
+                return self.seconds[low] + slope * (rows - low)
+        return self.seconds[sizes[0]]
+
+
+def promise(full: Timing, slim: Timing, survival: float, longest: int) -> float:
+    """Tokens per time of plain decoding when the slim verifier drafts for itself, with the best
+    length n of a window.
+
+        max_n  (1 + s + ... + s^n) full(1) / (n slim(1) + full(n + 1))
+
+    Args:
+        survival: s, the chance that the target keeps a slim token.
+        longest: most tokens of a window.
+    """
+    best, tokens = 0.0, 0.0
+    for n in range(longest + 1):
+        tokens += survival**n
+        best = max(best, tokens * full.at(1) / (n * slim.at(1) + full.at(n + 1)))
+    return best
+
+
+class Copies:
+    """The copies of one model's weights.
+
+    They are made where vLLM processes a layer's weights, which it packs and frees there: at first
+    when it loads the model, and again when it loads other weights into it.
+
+    Args:
+        model: the target, its weights loaded and not processed yet.
+        layers: those of its decoder layers that the slim verifier runs.
+        candidates: kinds of copies; the one that promises most is taken.
+        longest: most tokens of a window.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        candidates: Sequence[type[LowPrecisionLinear]],
+        longest: int,
+    ) -> None:
+        self.of: dict[nn.Module, nn.Module] = {}
+        self.linears, self.head = linears_of(layers), head_of(model)
+        self.full, self.timings = time_candidates(self.linears, self.head, candidates)
+        self.promises = [
+            promise(self.full, timing, SURVIVAL[_kind(timing)], longest) for timing in self.timings
+        ]
+        self.layer = self._best()
+
+    def take(self, kind: str) -> None:
+        """Of the candidates of this kind the one that promises most, whatever that is."""
+        pairs = zip(self.promises, self.timings, strict=True)
+        own = [(gain, timing.layer) for gain, timing in pairs if _kind(timing) == kind]
+        self.layer = max(own, key=lambda pair: pair[0])[1]
+
+    @property
+    def kind(self) -> str | None:
+        return None if self.layer is None else self.layer.kind
+
+    @property
+    def num_bytes(self) -> int:
+        """What the copies take, or will."""
+        if self.layer is None:
+            return 0
+        weights = sum(module.weight.numel() for module in self._modules)
+        return int(weights * self.layer.bytes_per_weight)
+
+    @property
+    def num_bytes_copied(self) -> int:
+        """Of the weights that have copies."""
+        return sum(module.weight.nbytes for module in self._modules)
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [*self.linears, self.head]
+
+    def _best(self) -> type[LowPrecisionLinear] | None:
+        """None where no kind is cheaper than the target itself at any number of rows."""
+        cheaper = [
+            (gain, timing.layer)
+            for gain, timing in zip(self.promises, self.timings, strict=True)
+            if any(timing.seconds[rows] < self.full.seconds[rows] for rows in TIMED_ROWS)
+        ]
+        return max(cheaper, key=lambda pair: pair[0])[1] if cheaper else None
+
+    def install(self) -> None:
+        """From here on a layer's copy is made when vLLM processes its weights."""
+        for module in self.linears:
+            _processed_first(module, self._copy_linear)
+        _processed_first(self.head, self._copy_head)
+
+    def make_anew(self) -> None:
+        """After weights were written in place. Those that vLLM has packed and freed are copied when
+        it packs them anew."""
+        for module in self._modules:
+            if module in self.of and module.weight.numel():
+                (self._copy_head if module is self.head else self._copy_linear)(module)
+
+    def _copy_linear(self, module: Any) -> None:
+        found = self.of.get(module)
+        if found is None:
+            assert self.layer is not None and not module.skip_bias_add
+            found = self.layer(module.weight.data, returns_bias=module.return_bias)
+            self.of[module] = found
+        else:
+            found.copy_weight(module.weight.data)  # type: ignore[operator]
+        found.bias = module.bias
+
+    def _copy_head(self, module: Any) -> None:
+        found = self.of.get(module)
+        if found is None:
+            assert self.layer is not None
+            # vLLM's unembeddings are called through their method, and looked at by others.
+            found = copy.copy(module)
+            found.quant_method = _Head(self.layer(module.weight.data))
+            self.of[module] = found
+        else:
+            found.quant_method.copy.copy_weight(module.weight.data)  # type: ignore[union-attr]
+
+    def table(self) -> str:
+        """For the log: milliseconds by rows, and what each kind promises."""
+        lines = []
+        gains = [None, *self.promises]
+        for timing, gain in zip([self.full, *self.timings], gains, strict=True):
+            name = (
+                "target" if timing.layer is None else f"{timing.layer.kind}, {timing.layer.kernel}"
+            )
+            cells = "  ".join(f"{1e3 * timing.seconds[rows]:8.2f}" for rows in TIMED_ROWS)
+            end = "" if gain is None else f"   {gain:.2f}"
+            lines.append(f"  {name:<28}{cells}{end}")
+        rows = "  ".join(f"{rows:>8}" for rows in TIMED_ROWS)
+        return "\n".join([f"  {'rows':<28}{rows}   promise", *lines])
+
+
+class _Head:
+    """Takes the place of an unembedding's method."""
+
+    def __init__(self, layer: LowPrecisionLinear) -> None:
+        self.copy = layer
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        logits = self.copy.multiply(x)
+        return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def head_of(model: Any) -> Any:
+    """The module of a target whose weight is the unembedding: for tied ones the embedding."""
+    head = getattr(model, "lm_head", None)
+    return model.model.embed_tokens if head is None else head
+
+
+def linears_of(layers: Sequence[nn.Module]) -> list[Any]:
+    """The linear layers of decoder layers, which vLLM has as they are, not quantised."""
+    return [
+        module
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, LinearBase)
+        and isinstance(module.quant_method, UnquantizedLinearMethod)
+    ]
+
+
+def shapes_of(model: nn.Module, layers: Sequence[nn.Module]) -> set[tuple[int, int]]:
+    """(outputs, inputs) of all weights that are to be copied."""
+    return {tuple(module.weight.shape) for module in [*linears_of(layers), head_of(model)]}
+
+
+def _processed_first(module: Any, do: Callable[[nn.Module], None]) -> None:
+    """Before vLLM processes the weights of this module, `do(module)` runs."""
+    method = module.quant_method
+    base: Any = type(method)
+
+    def process_weights_after_loading(self: Any, layer: nn.Module) -> None:
+        if layer is module:
+            do(layer)
+        base.process_weights_after_loading(self, layer)
+
+    members = {"process_weights_after_loading": process_weights_after_loading}
+    method.__class__ = type(base.__name__, (base,), members)
+
+
+# --- Timing ---------------------------------------------------------------------------------------
+
+
+def time_candidates(
+    linears: Sequence[Any], head: Any, candidates: Sequence[type[LowPrecisionLinear]]
+) -> tuple[Timing, list[Timing]]:
+    """The target's own products and those of every candidate, timed in turn on one weight of each
+    shape, so that hardly any finds its weights in the cache."""
+    modules = [*linears, head]
+    count: dict[tuple[int, int], int] = {}
+    example: dict[tuple[int, int], Any] = {}
+    for module in modules:
+        shape = tuple(module.weight.shape)
+        count[shape] = count.get(shape, 0) + 1
+        example.setdefault(shape, module)
+    weights = {shape: module.weight.data[:TIMED_OUTPUTS] for shape, module in example.items()}
+    # What a part of a weight was timed for is scaled to all of them.
+    scale = {shape: n * shape[0] / min(shape[0], TIMED_OUTPUTS) for shape, n in count.items()}
+    full = {shape: _as_vllm(example[shape], weight) for shape, weight in weights.items()}
+    timings = [Timing(None, _time(full, weights, scale))]
+    for layer in candidates:
+        copies = {shape: layer(weight).multiply for shape, weight in weights.items()}
+        timings.append(Timing(layer, _time(copies, weights, scale)))
+    return timings[0], timings[1:]
+
+
+def _as_vllm(module: Any, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product with a weight as vLLM's own layer of this kind computes it."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    method = module.quant_method
+    method.process_weights_after_loading(layer)
+    return lambda x: method.apply(layer, x, None)
+
+
+def _time(
+    products: Mapping[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]],
+    weights: Mapping[tuple[int, int], torch.Tensor],
+    scale: Mapping[tuple[int, int], float],
+) -> dict[int, float]:
+    found = {}
+    for rows in TIMED_ROWS:
+        inputs = {shape: weight.new_ones(rows, shape[1]) for shape, weight in weights.items()}
+        seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in products}
+        for repetition in range(REPETITIONS + 1):
+            for shape, product in products.items():
+                _synchronise(inputs[shape])
+                start = time.perf_counter()
+                product(inputs[shape])
+                _synchronise(inputs[shape])
+                if repetition:  # the first makes what is made once
+                    seconds[shape].append(time.perf_counter() - start)
+        found[rows] = sum(median(each) * scale[shape] for shape, each in seconds.items())
+    return found
+
+
+def _synchronise(x: torch.Tensor) -> None:
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _kind(timing: Timing) -> str:
+    assert timing.layer is not None
+    return timing.layer.kind

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine comes to its slim verifier: of the kind that was asked for, or of the one that
+promises most on this machine, with copies of weights that are made while vLLM loads the target.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from vllm_nvium.engine.patches.model_loader import loaded_model_is_shown
+from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.layers.low_precision_linear import KINDS, layers_for
+from vllm_nvium.model_executor.via_sd.mask import skipped_layers
+from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
+from vllm_nvium.model_executor.via_sd.slim_quantised import Copies, shapes_of
+from vllm_nvium.via_sd.options import AUTO, DEFAULT_MASK, SKIP, ViaSDOptions
+
+logger = logging.getLogger("vllm.via_sd")
+
+GIB = 1 << 30
+
+
+def load_with_slim_verifier(
+    runner: Any, options: ViaSDOptions, load: Callable[[], None]
+) -> SlimPass | None:
+    """Loads the target, and makes the slim verifier of it.
+
+    Args:
+        runner: vLLM's model runner; load: its own way to load the target.
+
+    Returns:
+        None where no kind of copy is cheaper than the target: the tier is off.
+
+    Raises:
+        UserError: there is no kernel for the kind that was asked for, or no memory for the copies.
+    """
+    config, num_layers = runner.vllm_config, runner.model_config.hf_text_config.num_hidden_layers
+    kind = options.kind
+    # Without rounds nobody asks the slim verifier: copies would lie there for nothing.
+    if kind == SKIP or options.rounds == 0:
+        load()
+        skipped = skipped_layers(options.mask or DEFAULT_MASK, num_layers)
+        return SlimVerifier(runner.get_model(), skipped, config)
+    skipped = () if options.mask is None else skipped_layers(options.mask, num_layers)
+    made: list[Copies] = []
+
+    def show(model: nn.Module) -> None:
+        layers = [layer for i, layer in enumerate(model.model.layers) if i not in skipped]
+        made.append(_copies_of(model, layers, options, runner.device))
+
+    with loaded_model_is_shown(runner.model_config, show):
+        load()
+    if not made:
+        raise UserError(
+            f"--load-format is {config.load_config.load_format!r}, whose loader does not show the "
+            f"weights before it has packed them, so that --via-sd-slim {kind} cannot copy them; "
+            "give --via-sd-slim skip."
+        )
+    [copies] = made
+    if copies.kind is None:
+        return None
+    model = runner.get_model()
+    # A patch tells models whose weights were written in place.
+    model.weights_changed = copies.make_anew
+    return SlimVerifier(model, skipped, config, copies.of, copies.kind)
+
+
+def _copies_of(
+    model: nn.Module, layers: list[nn.Module], options: ViaSDOptions, device: torch.device
+) -> Copies:
+    start, kind = time.perf_counter(), options.kind
+    shapes = shapes_of(model, layers)
+    found = layers_for(device.type, KINDS if kind == AUTO else (kind,))
+    refusals = {each: reason for each in found if (reason := _refusal(each, shapes))}
+    candidates = [each for each in found if each not in refusals]
+    if kind != AUTO and not candidates:
+        why = next(iter(refusals.values()), "this machine has no kernel for it")
+        raise UserError(f"--via-sd-slim is {kind!r}, but {why}; {_what_works(device, shapes)}.")
+    copies = Copies(model, layers, candidates, options.window)
+    seconds = time.perf_counter() - start
+    logger.info(
+        "Slim verifier: milliseconds of all linear layers in a pass, and tokens per time of plain "
+        "decoding that each kind promises (timed in %.1f s)\n%s",
+        seconds,
+        copies.table(),
+    )
+    if kind != AUTO:
+        copies.take(kind)
+    if copies.kind is None:
+        logger.warning(
+            "VIA-SD: no kind of copy is cheaper here than the target itself, so the slim tier is "
+            "off and drafts go straight to the target; --via-sd-slim skip leaves layers out instead"
+        )
+        return copies
+    _check_memory(copies, device)
+    copies.install()
+    return copies
+
+
+def _refusal(layer: Any, shapes: set[tuple[int, int]]) -> str | None:
+    """Of the first weight that it cannot take."""
+    reasons = (layer.refusal(*shape) for shape in sorted(shapes))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _what_works(device: torch.device, shapes: set[tuple[int, int]]) -> str:
+    works = {each.kind for each in layers_for(device.type) if not _refusal(each, shapes)}
+    return f"here {', '.join(sorted(works | {SKIP}))} {'work' if works else 'works'}"
+
+
+def _check_memory(copies: Copies, device: torch.device) -> None:
+    if device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        free = torch.accelerator.get_memory_info()[0]
+    needed, weights = copies.num_bytes, copies.num_bytes_copied
+    if needed > free:
+        raise UserError(
+            f"--via-sd-slim is {copies.kind!r}, whose copies need {needed / GIB:.2f} GiB, but "
+            f"{free / GIB:.2f} GiB are free; give --via-sd-slim skip, which needs none."
+        )
+    logger.info(
+        "VIA-SD: %s copies of %.2f GiB of weights take %.2f GiB (%.0f %%)",
+        copies.kind,
+        weights / GIB,
+        needed / GIB,
+        100 * needed / weights,
+    )
