@@ -132,13 +132,17 @@ class SimulatedEngine:
                 wanted * self._hits(self.requests[i].hit_rate_in(is_first))
                 for i, wanted in zip(still_open, requested, strict=True)
             ]
-            if not any(drafted):
-                for i, wanted in zip(still_open, requested, strict=True):
-                    planner.observe_slim_check(self.names[i], wanted, 0, 0, is_first_round=is_first)
+            of_round = list(zip(still_open, requested, drafted, strict=True))
+            if self.paper:
+                # What the slim verifier alone has seen may not be kept: no drafts, no round.
+                for i, wanted, found in of_round:
+                    if not found:
+                        name = self.names[i]
+                        planner.observe_slim_check(name, wanted, 0, 0, is_first_round=is_first)
+                of_round = [each for each in of_round if each[2]]
+            if not of_round:
                 break
-            still_open = self._round(
-                planner, still_open, requested, drafted, windows, kept, is_first
-            )
+            still_open = self._round(planner, of_round, windows, kept, is_first)
             drafting = len(still_open)
             rounds += 1
             lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
@@ -156,18 +160,17 @@ class SimulatedEngine:
     def _round(
         self,
         planner: Planner,
-        still_open: list[int],
-        requested: list[int],
-        drafted: list[int],
+        of_round: list[tuple[int, int, int]],
         windows: list[int],
         kept: list[int],
         is_first: bool,
     ) -> list[int]:
-        """One slim check; returns the requests whose windows stay open."""
-        rows = len(still_open) + sum(drafted)
+        """One slim check of (request, drafts wanted, drafts) each; returns the requests whose
+        windows stay open."""
+        rows = len(of_round) + sum(found for _, _, found in of_round)
         planner.observe_slim_pass(rows, self._timed(self.slim(rows)))
         going = []
-        for i, wanted, count in zip(still_open, requested, drafted, strict=True):
+        for i, wanted, count in of_round:
             request = self.requests[i]
             accepted = self._accepted(request.accept_slim, count)
             # Under the paper's rule the slim verifier adds no token behind accepted drafts.
@@ -180,7 +183,7 @@ class SimulatedEngine:
             windows[i] += length
             if self.paper:
                 self.tokens += _expected(length, request.accept_window)
-            if length > 0 and not escalated and windows[i] < self.max_window - 1:
+            if length > 0 and not escalated and windows[i] < self.max_window:
                 going.append(i)
         return going
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VIA-SD against plain speculative decoding with the same drafter: tokens per second of all engines
-in one run, taking turns step by step on one machine.
+"""VIA-SD against plain decoding and plain speculative decoding: tokens per second of all engines in
+one run, taking turns step by step on one machine.
 
-The plain side is searched over its number of drafts; what is compared is the best of it. Greedy, so
-that every engine says the same.
+The plain side is searched over its drafters and their number of drafts; what is compared is the
+best of it. Greedy by default, so that every engine says the same; with a temperature every request
+has a seed, so that they do then, too.
 """
 
 import argparse
@@ -25,13 +26,23 @@ from measured import drafter_config, machine, ratios, read_prompts
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", help="checkpoint of the target (Hugging Face folder)")
-    parser.add_argument("--drafter", default="ngram", help="ngram, or a checkpoint")
+    parser.add_argument(
+        "--drafter", nargs="+", default=["ngram"], help="ngram or checkpoints: engines of each"
+    )
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines")
     parser.add_argument("--drafts", default="2,4", help="of the plain engines, one for each")
     parser.add_argument("--max-drafts", type=int, default=4, help="of the VIA-SD engines")
     parser.add_argument(
-        "--masks", nargs="+", default=["even:0.2"], help="values of --via-sd-mask, an engine each"
+        "--masks", nargs="*", default=[], help="values of --via-sd-mask, an engine each"
     )
+    parser.add_argument(
+        "--slims", nargs="*", default=["auto"], help="values of --via-sd-slim, an engine each"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="and --via-sd with nothing else, an engine each"
+    )
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--mode", choices=("lossless", "paper"), default="lossless")
     parser.add_argument("--rounds", default="auto", help="of the VIA-SD engines")
     parser.add_argument("--window", type=int, default=16)
@@ -52,15 +63,28 @@ def engines(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rounds = args.rounds if args.rounds == "auto" else int(args.rounds)
 
     found: dict[str, dict[str, Any]] = {"plain": {}}
-    for count in map(int, args.drafts.split(",")):
-        found[f"drafts {count}"] = {"speculative_config": drafter_config(args.drafter, count)}
-    for mask in args.masks:
-        options = {"mask": mask, "mode": args.mode, "rounds": rounds, "window": args.window}
-        found[f"VIA-SD {Path(mask).name}"] = {
-            "speculative_config": drafter_config(args.drafter, args.max_drafts),
-            "additional_config": {"via_sd": True} | {f"via_sd_{k}": v for k, v in options.items()},
-        }
+    common = {"mode": args.mode, "rounds": rounds, "window": args.window}
+    tiers = [{"mask": mask} for mask in args.masks] + [{"slim": kind} for kind in args.slims]
+    for drafter in args.drafter:
+        name = Path(drafter).name
+        for count in map(int, args.drafts.split(",")):
+            found[f"{name}, {count} drafts"] = {"speculative_config": drafter_config(drafter, count)}
+        spec = {"speculative_config": drafter_config(drafter, args.max_drafts)}
+        for tier in tiers:
+            found[f"{name}, VIA-SD {_name(tier)}"] = spec | _via_sd(common | tier)
+    if args.alone:
+        for tier in tiers:
+            found[f"VIA-SD {_name(tier)} alone"] = _via_sd(common | tier)
     return found
+
+
+def _via_sd(options: dict[str, Any]) -> dict[str, Any]:
+    keys = {f"via_sd_{key}": value for key, value in options.items()}
+    return {"additional_config": {"via_sd": True} | keys}
+
+
+def _name(tier: dict[str, str]) -> str:
+    return ", ".join(Path(value).name for value in tier.values())
 
 
 def measure(
@@ -72,7 +96,12 @@ def measure(
     for repeat in tqdm(range(args.warm_up + args.repeats), desc=label, disable=None, leave=False):
         prompts = [texts[(repeat * batch + i) % len(texts)] for i in range(batch)]
         for process in processes.values():
-            process.begin(prompts=prompts, new_tokens=args.new_tokens, temperature=0.0, seed=repeat)
+            process.begin(
+                prompts=prompts,
+                new_tokens=args.new_tokens,
+                temperature=args.temperature,
+                seed=repeat,
+            )
         runs = {name: {"seconds": 0.0, "tokens": 0.0, "steps": 0.0} for name in processes}
         todo = list(processes)
         while todo:
@@ -109,7 +138,7 @@ def rows(
     found: dict[str, list[dict[str, float]]], views: dict[str, dict[str, Any]], batch: int
 ) -> list[str]:
     plain = rate(found["plain"])
-    speculative = [name for name in found if name.startswith("drafts")]
+    speculative = [name for name in found if name.endswith(" drafts")]
     best = max(speculative, key=lambda name: statistics.median(rate(found[name])))
     lines = []
     for name, runs in found.items():
@@ -149,7 +178,7 @@ def main() -> None:
     texts = read_prompts(args.prompts, args.target, args.longest_prompt, args.chat)
     batches = [int(batch) for batch in args.batches.split(",")]
     common = {
-        "dtype": "bfloat16",
+        "dtype": args.dtype,
         "max_model_len": args.longest_prompt + args.new_tokens + 64,
         "max_num_seqs": max(batches),
         "enforce_eager": args.enforce_eager,
@@ -161,8 +190,9 @@ def main() -> None:
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
     lines = [
         f"machine: {machine()}",
-        f"target {Path(args.target).name}, drafter {Path(args.drafter).name}, bfloat16, {mode}, "
-        f"prompts {args.prompts.name}, {args.new_tokens} new tokens, greedy, {args.repeats} runs "
+        f"target {Path(args.target).name}, {args.dtype}, {mode}, "
+        f"prompts {args.prompts.name}, {args.new_tokens} new tokens, temperature "
+        f"{args.temperature:g}, {args.repeats} runs "
         f"after {args.warm_up}, "
         f"engine steps in turn, medians, decode steps only; VIA-SD: {args.mode}, rounds "
         f"{args.rounds}, at most {args.max_drafts} drafts, window {args.window}",

@@ -83,12 +83,12 @@ class ViaSDEngine(TraceEngine):
     """A `TraceEngine` whose rounds can be changed while it runs.
 
     Args:
-        drafter: `--speculative-config`.
+        drafter: `--speculative-config`, if one is named.
         via_sd: keys of `additional_config`, without the prefix.
     """
 
     def __init__(
-        self, model: str, drafter: dict[str, Any], via_sd: dict[str, Any], **overrides: Any
+        self, model: str, drafter: dict[str, Any] | None, via_sd: dict[str, Any], **overrides: Any
     ) -> None:
         options = {f"via_sd_{key}": value for key, value in via_sd.items()}
         super().__init__(
@@ -250,11 +250,19 @@ def without_layers(model: PreTrainedModel, skipped: tuple[int, ...]) -> PreTrain
 
 
 def slim_logits(
-    model: PreTrainedModel, skipped: Sequence[int], verified: Sequence[int], window: Sequence[int]
+    model: PreTrainedModel,
+    skipped: Sequence[int],
+    verified: Sequence[int],
+    window: Sequence[int],
+    slim: PreTrainedModel | None = None,
 ) -> torch.Tensor:
     """[W, V] of the slim verifier on the tokens of a window, which read what the full model wrote
-    for the verified ones."""
-    return slim_logits_of_all(model, skipped, [verified], [window])[0]
+    for the verified ones.
+
+    Args:
+        slim: the slim verifier, if it is not just the model without some layers.
+    """
+    return slim_logits_of_all(model, skipped, [verified], [window], slim)[0]
 
 
 def slim_logits_of_all(
@@ -262,9 +270,10 @@ def slim_logits_of_all(
     skipped: Sequence[int],
     verified: Sequence[Sequence[int]],
     windows: Sequence[Sequence[int]],
+    slim: PreTrainedModel | None = None,
 ) -> torch.Tensor:
     """[P, W, V]: `slim_logits` of windows of one length behind texts of one length."""
-    slim = without_layers(model, tuple(skipped))
+    slim = slim or without_layers(model, tuple(skipped))
     cache = DynamicCache()
     with torch.no_grad():
         texts = torch.tensor([list(text) for text in verified])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a start with `--via-sd` is refused for: options beside it, kinds of targets and drafters."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_nvium.engine.unsupported import (
     Unsupported,
@@ -12,9 +12,6 @@ from vllm_nvium.engine.unsupported import (
     watermark,
 )
 from vllm_nvium.errors import UserError
-
-if TYPE_CHECKING:
-    from vllm_nvium.via_sd.options import ViaSDOptions
 
 # Targets whose inner model is a loop over a plain list of layers, and whose layers take and return
 # (hidden, residual): `forward` of the class itself runs on any part of the list.
@@ -29,8 +26,6 @@ ARCHITECTURES = (
 )
 # Drafters whose count of tokens is a number that vLLM takes per call.
 METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp")
-# Those that go on inside a window; the others answer once (`drafting.drafts_again`).
-SEVERAL_ROUNDS = ("ngram", "draft_model")
 
 
 def _prefetched_layers(offload: Any) -> int | None:
@@ -130,17 +125,12 @@ def refuse_unsupported(config: Any) -> None:
         raise UserError(f"{row.flag} is {value}, but {row.why}; {row.remedy}.")
 
 
-def check_drafter(spec: Any, options: "ViaSDOptions") -> None:
+def check_drafter(spec: Any) -> None:
     """vLLM may have found out that a drafter is of another kind than its method said."""
     if spec.method not in METHODS:
         raise UserError(
             f"--speculative-config names {spec.model!r}, which is a drafter of method "
             f"{spec.method!r}, and VIA-SD works with {', '.join(METHODS)}."
-        )
-    if spec.method not in SEVERAL_ROUNDS and options.rounds not in ("auto", 0, 1):
-        raise UserError(
-            f"--via-sd-rounds is {options.rounds}, but a drafter of method {spec.method!r} answers "
-            "once per window; set it to auto, 1 or 0."
         )
     check_rejection(spec.rejection_sample_method)
     if spec.parallel_drafting:

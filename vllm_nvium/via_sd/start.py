@@ -122,7 +122,7 @@ def check(vllm_config: "VllmConfig") -> None:
             )
     model = vllm_config.model_config
     check_architecture(model)
-    check_drafter(vllm_config.speculative_config, options)
+    check_drafter(vllm_config.speculative_config)
     may_keep = options.mode == "paper" or options.allow_paper_mode
     if may_keep and model.logprobs_mode.startswith("processed"):
         raise UserError(
@@ -235,7 +235,7 @@ def instead_of(
         refuse_unsupported(vllm_config)
         check_architecture(vllm_config.model_config)
         if vllm_config.speculative_config is not None:
-            check_drafter(vllm_config.speculative_config, options)
+            check_drafter(vllm_config.speculative_config)
     except UserError as refusal:
         return refusal
     changed = f"--via-sd-window is {options.window}, which is num_speculative_tokens to vLLM"

@@ -420,7 +420,7 @@ def test_drafters_that_answer_once(
     served = Served(reference, engine)
     play(served, crowd(2, size=5))  # `auto` begins without drafts
     counts, checked = engine.runner.session.counts, 0
-    for drafts, rounds in ((3, 2), (4, 0), (1, 1)):
+    for drafts, rounds in ((3, 1), (4, 0), (1, 1)):
         engine.set_rounds(drafts, rounds)
         engine.asked.clear()
         engine.window_rounds.clear()

@@ -178,8 +178,12 @@ class Planner(Estimates):
             rows += 1 + length
         times = situation.times
         before, after = times.full((rows, rows + added))
-        draft = np.broadcast_to(times.draft_later, times.draft.shape)[num_drafts]
-        cost = draft + times.slim(len(request_ids) + drafted) + after - before
+        cost = (
+            times.draft_in_round(rounds_done)[num_drafts]
+            + times.slim(len(request_ids) + drafted)
+            + after
+            - before
+        )
         return bool(gained > self._used_rate * cost)
 
     def forecast(self, request_ids: Sequence[str]) -> Forecast | None:

@@ -332,7 +332,7 @@ class Estimates:
             return None
         overhead = self.overhead_seconds(num_drafting + num_others)
         draft = self.draft_seconds(num_drafting)
-        later = draft if self.drafts_again else 0.0
+        later = None if self.drafts_again else np.zeros_like(draft)
         return StepTimes(draft, slim or full, full, overhead, later)
 
 

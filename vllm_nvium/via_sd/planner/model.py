@@ -104,8 +104,8 @@ class StepTimes:
 
     Attributes:
         draft: `[D + 1]` float64, one call of the drafter for 0..D draft tokens per request.
-        draft_later: the same in all rounds of a window but the first: 0 for a drafter that answers
-            once per window.
+        draft_later: the same in all rounds of a window but the first, if it is not the same: 0
+            for a drafter that answers once per window.
         slim: one pass of the slim verifier, by its rows.
         full: one pass of the full model, by its rows.
         overhead: everything else, once per pass of the full model.
@@ -115,11 +115,16 @@ class StepTimes:
     slim: PassTimeCurve
     full: PassTimeCurve
     overhead: float = 0.0
-    draft_later: np.ndarray | float = 0.0
+    draft_later: np.ndarray | None = None
 
     @property
     def max_draft_tokens(self) -> int:
         return len(self.draft) - 1
+
+    def draft_in_round(self, rounds_done: int) -> np.ndarray:
+        """`[D + 1]`, one call of the drafter after so many rounds of a window."""
+        is_first = rounds_done == 0 or self.draft_later is None
+        return self.draft if is_first else np.asarray(self.draft_later)
 
 
 @dataclass(frozen=True)
@@ -290,13 +295,14 @@ def forecast_tiered(
 ) -> Forecast:
     """`[D + 1, R]`: windows of at most 1..R rounds with 0..D draft tokens each.
 
-    o_r(w) is the probability that a window is open and has w tokens after r rounds. somebody_r is
-    the probability that at least one window is open before round r + 1. s is `accept_window`; under
-    the paper's rule s^w below is 1, because windows with an escalated token do not go on.
+    o_r(w) is the probability that a window is open and has w tokens after r rounds. open_r and
+    round_r are the probabilities that at least one window is open before round r + 1, and that it
+    has that round: under the paper's rule only with drafts. s is `accept_window`; under that rule
+    s^w below is 1, because windows with an escalated token do not go on.
 
         o_(r+1)(w') = sum_w o_r(w) P(n = w' - w) kept_rate^(w' - w)
         tokens      = sum_i (1 + sum_r sum_w o_r(w) s^w accepted)
-        seconds     = sum_r somebody_r (draft(d) + slim(rows)) + full(rows) + overhead
+        seconds     = sum_r (open_r draft(d) + round_r slim(rows)) + full(rows) + overhead
 
     Args:
         max_window: most tokens between two passes of the full model. Every round ends with a token
@@ -319,14 +325,16 @@ def forecast_tiered(
         of_rounds.append((state @ brings)[..., 0, :])
         state = state @ moves
     # [B, D + 1, R]
-    accepted, window, is_open, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)
+    accepted, window, is_open, has_round, rows = np.moveaxis(np.stack(of_rounds, axis=2), -1, 0)
     tokens = 1 + np.cumsum(accepted, axis=2)
     windows = np.cumsum(window, axis=2).sum(0)
-    somebody = 1 - np.prod(np.clip(1 - is_open, 0, 1), axis=0) ** rates.weight  # [D + 1, R]
-    slim = times.slim(rates.weight * rows.sum(0) / np.maximum(somebody, 1e-9))
-    draft = np.repeat(times.draft[:, None], max_rounds, axis=1)
-    draft[:, 1:] = np.broadcast_to(times.draft_later, most + 1)[:, None]
-    rounds = somebody * (draft + slim)
+    any_open, any_round = (
+        1 - np.prod(np.clip(1 - each, 0, 1), axis=0) ** rates.weight  # [D + 1, R]
+        for each in (is_open, has_round)
+    )
+    slim = times.slim(rates.weight * rows.sum(0) / np.maximum(any_round, 1e-9))
+    draft = np.stack([times.draft_in_round(done) for done in range(max_rounds)], axis=1)
+    rounds = any_open * draft + any_round * slim
     full = times.full(rates.weight * (len(tokens) + windows) + background.rows[:, None])
     seconds = np.cumsum(rounds, axis=1) + full + times.overhead
     return Forecast(rates.weight * tokens.sum(0) + background.tokens[:, None], seconds)
@@ -339,8 +347,8 @@ def _round_transitions(
 
     Returns:
         `[B, D + 1, L, L]`, the probability of each length after it, if the window stays open; and
-        `[B, D + 1, L, 4]`: tokens that the full model accepts, tokens, 1 for the window itself, and
-        rows of the slim pass.
+        `[B, D + 1, L, 5]`: tokens that the full model accepts, tokens, 1 for the window itself,
+        the probability that it has the round, and rows of the slim pass.
     """
     drafts = np.arange(most + 1)
     per_round = one_round(rates, drafts)
@@ -351,12 +359,15 @@ def _round_transitions(
     before = np.arange(len(lengths))[:, None]
     moves = np.where(added >= 0, probs[:, :, before, np.maximum(added, 0)], 0.0)
     survives = np.where(rates.adds_bonus_token > 0, rates.accept_window, 1.0)
+    h, bonus = rates.hit_rate[:, None, None], rates.adds_bonus_token[:, None, None]
+    has_round = np.where(bonus > 0, 1.0, h * (fits > 0))
     brings = np.stack(
         [
             survives[:, None, None] ** lengths * per_round.accepted[:, fits],
             per_round.length[:, fits],
             np.ones_like(per_round.length[:, fits]),
-            1 + fits * rates.hit_rate[:, None, None],
+            has_round,
+            has_round + fits * h,
         ],
         axis=-1,
     )

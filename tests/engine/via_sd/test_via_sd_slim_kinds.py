@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines whose slim verifier is the target itself at low precision: tokens and KV cache are those
+of plain decoding whatever it says, and it says what its weights stand for."""
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from test_via_sd_traces import MANY, Look, Served, crowd, greedy, play, traces
+from trace_engine import Arrival
+from via_sd_engine import NGRAM, ViaSDEngine, slim_logits
+
+from tiny_models import make_dense, make_eagle
+from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.layers.low_precision_linear import Int4Linear, Int8Linear
+from vllm_nvium.via_sd import loading
+
+KINDS = {"int4": Int4Linear, "int8": Int8Linear}
+WINDOW = 12
+TARGET: dict[str, Any] = {
+    "vocab_size": 64,
+    "intermediate_size": 128,
+    "bigrams": 0.7,
+    "whisper": 0.2,
+}
+# Logits are rounded to bfloat16 in every layer: candidates within this share of their spread may
+# change places.
+ROUNDING = 0.05
+
+
+def at_low_precision(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """transformers' model with the weights that the copies stand for."""
+    slim = copy.deepcopy(model)
+    head = slim.lm_head.weight.data.clone()
+    with torch.no_grad():
+        for layer in slim.model.layers:
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.copy_(KINDS[kind].meant(module.weight))
+        # Tied or not, embeddings stay as they are.
+        slim.lm_head.weight = torch.nn.Parameter(KINDS[kind].meant(head))
+    return slim
+
+
+def check_slim_tokens(engine: ViaSDEngine, slim: PreTrainedModel, full: PreTrainedModel) -> int:
+    """Every token of every window is what the slim verifier says, which reads the full model's
+    K/V of verified positions."""
+    for window in engine.handed:
+        newest = [window.prefix[-1], *window.tokens]
+        logits = slim_logits(full, (), window.prefix[:-1], newest, slim)[:-1]
+        found = logits.gather(1, torch.tensor(window.tokens)[:, None]).squeeze(1)
+        spread = logits.amax(dim=1) - logits.amin(dim=1)
+        assert ((logits.amax(dim=1) - found) < ROUNDING * spread).all(), window
+    return sum(len(window.tokens) for window in engine.handed)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    path = tmp_path_factory.mktemp("target")
+    reference = make_dense(path, "qwen2", seed=1, **TARGET)  # has biases
+    options = {"slim": request.param, "window": WINDOW, "rounds": 3, "allow_paper_mode": True}
+    # 10 blocks of 32: one long sequence or a few short ones fit, so preemption is common.
+    yield Served(reference, ViaSDEngine(str(path), NGRAM, options, num_gpu_blocks_override=10))
+
+
+@MANY
+@given(
+    trace=traces(), drafts=st.integers(0, 4), rounds=st.sampled_from([1, 3, 12, "auto"]),
+    window=st.sampled_from([1, 5, WINDOW]),
+)  # fmt: skip
+def test_tokens_are_greedy_decodings(served, trace, drafts, rounds, window) -> None:
+    """With no drafts the slim verifier drafts for itself; the paper's rule is checked elsewhere."""
+    served.engine.set_rounds(min(drafts, window), rounds, window)
+    for arrival in trace:
+        if arrival.params.temperature == 0.0:
+            arrival.params.extra_args = None
+    play(served, trace)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_the_slim_verifier_says_what_its_weights_stand_for(served: Served, drafts: int) -> None:
+    engine = served.engine
+    kind = engine.runner.via_sd.kind
+    slim = at_low_precision(served.reference, kind)
+    engine.set_rounds(drafts, 4, WINDOW)
+    before = engine.runner.session.counts.accepted, engine.runner.session.counts.window_tokens
+    engine.after_step = look = Look(engine, served.reference)
+    try:
+        play(served, crowd(5, size=4))
+    finally:
+        engine.after_step = None
+    assert look.compared > 300, "K/V of plain decoding at every computed position"
+    assert check_slim_tokens(engine, slim, served.reference) > 100
+    counts = engine.runner.session.counts
+    share = (counts.accepted - before[0]) / (counts.window_tokens - before[1])
+    # Of random weights; what stands behind a token that is refused counts as refused.
+    assert share > {"int4": 0.3, "int8": 0.8}[kind]
+
+
+def test_attention_and_norms_are_the_targets_own(served: Served) -> None:
+    runner = served.engine.runner
+    model = runner.get_model().model
+    for own, slim in zip(model.layers, runner.slim.layers.layers, strict=True):
+        assert slim.self_attn.attn is own.self_attn.attn
+        assert slim.input_layernorm is own.input_layernorm
+        assert type(slim.mlp.down_proj) is KINDS[runner.via_sd.kind]
+        assert slim.self_attn.qkv_proj.bias is own.self_attn.qkv_proj.bias
+    assert runner.slim.layers.embed_tokens is model.embed_tokens
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "gemma3"])
+def test_every_family(kind: str, tmp_path: Path) -> None:
+    ties = {"tie_word_embeddings": kind.startswith("gemma")}
+    reference = make_dense(tmp_path, kind, seed=1, **(TARGET | {"bigrams": 0.0} | ties))
+    options = {"slim": "int8", "window": WINDOW, "rounds": 6}
+    engine = ViaSDEngine(str(tmp_path), NGRAM, options, num_gpu_blocks_override=20)
+    engine.after_step = look = Look(engine, reference)
+    play(Served(reference, engine), crowd(3, size=4))
+    assert look.compared > 300
+    counts = engine.runner.session.counts
+    assert counts.accepted / counts.window_tokens > 0.75
+
+
+def test_layers_left_out_and_low_precision_together(tmp_path: Path) -> None:
+    reference = make_dense(tmp_path, seed=1, **TARGET)
+    options = {"slim": "int8", "mask": "2", "window": WINDOW, "rounds": 4}
+    engine = ViaSDEngine(str(tmp_path), NGRAM, options, num_gpu_blocks_override=20)
+    assert len(engine.runner.slim.layers.layers) == 3
+    play(Served(reference, engine), crowd(3, size=4))
+    assert engine.runner.session.counts.accepted > 50
+
+
+def test_a_start_that_names_nothing_but_the_switch(tmp_path: Path) -> None:
+    """n-grams draft where the text repeats itself, and the slim verifier everywhere else."""
+    reference = make_dense(tmp_path, seed=1, **TARGET)
+    engine = ViaSDEngine(str(tmp_path), None, {"rounds": 6}, num_gpu_blocks_override=20)
+    assert engine.runner.speculative_config.method == "ngram"
+    assert engine.runner.slim is not None, "on this machine some kind is cheaper at some size"
+    play(Served(reference, engine), crowd(3, size=4))
+    assert max(engine.window_rounds) > 1
+
+
+def test_where_nothing_is_cheaper_the_tier_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "layers_for", lambda *_: [])
+    reference = make_dense(tmp_path, seed=1, **TARGET)
+    engine = ViaSDEngine(str(tmp_path), NGRAM, {}, num_gpu_blocks_override=20)
+    assert engine.runner.slim is None
+    play(Served(reference, engine), crowd(3, size=4))
+    counts = engine.runner.session.counts
+    assert counts.slim_passes == 0 and counts.full_passes > 0
+
+
+def test_a_kind_without_a_kernel_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dense(tmp_path, seed=1, **(TARGET | {"intermediate_size": 96}))
+    with pytest.raises(
+        UserError,
+        match="--via-sd-slim is 'int4', but 96 inputs do not divide into groups of 128 or 64; "
+        "here int8, skip work",
+    ):
+        ViaSDEngine(str(tmp_path), NGRAM, {"slim": "int4"})
+    with pytest.raises(
+        UserError, match="--via-sd-slim is 'fp8', but this machine has no kernel for it; here int8"
+    ):
+        ViaSDEngine(str(tmp_path), NGRAM, {"slim": "fp8"})
+
+
+def test_copies_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        available = 1000
+
+    make_dense(tmp_path, seed=1, **TARGET)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", Memory)
+    with pytest.raises(UserError, match="--via-sd-slim is 'int8', whose copies need .* GiB, but"):
+        ViaSDEngine(str(tmp_path), NGRAM, {"slim": "int8"})
+
+
+def test_other_weights_are_copied_when_they_are_loaded(tmp_path: Path) -> None:
+    """`reload_weights`, as training loops call it."""
+    make_dense(tmp_path / "old", seed=1, **TARGET)
+    new = make_dense(tmp_path / "new", seed=2, **TARGET)
+    options = {"slim": "int8", "window": WINDOW, "rounds": 6}
+    engine = ViaSDEngine(str(tmp_path / "old"), NGRAM, options, num_gpu_blocks_override=20)
+    engine.runner.reload_weights(weights_path=str(tmp_path / "new"))
+    engine.scheduler.reset_prefix_cache()
+    play(Served(new, engine), crowd(3, size=4))
+    assert check_slim_tokens(engine, at_low_precision(new, "int8"), new) > 100
+    counts = engine.runner.session.counts
+    assert counts.accepted / counts.window_tokens > 0.75
+
+
+def test_eagle_is_followed_by_the_slim_verifier_alone(tmp_path: Path) -> None:
+    """Drafters that answer once per window: more rounds are the slim verifier's own."""
+    reference = make_dense(tmp_path / "target", seed=1, **TARGET)
+    make_eagle(tmp_path / "eagle", "eagle", reference)
+    drafter = {"method": "eagle", "model": str(tmp_path / "eagle"), "num_speculative_tokens": 3}
+    options = {"slim": "int8", "window": WINDOW, "rounds": 6}
+    engine = ViaSDEngine(str(tmp_path / "target"), drafter, options, num_gpu_blocks_override=20)
+    play(Served(reference, engine), crowd(3, size=4))
+    assert max(engine.window_rounds) == 6
+
+
+def test_one_prompt_alone(served: Served) -> None:
+    """Long windows: the slim verifier's own tokens up to the last one that fits."""
+    served.engine.set_rounds(0, 12, WINDOW)
+    play(served, [Arrival(0, [5, 9, 33], greedy(60))])
+    assert max(len(window.tokens) for window in served.engine.handed) == WINDOW

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers at low precision: the formulas of their copies, and the kernels against them."""
+
+import pytest
+import torch
+
+from vllm_nvium.model_executor.layers import low_precision_linear
+from vllm_nvium.model_executor.layers.low_precision_linear import (
+    Int4Linear,
+    Int8Linear,
+    LowPrecisionLinear,
+    dequantise_int4,
+    group_of,
+    layers_for,
+    quantise_fp8,
+    quantise_int4,
+    quantise_int8,
+)
+
+HERE = layers_for("cpu")
+
+
+def weight_of(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(outputs, inputs, generator=generator)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_int4_is_at_most_half_a_step_away(group: int) -> None:
+    weight = weight_of(48, 256) + 0.3
+    levels, scales = quantise_int4(weight, group)
+    assert levels.min() == 0 and levels.max() == 15, "each group reaches both ends"
+    assert levels.dtype == torch.int32 and scales.shape == (256 // group, 48, 2)
+    step = scales[..., 0].t().repeat_interleave(group, dim=1)
+    away = (dequantise_int4(levels, scales) - weight).abs()
+    assert (away <= 0.5001 * step + 1e-6).all()
+    spread = weight.view(48, -1, group).amax(2) - weight.view(48, -1, group).amin(2)
+    torch.testing.assert_close(scales[..., 0].t(), spread / 15)
+
+
+def test_int8_and_fp8_keep_the_largest_of_each_output() -> None:
+    weight = weight_of(32, 96)
+    levels, scale = quantise_int8(weight)
+    assert (levels.abs().amax(dim=1) == 127).all()
+    assert ((levels.float() * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    levels, scale = quantise_fp8(weight)
+    assert (levels.float().abs().amax(dim=1) == 448).all()
+    assert ((levels.float() * scale - weight).abs() <= weight.abs() / 15 + scale / 100).all()
+
+
+@pytest.mark.parametrize("quantise", [quantise_int8, lambda w: quantise_int4(w, 64), quantise_fp8])
+def test_a_weight_of_zeros_stays_zero(quantise: object) -> None:
+    levels, scale = quantise(torch.zeros(16, 64))  # type: ignore[operator]
+    assert torch.isfinite(scale).all()
+    assert Int4Linear.meant(torch.zeros(16, 64)).abs().max() < 1e-6
+
+
+def test_some_kernel_of_each_kind_runs_on_cpu() -> None:
+    assert {layer.kind for layer in HERE} == {"int4", "int8"}
+
+
+@pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 33])
+@pytest.mark.parametrize("outputs,inputs", [(96, 128), (4096 + 160, 64), (32, 192)])
+def test_kernels_compute_what_their_copies_stand_for(
+    layer: type[LowPrecisionLinear], dtype: torch.dtype, rows: int, outputs: int, inputs: int
+) -> None:
+    """4256 outputs are copied in two parts."""
+    weight = weight_of(outputs, inputs).to(dtype)
+    bias = weight_of(1, outputs, seed=2)[0].to(dtype)
+    x = weight_of(rows, inputs, seed=1).to(dtype)
+    found, rest = layer(weight, bias)(x)
+    assert rest is None and found.dtype == dtype and found.shape == (rows, outputs)
+    meant = x.to(torch.bfloat16).float() @ layer.meant(weight).t() + bias.float()
+    torch.testing.assert_close(found.float(), meant, rtol=0.03, atol=0.03 * meant.abs().max())
+
+
+@pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
+def test_a_copy_made_anew_stands_where_the_old_one_was(layer: type[LowPrecisionLinear]) -> None:
+    """Compiled code and CUDA graphs hold on to the tensors that they have seen."""
+    old, new = weight_of(96, 128), weight_of(96, 128, seed=5)
+    copy = layer(old)
+    places = {name: tensor.data_ptr() for name, tensor in copy.named_buffers()}
+    copy.copy_weight(new)
+    assert {name: tensor.data_ptr() for name, tensor in copy.named_buffers()} == places
+    x = weight_of(2, 128, seed=1)
+    torch.testing.assert_close(copy.multiply(x), layer(new).multiply(x))
+    assert not torch.allclose(copy.multiply(x), layer(old).multiply(x), rtol=0.1)
+
+
+@pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
+def test_the_memory_of_a_copy_is_what_is_said(layer: type[LowPrecisionLinear]) -> None:
+    copy = layer(weight_of(1024, 1024))
+    held = sum(tensor.nbytes for tensor in copy.buffers())
+    if held > 1024 * 1024 / 4:  # oneDNN keeps its own
+        assert held == pytest.approx(1024 * 1024 * layer.bytes_per_weight, rel=0.01)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    assert Int4Linear.refusal(48, 128) is None
+    assert Int4Linear.refusal(40, 128) == "40 outputs are no multiple of 16"
+    assert Int4Linear.refusal(48, 96) == "96 inputs do not divide into groups of 128 or 64"
+    assert Int8Linear.refusal(33, 64) == "33 x 64 are no multiples of 32"
+    assert (group_of(1536), group_of(576)) == (128, 64)
+
+
+def test_kernels_that_are_wrong_or_missing_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that exists may still be wrong on a processor that it was not tried on."""
+
+    class Wrong(Int8Linear):
+        def product(self, x: torch.Tensor) -> torch.Tensor:
+            return super().product(x) * 1.2
+
+    class Missing(Int8Linear):
+        def product(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = torch.ops.aten.no_such_operator(x)
+            return result
+
+    monkeypatch.setattr(low_precision_linear, "LAYERS", (Wrong, Missing, Int8Linear))
+    assert layers_for("cpu") == [Int8Linear]
+    assert layers_for("cpu", ("int4",)) == []
+    assert layers_for("cuda") == []

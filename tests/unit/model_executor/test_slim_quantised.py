@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which low-precision copies a slim verifier gets: what is timed, what each kind promises, and what
+stands in a model afterwards."""
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_nvium.model_executor.via_sd.slim import with_copies
+from vllm_nvium.model_executor.via_sd.slim_quantised import Timing, promise
+
+
+def test_times_between_and_beyond_those_measured() -> None:
+    timing = Timing(None, {1: 1.0, 2: 1.5, 8: 3.0})
+    assert [timing.at(rows) for rows in (1, 1.5, 5, 8, 12)] == [1.0, 1.25, 2.25, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
+@pytest.mark.parametrize("per_row", [0.0, 0.2])
+def test_the_promise_is_that_of_the_best_window(
+    slim: float, survival: float, per_row: float
+) -> None:
+    """By adding up what every token of every window is worth."""
+    full = Timing(None, {rows: 2 * (1 + per_row * (rows - 1)) for rows in (1, 2, 4, 8)})
+    cheaper = Timing(None, dict.fromkeys((1, 2, 4, 8), 2 * slim))
+    rates = []
+    for n in range(17):
+        kept = sum(survival**k for k in range(1, n + 1))
+        rates.append((1 + kept) / (n * slim + 1 + per_row * n))
+    assert promise(full, cheaper, survival, 16) == pytest.approx(max(rates))
+    assert promise(full, cheaper, survival, 0) == pytest.approx(1.0)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(2, 2), nn.LayerNorm(2)
+
+
+def test_copies_stand_in_for_what_they_copy_and_the_rest_is_shared() -> None:
+    model = nn.Module()
+    model.first, model.second, model.empty = Block(), Block(), None
+    instead = nn.Linear(2, 2)
+    found = with_copies(model, {model.first.linear: instead})
+    assert found is not model and found.first.linear is instead
+    assert found.first.norm is model.first.norm and found.second is model.second
+    assert model.first.linear is not instead, "the model itself is as it was"
+    assert with_copies(model, {instead: model.first}) is model, "nothing to replace"
+    only = with_copies(model, {model.first.linear: instead}, below=("second",))
+    assert only is model, "it was not to look there"
+    torch.testing.assert_close(found.second.linear.weight, model.second.linear.weight)
