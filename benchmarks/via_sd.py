@@ -68,7 +68,9 @@ def engines(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for drafter in args.drafter:
         name = Path(drafter).name
         for count in map(int, args.drafts.split(",")):
-            found[f"{name}, {count} drafts"] = {"speculative_config": drafter_config(drafter, count)}
+            found[f"{name}, {count} drafts"] = {
+                "speculative_config": drafter_config(drafter, count)
+            }
         spec = {"speculative_config": drafter_config(drafter, args.max_drafts)}
         for tier in tiers:
             found[f"{name}, VIA-SD {_name(tier)}"] = spec | _via_sd(common | tier)

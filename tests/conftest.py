@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--via-sd-target", default="", help="checkpoint of the target")
     group.addoption("--via-sd-drafter", default="", help="draft model (default: n-gram lookup)")
+    group.addoption("--via-sd-kind", default="skip", help="value of --via-sd-slim")
     group.addoption("--via-sd-prompts", default="", help="JSON lines with `prompt`")
     group.addoption("--via-sd-most-prompts", default=164, type=int, help="use so many of them")
 

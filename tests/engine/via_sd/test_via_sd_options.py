@@ -36,9 +36,9 @@ from vllm_nvium.engine.patches.input_processor import check as check_request
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, even_layers, write_mask_file
 from vllm_nvium.via_sd import start
-from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
+from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions, options_of
 from vllm_nvium.via_sd.refusals import UNSUPPORTED
-from vllm_nvium.via_sd.start import CPU_WORKER, SCHEDULER, check
+from vllm_nvium.via_sd.start import CPU_WORKER, SCHEDULER, _kind_of_slim, check
 from vllm_nvium.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("read_environment")
@@ -48,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("read_environment")
 
 FLAGS: dict[str, tuple[list[str], Any]] = {
     "via_sd": ([], True),
+    "via_sd_slim": (["int8"], "int8"),
     "via_sd_mask": (["1,2"], "1,2"),
     "via_sd_mode": (["paper"], "paper"),
     "via_sd_accept": (["0.7"], 0.7),
@@ -66,7 +67,7 @@ def test_every_flag_reaches_additional_config(parser: Any, dense_checkpoint: Pat
     args = from_command_line(parser, dense_checkpoint, *arguments)
     assert args.additional_config == {key: value for key, (_, value) in FLAGS.items()}
     options = ViaSDOptions.from_config(args.additional_config)
-    assert options == ViaSDOptions("1,2", "paper", 0.7, 0.1, 9, 2, 3, True)
+    assert options == ViaSDOptions("int8", "1,2", "paper", 0.7, 0.1, 9, 2, 3, True)
     # No option is without a flag, but for the one that --speculative-config sets.
     assert {f"via_sd_{field.name}" for field in fields(ViaSDOptions)} == (
         {*FLAGS, "via_sd_drafts"} - {"via_sd"}
@@ -92,6 +93,7 @@ def test_help_has_a_group_with_every_flag(parser: Any) -> None:
         (["--via-sd-mode", "fast"], ["--via-sd-mode", "fast", "lossless", "paper"]),
         (["--via-sd-rounds", "many"], ["--via-sd-rounds", "many", "auto"]),
         (["--via-sd-window", "x"], ["--via-sd-window", "x"]),
+        (["--via-sd-slim", "int2"], ["--via-sd-slim", "int2", "int4", "int8", "skip"]),
         (["--via-sd-accept", "x"], ["--via-sd-accept", "x"]),
     ],
 )
@@ -338,16 +340,36 @@ def test_an_error_that_is_not_about_via_sd_stays_vllms(dense_checkpoint: Path) -
     assert "--via-sd" not in str(error.value)
 
 
-def test_rounds_that_a_drafter_has_no_answer_for_are_refused(dense_checkpoint: Path) -> None:
-    pytest.importorskip("arctic_inference", reason="suffix decoding is a package of its own")
-    suffix = {"method": "suffix", "num_speculative_tokens": 4}
-    message = refusal(dense_checkpoint, {"rounds": 3}, speculative_config=suffix)
-    assert "--via-sd-rounds is 3" in message and "'suffix' answers once" in message
-    for rounds in (0, 1, "auto"):
-        config = {"via_sd": True, "via_sd_rounds": rounds}
-        arguments(
-            dense_checkpoint, additional_config=config, speculative_config=suffix
-        ).create_engine_config()
+def test_a_start_without_a_drafter_looks_up_ngrams(dense_checkpoint: Path) -> None:
+    for window, drafts in ((16, 4), (3, 2)):
+        args = arguments(dense_checkpoint, {"window": window}, speculative_config=None)
+        config = args.create_engine_config()
+        spec = config.speculative_config
+        assert (spec.method, spec.num_speculative_tokens) == ("ngram", window)
+        assert (spec.prompt_lookup_min, spec.prompt_lookup_max) == (3, 5)
+        options = options_of(config)
+        assert options is not None and options.drafts == drafts
+        assert args.speculative_config is None, "as the user gave it"
+
+
+def test_what_the_slim_verifier_is_by_default(dense_checkpoint: Path) -> None:
+    for given, kind, mask in (
+        ({}, "auto", None),
+        ({"mask": "1,2"}, "skip", "1-2"),
+        ({"slim": "skip"}, "skip", "2"),
+        ({"slim": "int8"}, "int8", None),
+        ({"slim": "int8", "mask": "1"}, "int8", "1"),
+        ({"slim": "auto", "mask": "1"}, "auto", "1"),
+    ):
+        found = options_of(arguments(dense_checkpoint, given).create_engine_config())
+        assert found is not None and (found.kind, found.mask) == (kind, mask), given
+
+
+def test_weights_that_are_quantised_already(dense_checkpoint: Path) -> None:
+    model = SimpleNamespace(quantization="gptq", model="folder/of-a-model")
+    assert _kind_of_slim(ViaSDOptions(), model) == "skip"
+    with pytest.raises(UserError, match="--via-sd-slim is 'int4', but the weights of folder/of-a-"):
+        _kind_of_slim(ViaSDOptions(slim="int4"), model)
 
 
 def test_log_probabilities_that_the_papers_rule_has_not(dense_checkpoint: Path) -> None:

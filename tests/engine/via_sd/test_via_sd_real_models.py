@@ -4,7 +4,8 @@ same build of vLLM, with prefix caching, chunked prompts, preemption and mixed b
 minutes to hours and needs checkpoints, so it runs only where they are named:
 
     pytest tests/engine/via_sd/test_via_sd_real_models.py --timeout 0 \\
-        --via-sd-target TARGET [--via-sd-drafter DRAFT_MODEL] --via-sd-prompts humaneval.jsonl
+        --via-sd-target TARGET [--via-sd-drafter DRAFT_MODEL] [--via-sd-kind int4] \\
+        --via-sd-prompts humaneval.jsonl
 """
 
 import json
@@ -133,13 +134,14 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     rounds: str | int,
 ) -> None:
     drafter = request.config.getoption("--via-sd-drafter")
+    kind = request.config.getoption("--via-sd-kind")
     speculative: dict[str, Any] = {"method": "ngram", "prompt_lookup_min": 2}
     speculative |= {"prompt_lookup_max": 4, "num_speculative_tokens": 4}
     if drafter:
         speculative = {"method": "draft_model", "model": drafter, "num_speculative_tokens": 4}
     options = {
         "speculative_config": speculative,
-        "additional_config": {"via_sd": True, "via_sd_rounds": rounds},
+        "additional_config": {"via_sd": True, "via_sd_rounds": rounds, "via_sd_slim": kind},
         "async_scheduling": False,
     }
     with_tier = alone(target, prompts, options, None)
@@ -156,7 +158,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     report = request.config.pluginmanager.getplugin("terminalreporter")
     with capsys.disabled():
         for line in (
-            f"{Path(target).name}, drafts {Path(drafter or 'ngram').name}, rounds {rounds}: "
+            f"{Path(target).name}, drafts {Path(drafter or 'ngram').name}, {kind}, rounds {rounds}: "
             f"{equal} of {len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
             f"plain {plain.counts}",
             f"VIA-SD {with_tier.counts}",
