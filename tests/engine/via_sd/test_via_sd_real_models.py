@@ -158,7 +158,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     report = request.config.pluginmanager.getplugin("terminalreporter")
     with capsys.disabled():
         for line in (
-            f"{Path(target).name}, drafts {Path(drafter or 'ngram').name}, {kind}, rounds {rounds}: "
+            f"{Path(target).name}, {Path(drafter or 'ngram').name}, {kind}, rounds {rounds}: "
             f"{equal} of {len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
             f"plain {plain.counts}",
             f"VIA-SD {with_tier.counts}",
