@@ -53,9 +53,7 @@ def check_lossless(drafts: torch.Tensor, counts: torch.Tensor, drawn: torch.Tens
     return Checked(accepted, token, torch.full_like(drawn, ACCEPT))
 
 
-def paper_tiers(
-    shares: torch.Tensor, accept: torch.Tensor, escalate: torch.Tensor
-) -> torch.Tensor:
+def paper_tiers(shares: torch.Tensor, accept: torch.Tensor, escalate: torch.Tensor) -> torch.Tensor:
     """The paper's tier of every draft, whatever stands before it.
 
         r = q'(v) / max_u q'(u)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of vLLM's `SamplingParams`, and logits processors of users: what VIA-SD answers is what
-plain vLLM answers, at temperature 0 and with a seed, or both refuse.
+"""Every field of vLLM's `SamplingParams`, and logits processors of users: what VIA-SD answers is
+what plain vLLM answers, at temperature 0 and with a seed, or both refuse.
 """
 
 import os

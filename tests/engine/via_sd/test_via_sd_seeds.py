@@ -89,9 +89,7 @@ def seeded(number: int, **fields: Any) -> SamplingParams:
 
 
 def requests(count: int, prompt: int = 24, **fields: Any) -> list[Arrival]:
-    return [
-        Arrival(0, TEXTS[i % 2][i % 7 :][:prompt], seeded(i, **fields)) for i in range(count)
-    ]
+    return [Arrival(0, TEXTS[i % 2][i % 7 :][:prompt], seeded(i, **fields)) for i in range(count)]
 
 
 def texts(engine: TraceEngine, trace: list[Arrival]) -> list[list[int]]:

@@ -49,8 +49,8 @@ PATCHES = (
         "InputProcessor",
         "_validate_params",
         _with_own_options,
-        without="a bad per-request override reaches the engine core, and VIA-SD takes neither min_p "
-        "nor logit_bias",
+        without="a bad per-request override reaches the engine core, and VIA-SD refuses min_p and "
+        "logit_bias",
         until="a model class can validate sampling parameters",
     ),
 )

@@ -21,14 +21,13 @@ def _build(vllm_config: Any, *args: Any) -> Any:
     plain = copy.copy(vllm_config)
     object.__setattr__(plain, "speculative_config", None)  # past the checks of its class
     found = build_logitsprocs(plain, *args)
-    custom = [type(each).__name__ for each in found.all]
-    custom = [each for each in custom if each not in {one.__name__ for one in BUILTIN_LOGITS_PROCESSORS}]
-    if custom:
+    others = [type(each) for each in found.all if type(each) not in BUILTIN_LOGITS_PROCESSORS]
+    if others:
         logger.warning(
-            "Logits processors of yours (%s) are applied to one token at a time: requests that they "
-            "apply to get no drafts, and if they do not say to which they do "
-            "(AdapterLogitsProcessor), nobody does",
-            ", ".join(custom),
+            "Logits processors that are not vLLM's own (%s) see one token at a time: requests that "
+            "they apply to get no drafts, and nobody does if they do not say which those are, as "
+            "an AdapterLogitsProcessor does",
+            ", ".join(each.__name__ for each in others),
         )
     return found
 
