@@ -46,8 +46,8 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
         "_sample propose_draft_token_ids _dummy_run",
-        "overridden to verify drafts with the sampler of plain decoding, to choose their number and "
-        "to compile the slim verifier at start",
+        "overridden to verify drafts with the sampler of plain decoding, to choose their number "
+        "and to compile the slim verifier at start",
         "no VIA-SD",
     ),
     *rows(

@@ -242,9 +242,9 @@ class ViaSDModelRunnerMixin(Runner):
         return output
 
     def _leave_out_drafts(self) -> None:
-        """Takes back drafts that must not be verified: of requests whose sampling cannot look ahead,
-        and the zeros, a whole window of them, that vLLM puts where the drafter did not fit into the
-        context."""
+        """Takes back drafts that must not be verified: of requests whose sampling cannot look
+        ahead, and the zeros, a whole window of them, that vLLM puts where the drafter did not fit
+        into the context."""
         left_out = [not self._has_drafted or one for one in V1StepView(self).one_at_a_time]
         found: Any = self._draft_token_ids  # type: ignore[has-type]
         if not any(left_out) or found is None:

@@ -119,8 +119,8 @@ def test_metrics_are_what_happened(engine: V2Engine, monkeypatch: pytest.MonkeyP
         return update(scheduler_output, output)
 
     monkeypatch.setattr(engine.scheduler, "update_from_output", watch)
-    # With asynchronous scheduling an aborted request leaves a step in flight, whose output comes with
-    # the next one's.
+    # With asynchronous scheduling an aborted request leaves a step in flight, whose output comes
+    # with the next one's.
     engine.run([Arrival(0, [5, 6, 7], SamplingParams(max_tokens=2, ignore_eos=True))])
     reports.clear()
     before = list(engine.state.observer.reporter.counts.exit_tokens)
