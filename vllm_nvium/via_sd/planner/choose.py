@@ -147,19 +147,25 @@ class Planner(Estimates):
         return self._plan
 
     def another_round(
-        self, window_lengths: Sequence[int], rounds_done: int, request_ids: Sequence[str]
+        self,
+        window_lengths: Sequence[int],
+        rounds_done: int,
+        request_ids: Sequence[str],
+        survivals: Sequence[float] | None = None,
     ) -> bool:
         """Whether one more round is worth its time. Called after each round.
 
         The round adds s^w q tokens to a window of w tokens, where q are the accepted tokens of
         `one_round` and s is the probability that the full model accepts a token (1 under the
-        paper's rule). It is worth its time if it brings them at the rate that the plan promises.
+        paper's rule); where it is known how sure the slim verifier was of each token, `survivals`
+        stand for s^w. It is worth its time if it brings them at the rate that the plan promises.
         The gain falls with w, so that it is enough to look one round ahead.
 
         Args:
             window_lengths: tokens of the windows that are open: neither full nor escalated.
             rounds_done: rounds of these windows.
             request_ids: in the same order.
+            survivals: the probability that the full model keeps all tokens of each window.
         """
         if not request_ids or rounds_done >= min(self._plan.rounds, self.max_rounds):
             return False
@@ -169,11 +175,12 @@ class Planner(Estimates):
         num_drafts, situation = self._plan.num_draft_tokens, self._situation
         gained = added = drafted = 0.0
         rows = situation.background.rows[num_drafts]
-        for request_id, length in zip(request_ids, window_lengths, strict=True):
+        for i, (request_id, length) in enumerate(zip(request_ids, window_lengths, strict=True)):
             survives, accepted, mean_length, hit_rate = self._round_gains[request_id]
+            survival = survives**length if survivals is None else survivals[i]
             drafted += min(num_drafts, self.max_window - 1 - length) * hit_rate
             room = min(self.max_window - length, mean_length)
-            gained += accepted * room / mean_length * survives**length
+            gained += accepted * room / mean_length * survival
             added += room
             rows += 1 + length
         times = situation.times
@@ -370,10 +377,11 @@ class FixedRounds:
             return DraftPlan(self.fixed.num_draft_tokens, 0)
         return self.fixed
 
-    def another_round(
-        self, window_lengths: Sequence[int], rounds_done: int, request_ids: Sequence[str]
-    ) -> bool:
+    def another_round(self, _: Sequence[int], rounds_done: int, *__: Any) -> bool:
         return rounds_done < self.fixed.rounds
+
+    def survival(self, *_: Any) -> float:
+        return 1.0
 
     def _ignore(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is learnt."""

@@ -6,11 +6,16 @@ them. A request with few trials of its own is taken to be like the others with i
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import exp, log
+from math import exp, log, prod
 
 import numpy as np
 
-from vllm_nvium.via_sd.planner.estimators import PassTimeEstimator, RateEstimate, Slowdown
+from vllm_nvium.via_sd.planner.estimators import (
+    PassTimeEstimator,
+    RateEstimate,
+    Slowdown,
+    SurvivalByConfidence,
+)
 from vllm_nvium.via_sd.planner.model import (
     LOSSLESS,
     OFF,
@@ -51,7 +56,6 @@ class RateEstimates:
     """All rates of one request, or of all requests with the same rule."""
 
     rule: str = LOSSLESS
-    is_greedy: bool = False
     of: dict[str, RateEstimate] = field(
         default_factory=lambda: {name: RateEstimate() for name in PRIOR}
     )
@@ -61,7 +65,7 @@ def judge_drafts(
     num_drafted: int, num_slim_accepted: int, num_window_tokens: int, num_full_accepted: int
 ) -> tuple[int, int]:
     """What the full model would have said about the drafts that opened a window, had they gone to
-    it directly. Greedy requests only.
+    it directly. Lossless requests only, where at most one token passes a check.
 
     The window is the accepted drafts, then a token of the slim verifier. If the full model accepts
     that token, it would have rejected the draft in its place. If it rejects it, nobody knows.
@@ -109,6 +113,7 @@ class Estimates:
         self._drafter_always_runs = False
         self._slowdown = Slowdown()
         self._by_rule: defaultdict[str, RateEstimates] = defaultdict(RateEstimates)
+        self._survival = SurvivalByConfidence()
         self._requests: dict[str, RateEstimates] = {}
         # Drafts of the first round of a request's window, and those that the slim verifier kept.
         self._first_round: dict[str, tuple[int, int]] = {}
@@ -122,15 +127,14 @@ class Estimates:
         # By the bit length of the number of requests.
         self._draft: defaultdict[int, PassTimeEstimator] = defaultdict(new)
 
-    def add(self, request_id: str, rule: str, is_greedy: bool = False) -> None:
+    def add(self, request_id: str, rule: str) -> None:
         """A request that will decode.
 
         Args:
             rule: `OFF`, `LOSSLESS` or `PAPER`.
-            is_greedy: at temperature 0, where at most one token passes a check.
         """
         if request_id not in self._requests:
-            self._requests[request_id] = RateEstimates(rule, is_greedy)
+            self._requests[request_id] = RateEstimates(rule)
 
     def remove(self, request_id: str) -> None:
         """The request has ended. What it taught about all requests stays."""
@@ -195,6 +199,7 @@ class Estimates:
         num_accepted: int,
         is_tiered: bool,
         num_requested: int = 0,
+        confidences: Sequence[float] = (),
     ) -> None:
         """The full model's check of a window or of plain drafts.
 
@@ -203,7 +208,10 @@ class Estimates:
             num_accepted: leading ones that the full model accepted.
             is_tiered: whether the slim verifier has checked them.
             num_requested: plain drafts that were requested; 0 if the drafter was not called.
+            confidences: of the tokens of a lossless window.
         """
+        for place, confidence in enumerate(confidences[: min(num_accepted + 1, num_proposed)]):
+            self._survival.observe(confidence, place < num_accepted)
         if not is_tiered:
             self._observe_hits(request_id, "hit_rate", num_requested, num_proposed)
         num_rejected = int(num_accepted < num_proposed)
@@ -211,7 +219,7 @@ class Estimates:
         self._observe_rate(request_id, rate, num_accepted, num_rejected)
         self._num_verified += num_accepted + num_rejected
         request = self._requests.get(request_id)
-        if is_tiered and request is not None and request.is_greedy and request.rule == LOSSLESS:
+        if is_tiered and request is not None and request.rule == LOSSLESS:
             first = self._first_round.pop(request_id, (0, 0))
             judged = judge_drafts(*first, num_proposed, num_accepted)
             self._observe_rate(request_id, "accept_full", *judged)
@@ -231,6 +239,14 @@ class Estimates:
             self._by_rule[request.rule].of[rate].observe(successes, failures)
 
     # --- estimates ------------------------------------------------------------------------------
+
+    def survival(self, request_id: str, confidences: Sequence[float]) -> float:
+        """The probability that the full model keeps all tokens of a lossless window."""
+        request = self._requests.get(request_id)
+        usual = self.rate_of_rule(LOSSLESS, "accept_window")
+        if request is not None:
+            usual = request.of["accept_window"].estimate(usual, COMMON_TRIALS)
+        return prod(self._survival.estimate(each, usual) for each in confidences)
 
     def rule_of(self, request_id: str) -> str:
         request = self._requests.get(request_id)

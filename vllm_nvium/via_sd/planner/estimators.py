@@ -3,6 +3,7 @@
 Outliers must not change them, lasting changes must.
 """
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,3 +146,22 @@ class RateEstimate:
     def estimate(self, prior: float, prior_trials: float) -> float:
         """(successes + prior * prior_trials) / (trials + prior_trials)"""
         return (self.successes + prior * prior_trials) / (self.trials + prior_trials)
+
+
+class SurvivalByConfidence:
+    """The probability that the full model keeps a token of a window, by how sure the slim verifier
+    was of it: a rate for each range of its largest probability."""
+
+    EDGES = (0.4, 0.6, 0.75, 0.85, 0.92, 0.96, 0.98, 0.99, 0.995, 0.999)
+    # What is believed of a range before it was seen, the rate of all tokens, counts for so many.
+    PRIOR_TRIALS = 8.0
+
+    def __init__(self) -> None:
+        self._rates = [RateEstimate() for _ in range(len(self.EDGES) + 1)]
+
+    def observe(self, confidence: float, kept: bool) -> None:
+        self._rates[bisect(self.EDGES, confidence)].observe(int(kept), int(not kept))
+
+    def estimate(self, confidence: float, usual: float) -> float:
+        """Given the rate of all tokens."""
+        return self._rates[bisect(self.EDGES, confidence)].estimate(usual, self.PRIOR_TRIALS)
