@@ -79,8 +79,8 @@ class SlimVerifier:
             for i, layer in enumerate(inner.layers)
             if i not in self.skipped
         ]
-        name = f"Slim{type(inner).__name__}_{kind}_{'_'.join(map(str, self.skipped))}"
-        self.layers = of_layers(inner, kept, name, vllm_config)
+        class_name = f"Slim{type(inner).__name__}_{kind}_{'_'.join(map(str, self.skipped))}"
+        self.layers = of_layers(inner, kept, class_name, vllm_config)
         self._head = with_copies(model, copies, below=("lm_head", "model", "embed_tokens"))
         # Only these layers' caches are written and need metadata.
         self.layer_names = {

@@ -299,8 +299,8 @@ def _with_short_flags(engine_args: Any) -> dict[str, Any]:
 
 def _speculative_config(given: Any, options: ViaSDOptions) -> tuple[dict[str, Any], int]:
     if not given:
-        drafts = max(min(DEFAULT_DRAFTS, options.window - int(options.rounds != 0)), 1)
-        given = DEFAULT_DRAFTER | {"num_speculative_tokens": drafts}
+        most = max(min(DEFAULT_DRAFTS, options.window - int(options.rounds != 0)), 1)
+        given = DEFAULT_DRAFTER | {"num_speculative_tokens": most}
     spec = dict(given)
     method = spec.get("method") or ("draft_model" if spec.get("model") else None)
     if method not in METHODS:
