@@ -622,6 +622,41 @@ def test_a_drafter_that_finds_nothing() -> None:
     assert half.run(planner, 1000) * FULL >= 0.96 * max(best_rates(half.requests, 0.0, 0.9))
 
 
+def test_windows_end_behind_tokens_that_the_slim_verifier_was_not_sure_of() -> None:
+    """Of every two windows the full model refuses the one token of which the slim verifier gave
+    a probability of a half."""
+    planner = Planner(MAX_DRAFTS, MAX_WINDOW)
+    for i in range(300):
+        confidences = [0.9995, 0.9995, 0.5, 0.9995]
+        planner.observe_full_check("a", 4, 2 if i % 2 else 4, True, confidences=confidences)
+    assert planner.survival("a", [0.9995] * 6) > 0.97
+    assert planner.survival("a", [0.9995, 0.45, 0.9995]) == pytest.approx(0.5, abs=0.05)
+    assert planner.survival("a", []) == 1.0
+    usual = planner.rate_of_rule(LOSSLESS, "accept_window")
+    assert planner.survival("new", [0.8]) == pytest.approx(usual), "never seen"
+    engine = make_engine([RequestRates(0.5, 0.5, 0.9, hit_rate=0.0)], 0.0, 0.3, noise=0.05)
+    planner = Planner(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(planner, 400)
+    while planner._trial is not None or planner._plan.rounds < 5:
+        engine.run(planner, 1)
+    assert planner.another_round([3], 3, engine.names, [0.95])
+    assert not planner.another_round([3], 3, engine.names, [0.2])
+
+
+def test_the_slim_verifier_drafts_for_itself() -> None:
+    """With no drafts at all the best window has s^n slim / full at its end, and `auto` finds it."""
+    requests = [RequestRates(0.5, 0.5, 0.95, hit_rate=0.0)]
+    plain, tiered = best_rates(requests, 0.0, 0.3)
+    by_hand = max(
+        (1 + sum(0.95**k for k in range(1, n + 1))) / (1 + 0.3 * n) for n in range(MAX_WINDOW + 1)
+    )
+    assert plain == pytest.approx(1.0) and tiered == pytest.approx(by_hand)
+    engine = make_engine(requests, 0.0, 0.3, noise=0.05)
+    planner = Planner(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(planner, 400)
+    assert engine.run(planner, 1000) * FULL >= 0.96 * tiered
+
+
 def test_drafts_that_come_in_runs() -> None:
     """With one hit rate for all rounds of a window the tier would look useless."""
     requests = [RequestRates(0.7, 0.7, 0.97, 0.25, 0.85)]
