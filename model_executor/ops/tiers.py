@@ -40,7 +40,12 @@ def check_lossless(drafts: torch.Tensor, counts: torch.Tensor, drawn: torch.Tens
 
     The full model does the same with the window and `argmax q_i / E_i`. So the text is
     `argmax q_i / E_i` at every position, whatever was drafted and kept on the way: a draw of `q`,
-    and for a request with a seed the one that plain decoding makes.
+    and for a request with a seed the one that plain decoding makes. Both models agree on a token
+    with probability
+
+        sum_x 1 / sum_y max(q'(y) / q'(x), q(y) / q(x))  >=  (1 - d) / (1 + d),
+
+    d being the total variation distance of q' and q.
 
     Args:
         drafts: [B, D] int64; columns from `counts` on are padding.

@@ -325,12 +325,6 @@ def _processors_of_rows(
 ) -> LogitsProcessors:
     """The batch's logits processors for rows; others than vLLM's own only where `first_rows` has
     the one row of each request that they apply to."""
-    params = [requests[name].sampling_params for name in batch.req_ids]
-    added = [
-        (row, params[each], None, outputs[row] if outputs else [])
-        for row, each in enumerate(of_row)
-    ]
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=len(added)))
     found, old = LogitsProcessors(), batch.logitsprocs
     for new_list, old_list in (
         (found.argmax_invariant, old.argmax_invariant),
@@ -341,10 +335,22 @@ def _processors_of_rows(
                 if first_rows:
                     new_list.append(_OfFirstRows(processor, first_rows))
             elif getattr(processor, BUILTIN[type(processor)]):
-                fresh = type(processor)(config, batch.device, False)
-                fresh.update_state(BatchUpdate(len(added), removed=(), added=added, moved=()))
-                new_list.append(fresh)
+                new_list.append(_made_anew(type(processor), batch, requests, of_row, outputs))
     return found
+
+
+def _made_anew(
+    kind: type, batch: Any, requests: Any, of_row: Sequence[int], outputs: Sequence[list[int]]
+) -> Any:
+    """A processor of vLLM to which each row is a request with the output before it."""
+    added = []
+    for row, each in enumerate(of_row):
+        params = requests[batch.req_ids[each]].sampling_params
+        added.append((row, params, None, outputs[row] if outputs else []))
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=len(added)))
+    processor = kind(config, batch.device, False)
+    processor.update_state(BatchUpdate(len(added), removed=(), added=added, moved=()))
+    return processor
 
 
 class _OfFirstRows:

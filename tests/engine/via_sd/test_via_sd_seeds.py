@@ -286,3 +286,23 @@ def test_requests_without_a_seed_differ_and_reproduce_as_a_whole(engines: Engine
     assert len(set(map(tuple, found[0]))) == 4
     # Whatever was in the global generator, which nothing of theirs is drawn from.
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("fp64", [False, True])
+def test_noise_that_is_a_row_of_the_vocabulary(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, fp64: bool
+) -> None:
+    """As vLLM draws it on GPUs (and everywhere with float64 noise), not as a seed on CPUs."""
+    for engine in (engines.plain, engines.ngram, engines.draft_model):
+        drawing = engine.runner.sampler.topk_topp_sampler
+        monkeypatch.setattr(drawing, "forward", drawing.forward_native)
+        monkeypatch.setattr(drawing, "use_fp64_gumbel", fp64)
+    trace = requests(20)
+    wanted = [
+        texts(engines.plain, [Arrival(0, list(arrival.prompt), arrival.params)])[0]
+        for arrival in trace
+    ]
+    assert wanted != plain_texts(engines, trace)
+    for engine in (engines.ngram, engines.draft_model):
+        engine.set_rounds(4, 2, WINDOW)
+        check(engine, trace, wanted)

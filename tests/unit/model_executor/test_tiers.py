@@ -71,14 +71,18 @@ def test_a_lossless_check_leaves_what_the_noise_draws(kind: str) -> None:
         )
 
 
-def test_models_that_share_the_noise_draw_the_same_more_often() -> None:
-    slim, full = laws(1, 2), 0.8 * laws(1, 2) + 0.2 * laws(1, 3)
-    shared, other = noise(DRAWS, 1, 4), noise(DRAWS, 1, 5)
+def test_models_that_share_the_noise_agree_as_often_as_the_formula_says() -> None:
+    slim, full = laws(1, 2)[0], (0.8 * laws(1, 2) + 0.2 * laws(1, 3))[0]
+    shared, other = noise(DRAWS, 1, 4)[:, 0], noise(DRAWS, 1, 5)[:, 0]
+    drawn = (full / shared).argmax(dim=1)
     with_it, without = (
-        (((slim / each).argmax(2)) == ((full / shared).argmax(2))).double().mean()
-        for each in (shared, other)
+        float(((slim / each).argmax(dim=1) == drawn).double().mean()) for each in (shared, other)
     )
-    assert with_it > 0.8 > 0.4 > without
+    ratios = torch.maximum(slim[None] / slim[:, None], full[None] / full[:, None])
+    due = float((1 / ratios.sum(dim=1)).sum())
+    assert with_it == pytest.approx(due, abs=4 * (due * (1 - due) / DRAWS) ** 0.5)
+    d = float((slim - full).abs().sum()) / 2
+    assert with_it > (1 - d) / (1 + d) > without + 0.3
 
 
 def test_a_draft_that_is_not_there_is_not_accepted() -> None:
