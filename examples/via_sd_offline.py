@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline generation with VIA-SD: n-gram drafts, checked by the target without some of its layers
-before the whole target verifies them. Greedy text is the same as without any of it.
+"""Offline generation with VIA-SD: the target at low precision drafts for itself and checks what a
+drafter proposes before the target verifies it. The text is the same as without any of it.
 
-    python examples/via_sd_offline.py MODEL [--mask even:0.2] [--drafter DRAFT_MODEL]
+    python examples/via_sd_offline.py MODEL [--slim int4] [--mask even:0.2] [--drafter DRAFT_MODEL]
 """
 
 import argparse
 
 from vllm import LLM, SamplingParams
+
+from vllm_nvium import ViaSDOptions
 
 PROMPTS = [
     "def fibonacci(n):\n",
@@ -18,16 +20,17 @@ PROMPTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--mask", default="even:0.2")
+    parser.add_argument("--slim", help="auto, int4, int8, fp8 or skip")
+    parser.add_argument("--mask", help="layers that the slim verifier skips")
     parser.add_argument("--drafter", default="", help="a draft model (default: n-gram lookup)")
     args = parser.parse_args()
-    drafter = {"method": "ngram", "prompt_lookup_max": 4, "num_speculative_tokens": 4}
+    drafter = None
     if args.drafter:
         drafter = {"method": "draft_model", "model": args.drafter, "num_speculative_tokens": 4}
     llm = LLM(
         model=args.model,
         speculative_config=drafter,
-        additional_config={"via_sd": True, "via_sd_mask": args.mask},
+        additional_config=ViaSDOptions(slim=args.slim, mask=args.mask).to_config(),
         max_model_len=1024,
         disable_log_stats=False,
     )
