@@ -145,6 +145,8 @@ class ViaSDEngine(TraceEngine):
             # One place is the slim verifier's own.
             room = max(windows[i].room for i in going) - 1
             drafts = draft_again(view, windows, going, *args)
+            if drafts is None:
+                return None
             for i, tokens in zip(going, drafts.tokens, strict=True):
                 window = windows[i]
                 prefix = tokens_of(window.request) + window.tokens

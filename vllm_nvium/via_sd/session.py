@@ -207,6 +207,9 @@ class Session:
         for window in windows:
             self.asked.pop(view.request_ids[window.request], None)
         current, done = windows, 0
+        # Whether the drafter has been asked in every round so far. One that was left out of a round
+        # has not seen that round's tokens, and is not asked again.
+        is_asked = view.can_draft_again
         while True:
             current, drafts = self._with_a_round(view, current, drafts)
             if not current:
@@ -223,7 +226,9 @@ class Session:
             ]
             if not going or not self.planner.another_round(lengths, done, names, survivals):
                 break
-            drafts = self._draft_again(view, current, going, hidden, rows)
+            found = self._draft_again(view, current, going, hidden, rows) if is_asked else None
+            is_asked = found is not None
+            drafts = Drafts([[] for _ in going]) if found is None else found
             current = [current[i] for i in going]
         return windows
 
@@ -342,17 +347,16 @@ class Session:
         going: list[int],
         hidden: torch.Tensor,
         rows: list[Rows],
-    ) -> Drafts:
-        """The drafter goes on from where the windows that are still open end."""
-        if not view.can_draft_again:
-            return Drafts([[] for _ in going])
+    ) -> Drafts | None:
+        """The drafter goes on from where the windows that are still open end; None if there is
+        nothing that it could propose."""
         start = time.perf_counter()
         room = max(windows[i].room for i in going) - 1
         # A draft model may read fewer positions than the target.
         longest = max(windows[i].last_position for i in going)
         count = min(self.plan.num_draft_tokens, room, view.drafter_max_model_len - 1 - longest)
         if count < 1:
-            return Drafts([[] for _ in going])
+            return None
         drafts = view.draft_again(windows, going, hidden, rows, count)
         self.planner.observe_draft_call(len(going), count, time.perf_counter() - start)
         return drafts

@@ -142,6 +142,20 @@ def test_layers_left_out_and_low_precision_together(tmp_path: Path) -> None:
     assert engine.runner.session.counts.accepted > 50
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_slim_verifier_is_compiled_at_start(kind: str, tmp_path: Path) -> None:
+    reference = make_dense(tmp_path, seed=1, **TARGET)
+    engine = ViaSDEngine(
+        str(tmp_path), NGRAM, {"slim": kind, "window": WINDOW, "rounds": 6},
+        num_gpu_blocks_override=20, enforce_eager=False, compilation_config={"backend": "eager"},
+    )  # fmt: skip
+    assert engine.runner.get_model().model.compiled, "of vLLM"
+    assert engine.runner.slim.layers.compiled
+    engine.handed.clear()
+    play(Served(reference, engine), crowd(3, size=3))
+    assert check_slim_tokens(engine, at_low_precision(reference, kind), reference) > 100
+
+
 def test_a_start_that_names_nothing_but_the_switch(tmp_path: Path) -> None:
     """n-grams draft where the text repeats itself, and the slim verifier everywhere else."""
     reference = make_dense(tmp_path, seed=1, **TARGET)
