@@ -90,7 +90,7 @@ class Worker:
         """Adds one batch of prompts, token ids or the lengths of random ones; nothing runs yet.
 
         Args:
-            seeded: sampled requests name a seed; with VIA-SD such requests do without the tier.
+            seeded: sampled requests name a seed.
             extra_args: of every request, as `vllm_xargs` over HTTP.
         """
         from vllm import SamplingParams

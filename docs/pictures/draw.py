@@ -214,7 +214,7 @@ def via_sd() -> Figure:
         ax, -11.2, "next full pass",
         [(0, "t", OWN),
          *((x, text, KEPT if x < 7 else REFUSED) for x, text in window[:7]), (8, "s2", REFUSED)],
-        "rows [t, window]; vLLM's rejection sampler keeps a prefix and",
+        "rows [t, window]; what it does not say itself goes, and it",
     )  # fmt: skip
     say(ax, 12.4, -11.5, "adds a token. Its K/V replace all that the slim passes wrote")
     ax.plot([-6.0, 24.6], [-8.45, -8.45], color=EDGE, lw=0.8, ls="--")

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the slim verifier makes of drafts, as functions of plain tensors beside their formulas: the
-lossless check, which leaves exactly a draw of the slim law, and the paper's three tiers.
+lossless check, which keeps the drafts that it would have drawn itself, and the paper's three tiers.
 
 Notation (arXiv:2606.12243): `p` the drafter, `q'` the slim verifier, `q` the full model; B
-requests, D drafts, V vocabulary.
+requests, D drafts, V vocabulary. `E_i` is the noise of position i, V independent draws of Exp(1)
+that belong to the request and the position: whoever draws there draws `argmax q / E_i`, which has
+the law `q` because `E_i` is independent of all that stands before i. The full model and the slim
+verifier share it, so that they mostly draw the same token (at temperature 0: argmax).
 """
 
 from dataclasses import dataclass
@@ -30,114 +33,73 @@ class Checked:
     tiers: torch.Tensor
 
 
-def check_greedy(drafts: torch.Tensor, counts: torch.Tensor, top: torch.Tensor) -> Checked:
-    """Lossless check at temperature 0.
+def check_lossless(drafts: torch.Tensor, counts: torch.Tensor, drawn: torch.Tensor) -> Checked:
+    """Keeps what the slim verifier would have drawn itself.
 
-        keep v_i while v_i = argmax q'_i,   then   argmax q'_n
+        keep v_i while v_i = x_i,   then   x_n,   with   x_i = argmax q'_i / E_i
+
+    The full model does the same with the window and `argmax q_i / E_i`. So the text is
+    `argmax q_i / E_i` at every position, whatever was drafted and kept on the way: a draw of `q`,
+    and for a request with a seed the one that plain decoding makes. Both models agree on a token
+    with probability
+
+        sum_x 1 / sum_y max(q'(y) / q'(x), q(y) / q(x))  >=  (1 - d) / (1 + d),
+
+    d being the total variation distance of q' and q.
 
     Args:
         drafts: [B, D] int64; columns from `counts` on are padding.
         counts: [B] int64, drafts of each request.
-        top: [B, D + 1] int64, `argmax q'` at each draft and behind the last.
+        drawn: [B, D + 1] int64, `x_i` at each draft and behind the last.
     """
-    same = (drafts == top[:, :-1]) & _within(counts, drafts.shape[1])
+    same = (drafts == drawn[:, :-1]) & _within(counts, drafts.shape[1])
     accepted = _leading(same)
-    token = top.gather(1, accepted[:, None]).squeeze(1)
-    return Checked(accepted, token, torch.zeros_like(top))
+    token = drawn.gather(1, accepted[:, None]).squeeze(1)
+    return Checked(accepted, token, torch.full_like(drawn, ACCEPT))
 
 
-def check_sampled(
-    drafts: torch.Tensor,
-    counts: torch.Tensor,
-    draft_probs: torch.Tensor | None,
-    slim_probs: torch.Tensor,
-    generator: torch.Generator | None = None,
-) -> Checked:
-    """Lossless check by rejection sampling: what is left is exactly a draw from `q'`.
-
-        keep v_i with probability min(1, q'_i(v_i) / p_i(v_i));
-        where it is not kept draw from  max(0, q'_i - p_i) / sum;  behind the last draft from q'
-
-    Args:
-        drafts, counts: as in `check_greedy`.
-        draft_probs: [B, D, V] float32, `p`; None for drafts that were not drawn (a point mass).
-        slim_probs: [B, D + 1, V] float32, `q'`.
-    """
-    size, most = drafts.shape
-    rows = torch.arange(size, device=drafts.device)
-    safe = drafts.clamp(min=0)
-    target = slim_probs[:, :most].gather(2, safe[:, :, None]).squeeze(2)  # [B, D]
-    proposed = torch.ones_like(target)
-    if draft_probs is not None:
-        proposed = draft_probs.gather(2, safe[:, :, None]).squeeze(2)
-    uniform = torch.rand(size, most, generator=generator, device=drafts.device)
-    keep = (uniform * proposed < target) & _within(counts, most)
-    accepted = _leading(keep)
-    law = slim_probs[rows, accepted].clone()  # [B, V]
-    rejected = accepted < counts
-    at = accepted.clamp(max=max(most - 1, 0))
-    if most and draft_probs is None:
-        # q' without the draft: max(0, q' - point mass).
-        law[rows[rejected], safe[rows, at][rejected]] = 0.0
-    elif most:
-        assert draft_probs is not None
-        residual = (law - draft_probs[rows, at]).clamp_(min=0.0)
-        law = torch.where(rejected[:, None], residual, law)
-    return Checked(accepted, draw(law, generator), _all_accept(slim_probs))
-
-
-def paper_tiers(
-    drafts: torch.Tensor, slim_probs: torch.Tensor, accept: torch.Tensor, escalate: torch.Tensor
-) -> torch.Tensor:
+def paper_tiers(shares: torch.Tensor, accept: torch.Tensor, escalate: torch.Tensor) -> torch.Tensor:
     """The paper's tier of every draft, whatever stands before it.
 
         r = q'(v) / max_u q'(u)
         ACCEPT if r >= accept,   REGENERATE if escalate <= r < accept,   ESCALATE if r < escalate
 
     Args:
-        drafts: [B, D] int64.
-        slim_probs: [B, D + 1, V] float32.
+        shares: [B, D] float32, `r`.
         accept, escalate: [B] float32, thresholds of each request.
 
     Returns:
         [B, D] int64.
     """
-    at_draft = slim_probs[:, : drafts.shape[1]]
-    value = at_draft.gather(2, drafts.clamp(min=0)[:, :, None]).squeeze(2)
-    share = value / at_draft.amax(dim=2)
-    tiers = torch.full_like(drafts, ESCALATE)
-    tiers[share >= escalate[:, None]] = REGENERATE
-    tiers[share >= accept[:, None]] = ACCEPT
+    tiers = torch.full(shares.shape, ESCALATE, dtype=torch.int64, device=shares.device)
+    tiers[shares >= escalate[:, None]] = REGENERATE
+    tiers[shares >= accept[:, None]] = ACCEPT
     return tiers
 
 
 def check_paper(
-    drafts: torch.Tensor,
     counts: torch.Tensor,
-    slim_probs: torch.Tensor,
+    shares: torch.Tensor,
+    drawn: torch.Tensor,
     accept: torch.Tensor,
     escalate: torch.Tensor,
-    is_greedy: torch.Tensor,
-    generator: torch.Generator | None = None,
 ) -> Checked:
     """The paper's scan of a block: drafts are kept up to the first of tier B, which the slim
     verifier draws again; those of tier C stay in the window for the full model to decide.
 
     Args:
-        drafts, counts, slim_probs, accept, escalate: as in `paper_tiers`.
-        is_greedy: [B] bool, draw again by argmax.
+        counts, shares, accept, escalate: as in `paper_tiers` and `check_lossless`.
+        drawn: [B, D + 1] int64, what the slim verifier draws at each draft, with noise that is not
+            `E`: see `paper_law`.
 
     Returns:
         `token` is -1 where no draft is of tier B: the block ends without a token of its own.
     """
-    size, most = drafts.shape
-    tiers = paper_tiers(drafts, slim_probs, accept, escalate)
-    within = _within(counts, most)
-    accepted = _leading((tiers != REGENERATE) & within)
-    again = accepted < counts
-    law = slim_probs[torch.arange(size, device=drafts.device), accepted]
-    drawn = torch.where(is_greedy, law.argmax(dim=1), draw(law, generator))
-    token = torch.where(again, drawn, torch.full_like(drawn, -1))
+    size, most = shares.shape
+    tiers = paper_tiers(shares, accept, escalate)
+    accepted = _leading((tiers != REGENERATE) & _within(counts, most))
+    again = drawn.gather(1, accepted[:, None]).squeeze(1)
+    token = torch.where(accepted < counts, again, torch.full_like(again, -1))
     padded = torch.cat([tiers, tiers.new_full((size, 1), REGENERATE)], dim=1)
     padded.scatter_(1, accepted[:, None], REGENERATE)  # of `token`
     return Checked(accepted, token, padded)
@@ -146,11 +108,17 @@ def check_paper(
 def paper_law(
     p: torch.Tensor, slim: torch.Tensor, q: torch.Tensor, accept: float, escalate: float
 ) -> torch.Tensor:
-    """Law of one token under the paper's rule, with a lossless decision at `q`.
+    """Law of one token under the paper's rule, where the full model keeps a draft of tier C iff it
+    draws the same token itself.
 
-        out(x) = p(x) 1[x in A] + p(B) q'(x)
-                 + sum_{u in C} p(u) { a_u 1[x = u] + (1 - a_u) norm(max(0, q - p))(x) }
-        a_u = min(1, q(u) / p(u)),   p(B) = sum_{u in B} p(u)
+        out(x) = p(x) 1[x in A]  +  p(B) q'(x)  +  p(C) q(x),      p(B) = sum_{u in B} p(u)
+
+    The tier depends on the draft alone. In C the outcome is the full model's own draw
+    `argmax q / E` whether or not the draft is equal to it, and has the law `q` because the draft
+    is independent of `E`: drafters draw with noise of their own, or none. In B the slim verifier
+    draws with noise of its own, too. With `E` the law would be the same as long as what it draws
+    stays; but where a grammar forbids that token the full model draws after all, and its draw must
+    not depend on an `E` of which it is known that `argmax q' / E` is forbidden.
 
     Args:
         p, slim, q: [V] float64.
@@ -158,23 +126,10 @@ def paper_law(
     Returns:
         [V] float64.
     """
-    tokens = torch.arange(len(p))[None, :]
-    repeated = slim.expand(1, len(p) + 1, len(p))
-    tiers = paper_tiers(tokens, repeated, torch.tensor([accept]), torch.tensor([escalate]))[0]
+    shares = (slim / slim.max())[None, :]
+    tiers = paper_tiers(shares, torch.tensor([accept]), torch.tensor([escalate]))[0]
     a, b, c = (tiers == tier for tier in (ACCEPT, REGENERATE, ESCALATE))
-    keep = torch.where(p > 0, (q / p).clamp(max=1.0), torch.zeros_like(p))
-    residual = (q - p).clamp(min=0.0)
-    residual = residual / residual.sum() if residual.sum() > 0 else residual
-    escalated = torch.where(c, p * keep, torch.zeros_like(p))
-    lost = float((p * (1 - keep))[c].sum())
-    return torch.where(a, p, torch.zeros_like(p)) + p[b].sum() * slim + escalated + lost * residual
-
-
-def draw(law: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token from each row of weights [B, V], which need not sum to 1: `argmax w / Exp(1)`."""
-    noise = torch.empty_like(law).exponential_(generator=generator)
-    # Where rounding left no weight at all any token will do; argmax gives the first.
-    return (law / noise).argmax(dim=1)
+    return torch.where(a, p, torch.zeros_like(p)) + p[b].sum() * slim + p[c].sum() * q
 
 
 def _within(counts: torch.Tensor, most: int) -> torch.Tensor:
@@ -184,7 +139,3 @@ def _within(counts: torch.Tensor, most: int) -> torch.Tensor:
 def _leading(keep: torch.Tensor) -> torch.Tensor:
     """[B, D] bool -> [B] int64, how many leading ones."""
     return keep.long().cumprod(dim=1).sum(dim=1)
-
-
-def _all_accept(slim_probs: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(slim_probs.shape[:2], dtype=torch.int64, device=slim_probs.device)

@@ -112,7 +112,7 @@ class _DraftModelAgain:
             common_attn_metadata=common_attention_metadata(kept),
             sampling_metadata=sampling,
         )
-        return Drafts(found.tolist(), drafter.take_last_draft_probs())
+        return Drafts(found.tolist())
 
 
 def _kept_rows(
@@ -160,9 +160,6 @@ def _sampling_of(metadata: Any, requests: Sequence[int], device: torch.device) -
         temperature=of_rows(metadata.temperature),
         top_k=of_rows(metadata.top_k),
         top_p=of_rows(metadata.top_p),
-        generators={
-            new: metadata.generators[old]
-            for new, old in enumerate(requests)
-            if old in metadata.generators
-        },
+        # Drafts must not be drawn from what the target draws from.
+        generators={},
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into a slim pass over some windows and what is made of its logits: their rows in the
-target's own paged KV cache, and the slim law of each row (arXiv:2606.12243, section 3).
+"""What goes into a slim pass over some windows: their rows in the target's own paged KV cache
+(arXiv:2606.12243, section 3). What is made of its logits is the sampler's business.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
 from vllm_nvium.model_executor.rows import Rows
@@ -50,40 +49,3 @@ def rows_of_windows(
             )
         )
     return groups
-
-
-def slim_laws(
-    logits: torch.Tensor,
-    windows: Sequence[Window],
-    counts: torch.Tensor,
-    temperature: torch.Tensor | None,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-) -> torch.Tensor:
-    """The slim law of every row under its request's temperature, top-k and top-p.
-
-    At temperature 0 a point mass, or in the paper's mode the law at temperature 1, because its
-    thresholds need one.
-
-    Args:
-        logits: [T, V], rows [last token, drafts] of each window in turn; counts: [B] int64, drafts
-            of each window.
-        temperature, top_k, top_p: [B], of the windows' requests; None where all go without.
-
-    Returns:
-        [T, V] float32.
-    """
-    per_row = (counts + 1).to(logits.device)
-    is_greedy = torch.tensor([window.is_greedy for window in windows], device=logits.device)
-    ones = torch.ones(len(windows), device=logits.device)
-    temperature = ones if temperature is None else torch.where(is_greedy, ones, temperature)
-    scaled = logits.float() / temperature.repeat_interleave(per_row)[:, None]
-    k, p = (None if found is None else found.repeat_interleave(per_row) for found in (top_k, top_p))
-    laws = apply_top_k_top_p(scaled, k, p).softmax(dim=-1)
-    point = torch.tensor([window.is_greedy and not window.is_paper for window in windows])
-    rows = point.to(logits.device).repeat_interleave(per_row).nonzero().squeeze(1)
-    if len(rows):
-        top = logits[rows].argmax(dim=-1)
-        laws[rows] = 0.0
-        laws[rows, top] = 1.0
-    return laws

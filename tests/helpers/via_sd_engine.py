@@ -133,13 +133,13 @@ class ViaSDEngine(TraceEngine):
             )
 
         def record_plain() -> Any:
-            drafts, probs = plain_drafts()
+            drafts = plain_drafts()
             for row, tokens in enumerate(drafts):
                 if not runner.discard_request_mask.np[row]:
                     self.asked.append(
                         Asked(tokens_of(row), list(tokens), 1, runner.session.options.window)
                     )
-            return drafts, probs
+            return drafts
 
         def record_again(view: Any, windows: Any, going: list[int], *args: Any) -> Any:
             # One place is the slim verifier's own.

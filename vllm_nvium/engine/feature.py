@@ -47,6 +47,8 @@ class Feature:
             vLLM's way to a configuration: what to raise instead, or None.
         make_stat_logger: of a configuration, the engines' numbers and whether it writes log lines;
             None where there is nothing to log.
+        samples_as_plain: whether requests of its engines may ask of the sampler what vLLM refuses
+            beside a drafter.
         needs_runner_v1: whether it does not run on Model Runner V2; asked of `additional_config`.
     """
 
@@ -65,6 +67,7 @@ class Feature:
         _nothing
     )
     make_stat_logger: Callable[["VllmConfig", Any, bool], Any | None] = _nothing
+    samples_as_plain: bool = False
     needs_runner_v1: Callable[[Any], bool] = lambda _: False
 
 

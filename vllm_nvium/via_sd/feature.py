@@ -36,5 +36,6 @@ VIA_SD = Feature(
     check=start.check,
     instead_of=start.instead_of,
     make_stat_logger=_make_stat_logger,
+    samples_as_plain=True,
     needs_runner_v1=options.is_on,
 )

@@ -46,30 +46,31 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
         "_sample propose_draft_token_ids _dummy_run",
-        "overridden to let kept tokens through, to choose the number of drafts and to compile "
-        "the slim verifier at start",
+        "overridden to verify drafts with the sampler of plain decoding, to choose their number "
+        "and to compile the slim verifier at start",
         "no VIA-SD",
     ),
     *rows(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
-        "execute_model_state sampler rejection_sampler speculative_config drafter vllm_config "
-        "device max_model_len",
+        "execute_model_state sampler speculative_config drafter vllm_config device max_model_len "
+        "requests",
         "what a step has, and the drafter that is called again inside a window",
         "no VIA-SD",
     ),
     *rows(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
-        "_draft_token_ids _draft_token_req_ids _draft_probs _draft_prob_req_ids",
+        "_draft_token_ids _draft_token_req_ids",
         "a window is handed over in the place of the drafter's answer",
         "no VIA-SD",
     ),
     *rows(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch",
-        "num_tokens_no_spec num_prompt_tokens token_ids_cpu vocab_size sampling_metadata",
-        "the tokens and the sampling law that a window starts from",
+        "num_tokens_no_spec num_prompt_tokens token_ids_cpu sampling_metadata generators "
+        "spec_token_ids req_output_token_ids logitsprocs thinking_budget_state_holder",
+        "the tokens that a window starts from, and what its requests ask of the sampler",
         "no VIA-SD",
     ),
     *rows(
@@ -89,23 +90,41 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.sample.metadata",
         "SamplingMetadata",
-        "temperature top_k top_p generators",
-        "the law under which the slim verifier checks a request",
+        "temperature all_random top_k top_p generators max_num_logprobs logprob_token_ids "
+        "prompt_token_ids frequency_penalties presence_penalties repetition_penalties "
+        "output_token_ids spec_token_ids allowed_token_ids_mask bad_words_token_ids logitsprocs "
+        "thinking_budget_state_holder",
+        "repeated for the rows behind drafts, so that each is sampled as in plain decoding",
         "sampled tokens would follow another law",
     ),
     *rows(
-        "vllm.v1.sample.rejection_sampler",
-        "RejectionSampler",
-        "apply_logits_processors",
-        "overridden to let the tokens through that the paper's rule keeps unasked",
-        "no paper mode",
+        "vllm.v1.sample.sampler",
+        "Sampler",
+        "apply_logits_processors apply_temperature sample",
+        "draws the tokens of both models; its generators are gone through in the order of rows",
+        "sampled tokens would follow another law",
+    ),
+    *rows(
+        "vllm.v1.sample.logits_processor.builtin",
+        "",
+        "MinTokensLogitsProcessor.min_toks LogitBiasLogitsProcessor.biases "
+        "MinPLogitsProcessor.min_p_count",
+        "tell whether a request of the batch asks for them",
+        "drafts would be kept that a request forbids",
+    ),
+    *rows(
+        "vllm.v1.sample.thinking_budget_state",
+        "ThinkingBudgetStateHolder",
+        "in_spec_mode has_tracked_requests update_state apply_to_logits",
+        "told that requests with a budget have no drafts",
+        "the end of thinking would be forced on another request",
     ),
     *rows(
         "vllm.v1.spec_decode.metadata",
         "SpecDecodeMetadata",
-        "draft_token_ids num_draft_tokens",
-        "the drafts of the step that is verified",
-        "no paper mode",
+        "num_draft_tokens",
+        "how many drafts are verified",
+        "no VIA-SD",
     ),
     *rows(
         "vllm.v1.spec_decode.ngram_proposer",
@@ -117,7 +136,7 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.spec_decode.llm_base_proposer",
         "SpecDecodeBaseProposer",
-        "propose take_last_draft_probs kv_cache_gid",
+        "propose kv_cache_gid",
         "called again inside a window",
         "one round per window with draft models",
     ),
@@ -174,6 +193,21 @@ HOOKS: tuple[Hook, ...] = (
         "they would be overlooked beside --via-sd",
     ),
     *rows(
+        "vllm.v1.worker.gpu_model_runner",
+        "",
+        "CachedRequestState.sampling_params CachedRequestState.generator build_logitsprocs "
+        "GPUModelRunner.max_num_tokens",
+        "what a request asks of the sampler and draws from; most rows of a slim pass",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor",
+        "speculative_config",
+        "taken away, because its checks refuse what rejection samplers cannot apply",
+        "min_p and logit_bias are answered with status 400",
+    ),
+    *rows(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
         "update_from_output make_stats",
@@ -201,33 +235,5 @@ HOOKS: tuple[Hook, ...] = (
         "log log_engine_initialized record",
         "overridden by VIA-SD's logger",
         "no metrics of VIA-SD",
-    ),
-    *rows(
-        "vllm.v1.sample.rejection_sampler",
-        "RejectionSampler",
-        "forward",
-        "overridden: tokens that the paper's rule keeps pass unasked",
-        "no paper mode, and wrong temperatures on CPU",
-    ),
-    *rows(
-        "vllm.v1.sample.rejection_sampler",
-        "",
-        "expand_batch_to_tokens",
-        "replaced on CPU, where vLLM 0.32's own writes into a copy",
-        "wrong temperatures on CPU",
-    ),
-    *rows(
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner",
-        "_get_spec_decode_draft_probs",
-        "overridden to hand over the slim verifier's probabilities",
-        "sampled windows would be verified against other probabilities",
-    ),
-    *rows(
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner",
-        "max_num_reqs max_num_tokens",
-        "bounds of what a dummy run of the slim verifier is told",
-        "its memory is not planned for",
     ),
 )

@@ -37,13 +37,11 @@ AUTO: Literal["auto"] = "auto"
 SKIP = "skip"
 # What the slim verifier skips where nothing is said.
 DEFAULT_MASK = "even:0.2"
-# vLLM's rejection sampler takes at most so many drafts; a round adds one of them at least.
+# So many drafts are verified in a step at most; a round adds one of them at least.
 LARGEST_WINDOW = 128
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 # What the paper's rule alone has.
 THRESHOLDS = ("accept", "escalate")
-# What it has not: penalties, and the values at which they do nothing.
-NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -295,24 +293,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     if engine is None:
         _refuse_options(sampling_params, vllm_config)
         return
-    request = ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
-    if request.on and request.mode == "paper":
-        _check_penalties(sampling_params)
-    # vLLM's rejection sampler has no place for them, and one such request would stop the engine for
-    # all others.
-    if sampling_params.logprob_token_ids:
-        raise UserError(
-            f"logprob_token_ids is {shown(sampling_params.logprob_token_ids)}, which speculative "
-            "decoding of vLLM cannot answer; leave it out, or ask a server without --via-sd."
-        )
-    # vLLM looks for the row to force the end of thinking on among the drafts of all requests, and
-    # takes the first row, whoever's it is, where nobody has any.
-    if sampling_params.thinking_token_budget is not None:
-        raise UserError(
-            f"thinking_token_budget is {shown(sampling_params.thinking_token_budget)}, which "
-            "speculative decoding of vLLM can charge to another request; leave it out, or ask a "
-            "server without --via-sd."
-        )
+    ViaSDRequestOptions.from_extra_args(sampling_params.extra_args, engine)
 
 
 _engine_options = Remembered(ViaSDOptions.from_config)
@@ -337,17 +318,6 @@ def _check_without_rounds(options: ViaSDOptions) -> None:
             raise UserError(
                 f"{flag(PREFIX + name)} is {value!r}, but --via-sd-rounds is 0, which is plain "
                 "speculative decoding and does not read it; remove it, or give rounds."
-            )
-
-
-def _check_penalties(params: "SamplingParams") -> None:
-    """What the slim verifier is sure of is kept as it is, so penalties would not reach it."""
-    for name, nothing in NO_PENALTIES.items():
-        if (value := getattr(params, name)) != nothing:
-            raise UserError(
-                f"{name} is {value} (perhaps by the model's generation_config.json), but tokens "
-                f"that the paper's rule keeps take no penalties; set it to {nothing:g} or ask for "
-                "vllm_xargs via_sd_mode 'lossless'."
             )
 
 

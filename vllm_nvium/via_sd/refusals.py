@@ -144,8 +144,8 @@ def check_drafter(spec: Any) -> None:
 def check_rejection(method: str) -> None:
     if method != "standard":
         raise UserError(
-            f"--speculative-config has rejection_sample_method {method!r}, but VIA-SD's laws hold "
-            "for 'standard'; leave it out."
+            f"--speculative-config has rejection_sample_method {method!r}, but VIA-SD "
+            "decides about drafts itself; leave it out."
         )
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from vllm_nvium.engine.requests import GREEDY_BELOW, RequestTable
 from vllm_nvium.model_executor.via_sd.step import Window
 from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
@@ -25,37 +23,25 @@ class Request:
         options: as the request asked.
         params: vLLM's sampling parameters.
         window: its drafts that the slim tier has checked and the next step verifies.
-        probs: [W, V] float32, what its drafts were drawn from; None for point masses.
     """
 
     options: ViaSDRequestOptions
     params: "SamplingParams"
     window: Window | None = None
-    probs: torch.Tensor | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.params.temperature < GREEDY_BELOW
 
     @property
-    def is_seeded(self) -> bool:
-        return not self.is_greedy and self.params.seed is not None
-
-    @property
     def is_tiered(self) -> bool:
         """Whether the slim tier may be used for it."""
-        return self.options.on and not self.is_seeded
+        return self.options.on
 
     @property
     def rule(self) -> str:
         """As the planner calls it."""
         return self.options.mode if self.is_tiered else OFF
-
-    @property
-    def keeps_laws(self) -> bool:
-        # A grammar cuts drafts that it forbids before they are verified; with point masses that
-        # leaves the law alone, with the slim law as proposal it would not.
-        return not self.is_greedy and self.params.structured_outputs is None
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -78,16 +64,8 @@ class ViaSDRequests(RequestTable[Request]):
         """Their drafts were verified, or will not be."""
         for request_id in request_ids:
             if (request := self.requests.get(request_id)) is not None:
-                request.window = request.probs = None
+                request.window = None
 
     def window(self, request_id: str) -> Window | None:
         request = self.requests.get(request_id)
         return None if request is None else request.window
-
-    def probs(self, request_id: str) -> torch.Tensor | None:
-        request = self.requests.get(request_id)
-        return None if request is None else request.probs
-
-    @property
-    def num_with_probs(self) -> int:
-        return sum(request.probs is not None for request in self.requests.values())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model Runner V1 with VIA-SD's windows: a mixin over vLLM's own runner class. After the drafter
-has answered, the session grows the drafts that vLLM's own rejection sampler verifies in the next
-step; what the session needs to see of a step is `V1StepView`.
+has answered, the session grows the drafts that the next step verifies with vLLM's own sampler; what
+the session needs to see of a step is `V1StepView`.
 """
 
 import time
@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_nvium.engine.patches.logits_processors import as_without_speculation
 from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.drafting import DraftAgain, drafts_again
 from vllm_nvium.model_executor.via_sd.slim import SlimPass
-from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows, slim_laws
-from vllm_nvium.model_executor.via_sd.step import Drafts, Window
+from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows
+from vllm_nvium.model_executor.via_sd.step import Drafts, SlimDraws, Window
 from vllm_nvium.via_sd.loading import load_with_slim_verifier
 from vllm_nvium.via_sd.options import ViaSDOptions, options_of
-from vllm_nvium.via_sd.sampler import TieredRejectionSampler
-from vllm_nvium.via_sd.session import LARGEST_LAWS, Session
+from vllm_nvium.via_sd.sampler import Span, draw_slim, draws_one_at_a_time, sample_spans
+from vllm_nvium.via_sd.session import Session
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -45,6 +46,8 @@ class V1StepView:
         self.max_slim_rows: int = runner.max_num_tokens
         self.max_model_len: int = runner.max_model_len
         self.drafter_max_model_len: int = runner.effective_drafter_max_model_len
+        params = [runner.requests[name].sampling_params for name in self.request_ids]
+        self.one_at_a_time: Sequence[bool] = draws_one_at_a_time(self.batch, params)
 
     @cached_property
     def _again(self) -> DraftAgain | None:
@@ -74,17 +77,11 @@ class V1StepView:
         hidden = runner.slim(torch.tensor(token_ids, device=runner.device), groups)
         return hidden, groups, runner.slim.compute_logits(hidden)
 
-    def laws(
-        self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
-    ) -> torch.Tensor:
-        """`slim_laws` under what the windows' requests ask of the sampler."""
-        requests = torch.tensor([window.request for window in windows], device=logits.device)
-        sampling = self.batch.sampling_metadata
-        temperature, top_k, top_p = (
-            None if found is None else found[requests]
-            for found in (sampling.temperature, sampling.top_k, sampling.top_p)
-        )
-        return slim_laws(logits, windows, counts, temperature, top_k, top_p)
+    def draw_slim(
+        self, windows: Sequence[Window], drafts: Drafts, logits: torch.Tensor
+    ) -> SlimDraws:
+        runner = self.runner
+        return draw_slim(runner.sampler, logits, self.batch, runner.requests, windows, drafts)
 
     def draft_again(
         self,
@@ -103,27 +100,18 @@ class ViaSDModelRunnerMixin(Runner):
 
     session: Session
     slim: SlimPass | None = None
-    # vLLM's own: what the drafter answered, which the next step verifies, and from what it drew.
+    # vLLM's own: what the drafter answered, which the next step verifies.
     _draft_token_ids: Any
-    _draft_probs: Any
-    _draft_prob_req_ids: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with as_without_speculation():
+            super().__init__(*args, **kwargs)
         options = options_of(self.vllm_config)
         assert options is not None
-        spec = self.speculative_config
-        self.rejection_sampler = TieredRejectionSampler(self.sampler, spec, self.device)
-        generator = torch.Generator(device=self.device)
-        # With vLLM's own seed the slim tier would draw the numbers that the full model's sampler
-        # does.
-        generator.manual_seed(self.vllm_config.model_config.seed + 1)
-        self.session = Session(
-            options,
-            can_draft_again=drafts_again(self) is not None,
-            vocab_size=self.input_batch.vocab_size,
-            generator=generator,
-        )
+        self.session = Session(options, can_draft_again=drafts_again(self) is not None)
+        # Seeds of the generators of requests that name none.
+        self.seeds = torch.Generator()
+        self.seeds.manual_seed(self.vllm_config.model_config.seed + 1)
         # Whether vLLM has asked the drafter in this step.
         self._has_drafted = False
 
@@ -145,20 +133,16 @@ class ViaSDModelRunnerMixin(Runner):
         super().initialize_kv_cache(*args, **kwargs)
         if self.slim is not None:
             self.slim.attention_groups = self.attn_groups
+        if (holder := self.input_batch.thinking_budget_state_holder) is not None:
+            # Requests with a budget have no drafts, and one row in every step.
+            holder.in_spec_mode = False
 
     def _dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """vLLM's run without requests, which compiles the model and tells its memory: the slim
-        verifier's layers and the laws that wait for the full pass belong to it."""
-        held = None
-        has_tier = self.via_sd.rounds != 0 and self.device.type != "cpu"  # whose KV space is given
-        if kwargs.get("is_profile") and has_tier:
-            # The windows' laws, and those of all of a step's drafts in one piece.
-            laws = min(self.session.bytes_of_laws(self.max_num_reqs), LARGEST_LAWS)
-            held = torch.empty(2 * laws, dtype=torch.uint8, device=self.device)
+        verifier's layers belong to it."""
         output = super()._dummy_run(num_tokens, *args, **kwargs)
         if kwargs.get("is_profile") and self.slim is not None:
             self.slim.warm_up(num_tokens, self.device)
-        del held
         return output
 
     # --- one step -------------------------------------------------------------------------------
@@ -172,7 +156,24 @@ class ViaSDModelRunnerMixin(Runner):
         for new in scheduler_output.scheduled_new_reqs:
             if new.sampling_params is not None:
                 self.session.add(new.req_id, new.sampling_params)
-        return super()._update_states(scheduler_output)
+        answer = super()._update_states(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            self._give_generator(new.req_id)
+        return answer
+
+    def _give_generator(self, request_id: str) -> None:
+        """A sampled request without a seed gets a generator too, in vLLM's own place for one, so
+        that the slim verifier knows what the full model will draw with."""
+        request, state = self.session.requests.get(request_id), self.requests[request_id]
+        if self.slim is None or self.via_sd.rounds == 0 or state.generator is not None:
+            return
+        if request is None or request.is_greedy or not request.is_tiered:
+            return
+        state.generator = torch.Generator(device=self.device)
+        seed = torch.randint(2**63 - 1, (), generator=self.seeds)
+        state.generator.manual_seed(int(seed))
+        batch = self.input_batch
+        batch.generators[batch.req_id_to_index[request_id]] = state.generator
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
         known = scheduler_output.scheduled_cached_reqs
@@ -195,27 +196,16 @@ class ViaSDModelRunnerMixin(Runner):
         return bool(longest <= self.effective_drafter_max_model_len)
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            # All drafts were cut: vLLM's rejection sampler fails at top-k of no rows.
-            spec_decode_metadata = None
-        if spec_decode_metadata is not None:
-            counts = spec_decode_metadata.num_draft_tokens
-            kept = self.session.kept(self.input_batch.req_ids, counts)
-            if any(kept):
-                self.rejection_sampler.kept = torch.tensor(kept, device=self.device)
-        try:
-            return super()._sample(logits, spec_decode_metadata)
-        finally:
-            self.rejection_sampler.kept = None
-
-    def _get_spec_decode_draft_probs(self, spec_decode_metadata: Any) -> torch.Tensor | None:
-        """vLLM's own knows those of the last step only. With those of a request that had to wait
-        for its turn it would forget all others too, and take draws for point masses."""
-        return self.session.draft_probs(
-            self.input_batch.req_ids,
-            spec_decode_metadata.num_draft_tokens,
-            spec_decode_metadata.draft_token_ids,
-        )
+        if spec_decode_metadata is None or not any(spec_decode_metadata.num_draft_tokens):
+            return super()._sample(logits, None)
+        batch, counts = self.input_batch, spec_decode_metadata.num_draft_tokens
+        spans = [
+            Span(row, batch.spec_token_ids[row], generator=batch.generators.get(row))
+            for row in range(batch.num_reqs)
+        ]
+        assert [len(span.drafts) for span in spans] == list(counts)
+        kept = self.session.kept(batch.req_ids, counts)
+        return sample_spans(self.sampler, logits, batch, self.requests, spans, kept)
 
     def propose_draft_token_ids(
         self, scheduler_output: "SchedulerOutput", sampled_token_ids: Any, *args: Any, **kwargs: Any
@@ -248,28 +238,20 @@ class ViaSDModelRunnerMixin(Runner):
             self._leave_out_drafts()
             if self._has_drafted and session.plan.rounds > 0:
                 self._grow_windows()
-            self._keep_draft_probs()
             # The scheduler reads it; what a process sends to another keeps added attributes.
             setattr(output, KEY, session.report())
             session.end_step()
         return output
 
     def _leave_out_drafts(self) -> None:
-        """Takes back drafts that must not be verified.
-
-        How many there are follows the clock, and so would what a seed draws: seeded requests are
-        decoded plainly. And where the drafter did not fit into the context vLLM puts zeros, a whole
-        window of them.
-        """
-        requests = [self.session.requests.get(name) for name in self.input_batch.req_ids]
-        left_out = [
-            not self._has_drafted or (request is not None and request.is_seeded)
-            for request in requests
-        ]
+        """Takes back drafts that must not be verified: of requests whose sampling cannot look
+        ahead, and the zeros, a whole window of them, that vLLM puts where the drafter did not fit
+        into the context."""
+        left_out = [not self._has_drafted or one for one in V1StepView(self).one_at_a_time]
         found: Any = self._draft_token_ids  # type: ignore[has-type]
         if not any(left_out) or found is None:
             return
-        drafts, _ = self._plain_drafts()
+        drafts = self._plain_drafts()
         self._draft_token_ids = [
             [] if left else tokens for left, tokens in zip(left_out, drafts, strict=True)
         ]
@@ -279,31 +261,19 @@ class ViaSDModelRunnerMixin(Runner):
         """Rounds of slim checks on this step's drafts; what comes of them becomes the drafts, as if
         vLLM's drafter had answered with it."""
         ids = self.input_batch.req_ids
-        drafts, probs = self._plain_drafts()
-        windows = self.session.grow(V1StepView(self), drafts, probs)
+        drafts = self._plain_drafts()
+        windows = self.session.grow(V1StepView(self), drafts)
         if not windows:
             return
-        self._keep_draft_probs()
         checked = [window for window in windows if window.rounds > 0]
         for window in checked:
             drafts[window.request] = window.tokens
         self.session.hand_over(ids, checked)
         self._draft_token_ids = drafts
         self._draft_token_req_ids = list(ids)
-        # Laws wait with their requests, no longer than the drafts do.
-        self._draft_probs, self._draft_prob_req_ids = None, None
 
-    def _keep_draft_probs(self) -> None:
-        if self._draft_probs is not None and self._draft_prob_req_ids is not None:
-            self.session.keep_probs(self._draft_prob_req_ids, self._draft_probs)
-
-    def _plain_drafts(self) -> tuple[list[list[int]], torch.Tensor | None]:
+    def _plain_drafts(self) -> list[list[int]]:
         """What the drafter answered, in batch order."""
         found = self._draft_token_ids
         drafts = found if isinstance(found, list) else found.tolist()
-        probs = self._draft_probs
-        if probs is not None:
-            assert self._draft_prob_req_ids is not None
-            row_of = {name: row for row, name in enumerate(self._draft_prob_req_ids)}
-            probs = probs[[row_of[name] for name in self.input_batch.req_ids]]
-        return [list(tokens) for tokens in drafts], probs
+        return [list(tokens) for tokens in drafts]

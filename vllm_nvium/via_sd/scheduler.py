@@ -22,8 +22,7 @@ class ViaSDScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Without such a table vLLM pads a new request that needs one token with a window of drafts
-        # `-1`, to fit CUDA graphs of V2. Here they would be verified: they cost rows, draw from the
-        # generators of seeded requests, and vLLM's CPU kernel reads law number -1 for them.
+        # `-1`, to fit CUDA graphs of V2. Here they would be verified, and cost rows.
         if self.dynamic_sd_lookup is None:
             most = self.scheduler_config.max_num_seqs
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (most + 1)

@@ -23,12 +23,6 @@ from vllm_nvium.via_sd.step_view import StepView
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
-# Bytes of laws that the windows of a batch may take if all of them get full. In larger batches
-# drafts are taken for point masses, as those of requests with a grammar are. This is decided before
-# anything is drawn: what is drawn decides how long a window gets, so that drafts which keep their
-# law because windows stayed short would not be draws from it any more.
-LARGEST_LAWS = 1 << 30
-
 
 class Session:
     """See above.
@@ -37,20 +31,10 @@ class Session:
         options: of the engine.
         can_draft_again: see `StepView`; behind a drafter that cannot, the slim verifier goes on
             alone.
-        vocab_size: of the target; laws are this wide.
-        generator: for draws of the slim tier.
     """
 
-    def __init__(
-        self,
-        options: ViaSDOptions,
-        can_draft_again: bool,
-        vocab_size: int,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, options: ViaSDOptions, can_draft_again: bool) -> None:
         self.options = options
-        self.vocab_size = vocab_size
-        self.generator = generator
         self.planner: Planner | FixedRounds
         if options.rounds == AUTO:
             self.planner = Planner(
@@ -89,7 +73,7 @@ class Session:
         request = self.requests.add(request_id, params, self.options)
         # A session that goes on may have changed its rule.
         self.planner.remove(request_id)
-        self.planner.add(request_id, request.rule, request.is_greedy)
+        self.planner.add(request_id, request.rule)
 
     def remove(self, request_id: str) -> None:
         self.requests.remove(request_id)
@@ -134,25 +118,6 @@ class Session:
                 kept += [False] * count
         return kept
 
-    def draft_probs(
-        self, request_ids: Sequence[str], counts: Sequence[int], draft_token_ids: torch.Tensor
-    ) -> torch.Tensor | None:
-        """[drafts, V] float32, what the drafts of this step were drawn from; None where all are
-        point masses."""
-        found = [self.requests.probs(name) for name in request_ids[: len(counts)]]
-        if not any(count and own is not None for count, own in zip(counts, found, strict=True)):
-            return None
-        tokens = draft_token_ids.long()
-        laws = torch.zeros(sum(counts), self.vocab_size, device=tokens.device)
-        # vLLM's placeholders, -1, are never accepted and take nothing from the law.
-        laws.scatter_(1, tokens.clamp(min=0)[:, None], (tokens >= 0).float()[:, None])
-        start = 0
-        for count, own in zip(counts, found, strict=True):
-            if own is not None:
-                laws[start : start + count] = own[:count]
-            start += count
-        return laws
-
     def drafting(self, view: StepView) -> list[str]:
         """Requests that decode in the next step and may have drafts in it."""
         ids = view.request_ids
@@ -160,7 +125,7 @@ class Session:
         return [
             ids[i]
             for i, request in enumerate(requests)
-            if not view.unfinished[i] and request is not None and not request.is_seeded
+            if not view.unfinished[i] and request is not None and not view.one_at_a_time[i]
         ]
 
     def plan_drafts(self, view: StepView) -> tuple[list[str], int]:
@@ -169,7 +134,7 @@ class Session:
         if request_ids:
             decoding = len(view.request_ids) - int(sum(view.unfinished))
             self.plan = self.planner.plan(request_ids, decoding)
-        # Where all are seeded or read their prompts, nobody is to have drafts.
+        # Where all read their prompts or go one token at a time, nobody is to have drafts.
         count = self.plan.num_draft_tokens if request_ids else 0
         self.asked = dict.fromkeys(request_ids, count)
         return request_ids, count
@@ -218,22 +183,13 @@ class Session:
         # Requests that had no turn in this step still wait with their drafts.
         self.requests.forget_drafts(request_ids)
 
-    def keep_probs(self, request_ids: Sequence[str], probs: Sequence[torch.Tensor]) -> None:
-        """Drafts that the slim tier did not check are proposals too, with the drafter's law."""
-        for request_id, laws in zip(request_ids, probs, strict=False):
-            request = self.requests.get(request_id)
-            if request is not None and request.keeps_laws:
-                request.probs = laws
-
     # --- the window -----------------------------------------------------------------------------
 
-    def grow(
-        self, view: StepView, tokens: list[list[int]], probs: torch.Tensor | None
-    ) -> list[Window]:
+    def grow(self, view: StepView, tokens: list[list[int]]) -> list[Window]:
         """Rounds of slim checks on the drafter's answers.
 
         Args:
-            tokens, probs: of every request, in batch order.
+            tokens: of every request, in batch order.
 
         Returns:
             the windows of requests that may use the tier; those that got a round hold the drafts
@@ -242,10 +198,7 @@ class Session:
         windows = self.open_windows(view)
         if not windows:
             return windows
-        drafts = Drafts(
-            [tokens[window.request] for window in windows],
-            None if probs is None else probs[[window.request for window in windows]],
-        )
+        drafts = Drafts([tokens[window.request] for window in windows])
         for window in windows:
             self.asked.pop(view.request_ids[window.request], None)
         current, done = windows, 0
@@ -294,21 +247,17 @@ class Session:
     def hand_over(self, request_ids: Sequence[str], windows: Sequence[Window]) -> None:
         """The next step verifies the tokens of these windows; each has had a round."""
         for window in windows:
-            request = self.requests.requests[request_ids[window.request]]
-            request.window, request.probs = window, None
-            if window.keeps_laws and window.tokens:
-                request.probs = torch.stack(window.laws)
-                window.laws.clear()
+            self.requests.requests[request_ids[window.request]].window = window
+            window.noise.clear()
 
     def open_windows(self, view: StepView) -> list[Window]:
         """One for each request that may use the tier in this step."""
         windows = []
-        # Requests that have no turn keep theirs.
-        with_laws = len(view.request_ids) + self.requests.num_with_probs
-        may_keep_laws = self.bytes_of_laws(with_laws) <= LARGEST_LAWS
         for row, request_id in enumerate(view.request_ids):
             request = self.requests.get(request_id)
-            if request is None or not request.is_tiered or view.unfinished[row]:
+            if request is None or not request.is_tiered:
+                continue
+            if view.unfinished[row] or view.one_at_a_time[row]:
                 continue
             position, newest, generated = view.newest(row)
             left = (request.params.max_tokens or view.max_model_len) - generated
@@ -322,19 +271,13 @@ class Session:
                     position=position,
                     newest=newest,
                     limit=limit,
-                    is_greedy=request.is_greedy,
                     is_paper=request.options.mode == "paper",
                     accept=request.options.accept,
                     escalate=request.options.escalate,
                     stop_tokens=request.stop_tokens,
-                    keeps_laws=request.keeps_laws and may_keep_laws,
                 )
             )
         return windows
-
-    def bytes_of_laws(self, windows: int) -> int:
-        """Of full windows: float32 over the vocabulary for each token."""
-        return 4 * windows * self.options.window * self.vocab_size
 
     def _rooms(self, view: StepView, windows: Sequence[Window]) -> list[int]:
         """Tokens that each window may grow by, so that all of them fit into one pass of the slim
@@ -352,7 +295,7 @@ class Session:
         """
         start = time.perf_counter()
         hidden, rows, logits = view.run_slim(windows, drafts)
-        found = check_round(windows, drafts, logits, view.laws, self.generator)
+        found = check_round(windows, drafts, view.draw_slim(windows, drafts, logits))
         accepted = found.accepted.tolist()
         rooms = [window.room for window in windows]
         is_first = windows[0].rounds == 0

@@ -6,7 +6,7 @@ one sentence. Without `--via-sd` nothing here changes anything."""
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.options import (
     AUTO,
     DEFAULT_MASK,
-    NO_PENALTIES,
     PREFIX,
     SKIP,
     ViaSDOptions,
@@ -129,8 +128,6 @@ def check(vllm_config: "VllmConfig") -> None:
             f"--logprobs-mode is {model.logprobs_mode!r}, but tokens that the paper's rule keeps "
             "have no processed law; set it to raw_logprobs or leave the paper's rule off."
         )
-    if may_keep:
-        _warn_of_penalties(model.get_diff_sampling_param())
     from vllm_nvium.model_executor.via_sd.mask import (
         ModelIdentity,
         layer_list,
@@ -279,21 +276,6 @@ def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> No
             mask.model,
             model.model,
         )
-
-
-def _warn_of_penalties(defaults: Mapping[str, Any]) -> None:
-    """Of those that requests have without asking: `validate_request` refuses them."""
-    for name, nothing in NO_PENALTIES.items():
-        if (value := defaults.get(name, nothing)) != nothing:
-            logger.warning(
-                "Requests have %s %s by default here (the model's generation_config.json, or "
-                "--override-generation-config), and under the paper's rule those that do not set "
-                "it to %g are answered with status 400; --generation-config vllm leaves that file "
-                "out",
-                name,
-                value,
-                nothing,
-            )
 
 
 def _with_short_flags(engine_args: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from vllm_nvium.model_executor.rows import Rows
-from vllm_nvium.model_executor.via_sd.step import Drafts, Window
+from vllm_nvium.model_executor.via_sd.step import Drafts, SlimDraws, Window
 
 
 class StepView(Protocol):
@@ -18,6 +18,8 @@ class StepView(Protocol):
     Attributes:
         request_ids: [R].
         unfinished: [R], whether more of a request's prompt follows, so that it does not decode.
+        one_at_a_time: [R], whether a request is to have no drafts, because its next token has to be
+            drawn before anything is known of the one behind it.
         max_slim_rows: most rows of one slim pass.
         max_model_len, drafter_max_model_len: most positions that target and drafter read.
         can_draft_again: whether the drafter can go on inside a window.
@@ -25,6 +27,7 @@ class StepView(Protocol):
 
     request_ids: list[str]
     unfinished: Sequence[bool]
+    one_at_a_time: Sequence[bool]
     max_slim_rows: int
     max_model_len: int
     drafter_max_model_len: int
@@ -43,10 +46,10 @@ class StepView(Protocol):
         their rows per KV cache group, and logits [T, V]."""
         ...
 
-    def laws(
-        self, logits: torch.Tensor, windows: Sequence[Window], counts: torch.Tensor
-    ) -> torch.Tensor:
-        """What the windows' requests draw from, given logits of their rows."""
+    def draw_slim(
+        self, windows: Sequence[Window], drafts: Drafts, logits: torch.Tensor
+    ) -> SlimDraws:
+        """What the slim verifier draws, given the logits of its rows."""
         ...
 
     def draft_again(

@@ -93,8 +93,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def draw_tokens(served: Served, requests: Sequence[SamplingParams]) -> list[list[int]]:
-    torch.manual_seed(0)  # what requests without a seed share
-    served.engine.runner.session.generator.manual_seed(1)
+    torch.manual_seed(0)  # what drafters draw from, and the slim verifier under the paper's rule
+    served.engine.runner.seeds.manual_seed(1)
     served.engine.run([Arrival(0, list(PROMPT), params) for params in requests])
     return [served.engine.emitted[str(i)].tokens for i in range(len(requests))]
 
@@ -149,8 +149,8 @@ def make_constant(path: Path, law: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_drawn_drafts_that_a_grammar_cuts(rounds: int, tmp_path: Path) -> None:
-    """The grammar forbids most of what the drafter may draw, and cuts it before it is verified:
-    what is left of its draws no longer follows the drafter's law."""
+    """The grammar forbids most of what the drafter may draw, and cuts it before it is verified. No
+    draft may tell anything of the noise that the full model draws with."""
     sizes = {"vocab_size": 98, "initializer_range": 0.12}
     reference = make_dense(tmp_path / "target", seed=3, **sizes)
     letters = [3 + ord(letter) - 32 for letter in "abc"]
@@ -215,37 +215,15 @@ def test_lossless_tokens_follow_the_targets_law(
     check_joint(tokens, joint_law(served.reference, TOKENS, temperature))
     after = counts.accepted, counts.window_tokens, counts.slim_accepted, counts.slim_drafted
     kept, seen, slim_kept, slim_seen = (b - a for a, b in zip(before, after, strict=True))
-    # Both tiers kept and rejected tokens often (a greedy draft is seldom what a draw would be).
-    assert 0.2 < kept / seen < 0.9 and 0.02 < slim_kept / slim_seen < 0.9
+    # Both tiers kept and rejected tokens often (a draft is seldom what a draw would be).
+    assert 0.2 < kept / seen < 0.95 and 0.02 < slim_kept / slim_seen < 0.9
     assert max(served.engine.window_rounds) == rounds
 
 
-def test_windows_of_large_batches_follow_the_targets_law(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of more than half of the largest batch have no room for their laws: what the slim
-    verifier and the drafter draw are point masses there, and draws in smaller batches."""
-    engine, runner = served.engine, served.engine.runner
-    engine.set_rounds(2, 2)
-    monkeypatch.setattr("vllm_nvium.via_sd.session.LARGEST_LAWS", runner.session.bytes_of_laws(128))
-    sizes: dict[bool, set[int]] = {True: set(), False: set()}
-    open_windows = runner.session.open_windows
-
-    def opened(view: Any) -> Any:
-        windows = open_windows(view)
-        for window in windows:
-            sizes[window.keeps_laws].add(runner.input_batch.num_reqs)
-        return windows
-
-    monkeypatch.setattr(runner.session, "open_windows", opened)
-    check_joint(
-        draw_tokens(served, [sampled(1.0)] * REQUESTS), joint_law(served.reference, TOKENS, 1.0)
-    )
-    assert max(sizes[True]) <= 128 < min(sizes[False])
-
-
-@pytest.mark.parametrize("fields", [{"top_k": 3}, {"top_p": 0.8}], ids=["top_k", "top_p"])
-def test_lossless_tokens_follow_the_law_that_top_k_and_top_p_leave(
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}], ids=lambda fields: next(iter(fields))
+)
+def test_lossless_tokens_follow_the_law_that_cuts_leave(
     served: Served, fields: dict[str, Any]
 ) -> None:
     served.engine.set_rounds(2, 2)
@@ -264,11 +242,14 @@ def test_lossless_tokens_follow_the_law_that_top_k_and_top_p_leave(
         assert observed and chi_square(observed, expected) > SIGNIFICANCE
 
 
-def cut(law: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
-    """The most likely tokens, as many as asked for, or until their sum reaches `top_p`."""
+def cut(law: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """The most likely tokens: as many as asked for, or until their sum reaches `top_p`, or those
+    that are not less likely than `min_p` of the first."""
     order = law.argsort(descending=True)
     sums = law[order].cumsum(0)
     count = top_k or int((sums < top_p).sum()) + 1
+    if min_p:
+        count = int((law >= min_p * law.max()).sum())
     kept = torch.zeros_like(law)
     kept[order[:count]] = law[order[:count]]
     return (kept / kept.sum()).numpy()
@@ -280,6 +261,12 @@ ACCEPT_FROM, ESCALATE_BELOW = 0.6, 0.25
 PAPER = {
     "via_sd_mode": "paper", "via_sd_accept": ACCEPT_FROM, "via_sd_escalate": ESCALATE_BELOW
 }  # fmt: skip
+
+
+def tiers_of(slim: torch.Tensor) -> torch.Tensor:
+    """[V], the tier of every token under the slim law [V]."""
+    shares, thresholds = (slim / slim.max())[None], (ACCEPT_FROM, ESCALATE_BELOW)
+    return paper_tiers(shares, *(torch.tensor([each]) for each in thresholds))[0]
 
 
 @dataclass(frozen=True)
@@ -361,18 +348,15 @@ class PapersLaw:
         p, slim = self.draft[prefix], self.slim[prefix, place.opened]
         if self.served.kind == "ngram":
             p = one_hot(place.known[0])
-        tiers = paper_tiers(
-            torch.arange(VOCABULARY)[None], slim.expand(1, VOCABULARY + 1, -1),
-            torch.tensor([ACCEPT_FROM]), torch.tensor([ESCALATE_BELOW]),
-        )[0]  # fmt: skip
+        tiers = tiers_of(slim)
         left, known_left = place.drafts - 1, place.known[1:]
         kept = replace(place, drafts=left, known=known_left)
         asked = replace(kept, has_escalated=True)
         drawn_again = replace(place, drafts=0, known=())
         a, b, c = (tiers == tier for tier in (ACCEPT, REGENERATE, ESCALATE))
-        agreed = torch.where(c & (p > 0), torch.minimum(p, q), 0.0)
-        residual = (q - p).clamp(min=0.0)
-        refused = float(p[c].sum() - agreed.sum()) * residual / residual.sum()
+        # The full model's own draw, and whether the draft happens to be equal to it.
+        agreed = torch.where(c, p * q, 0.0)
+        refused = p[c].sum() * q - agreed
         shares = [(p * a, kept), (p[b].sum() * slim, drawn_again), (agreed, asked), (refused, anew)]
         one_position = paper_law(p, slim, q, ACCEPT_FROM, ESCALATE_BELOW)
         torch.testing.assert_close(sum(share for share, _ in shares), one_position)
@@ -435,12 +419,7 @@ def test_the_papers_rule_at_temperature_0(served: Served) -> None:
             continue
         draft = p.argmax()
         slim = slim_logits(served.reference, SKIPPED, prompt, [first])[-1:].softmax(dim=-1)
-        tier = int(
-            paper_tiers(
-                draft.reshape(1, 1), slim.expand(1, 2, -1),
-                torch.tensor([ACCEPT_FROM]), torch.tensor([ESCALATE_BELOW]),
-            )
-        )  # fmt: skip
+        tier = int(tiers_of(slim[0])[draft])
         seen[tier] += 1
         wanted = {
             ACCEPT: int(draft),

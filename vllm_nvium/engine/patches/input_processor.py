@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm.v1.engine.input_processor.InputProcessor`: per-request options of N-vium and of VIA-SD are
-checked in the process that answers the client. Without it a bad override would surface in the
-engine core, where an exception ends the server."""
+checked in the process that answers the client, and vLLM's own checks know that VIA-SD samples as
+plain decoding does. Without it a bad override would surface in the engine core, where an exception
+ends the server."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_nvium.engine.feature import features
+from vllm_nvium.engine.feature import features, running
 from vllm_nvium.engine.patches import Patch
 
 
@@ -30,6 +31,11 @@ def check(params: Any, vllm_config: Any) -> None:
 def _with_own_options(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.speculative_config is not None:
+            method = running(self.vllm_config)
+            if method is not None and method.samples_as_plain:
+                # Read by these checks only, which refuse what a rejection sampler cannot apply.
+                self.speculative_config = None
         resolved = original(self, params, *args, **kwargs)
         check(params, self.vllm_config)
         return resolved
@@ -43,7 +49,8 @@ PATCHES = (
         "InputProcessor",
         "_validate_params",
         _with_own_options,
-        without="a bad per-request override reaches the engine core",
+        without="a bad per-request override reaches the engine core, and VIA-SD refuses min_p and "
+        "logit_bias",
         until="a model class can validate sampling parameters",
     ),
 )

@@ -51,7 +51,6 @@ class RateEstimates:
     """All rates of one request, or of all requests with the same rule."""
 
     rule: str = LOSSLESS
-    is_greedy: bool = False
     of: dict[str, RateEstimate] = field(
         default_factory=lambda: {name: RateEstimate() for name in PRIOR}
     )
@@ -61,7 +60,7 @@ def judge_drafts(
     num_drafted: int, num_slim_accepted: int, num_window_tokens: int, num_full_accepted: int
 ) -> tuple[int, int]:
     """What the full model would have said about the drafts that opened a window, had they gone to
-    it directly. Greedy requests only.
+    it directly. Lossless requests only, where at most one token passes a check.
 
     The window is the accepted drafts, then a token of the slim verifier. If the full model accepts
     that token, it would have rejected the draft in its place. If it rejects it, nobody knows.
@@ -122,15 +121,14 @@ class Estimates:
         # By the bit length of the number of requests.
         self._draft: defaultdict[int, PassTimeEstimator] = defaultdict(new)
 
-    def add(self, request_id: str, rule: str, is_greedy: bool = False) -> None:
+    def add(self, request_id: str, rule: str) -> None:
         """A request that will decode.
 
         Args:
             rule: `OFF`, `LOSSLESS` or `PAPER`.
-            is_greedy: at temperature 0, where at most one token passes a check.
         """
         if request_id not in self._requests:
-            self._requests[request_id] = RateEstimates(rule, is_greedy)
+            self._requests[request_id] = RateEstimates(rule)
 
     def remove(self, request_id: str) -> None:
         """The request has ended. What it taught about all requests stays."""
@@ -211,7 +209,7 @@ class Estimates:
         self._observe_rate(request_id, rate, num_accepted, num_rejected)
         self._num_verified += num_accepted + num_rejected
         request = self._requests.get(request_id)
-        if is_tiered and request is not None and request.is_greedy and request.rule == LOSSLESS:
+        if is_tiered and request is not None and request.rule == LOSSLESS:
             first = self._first_round.pop(request_id, (0, 0))
             judged = judge_drafts(*first, num_proposed, num_accepted)
             self._observe_rate(request_id, "accept_full", *judged)
