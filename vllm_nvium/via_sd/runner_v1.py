@@ -165,7 +165,7 @@ class ViaSDModelRunnerMixin(Runner):
         """A sampled request without a seed gets a generator too, in vLLM's own place for one, so
         that the slim verifier knows what the full model will draw with."""
         request, state = self.session.requests.get(request_id), self.requests[request_id]
-        if self.via_sd.rounds == 0 or state.generator is not None:
+        if self.slim is None or self.via_sd.rounds == 0 or state.generator is not None:
             return
         if request is None or request.is_greedy or not request.is_tiered:
             return
