@@ -195,9 +195,15 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.worker.gpu_model_runner",
         "",
-        "CachedRequestState.sampling_params CachedRequestState.generator build_logitsprocs "
-        "GPUModelRunner.max_num_tokens",
-        "what a request asks of the sampler and draws from; most rows of a slim pass",
+        "build_logitsprocs GPUModelRunner.max_num_tokens",
+        "replaced while a runner is made; most rows of a slim pass",
+        "no VIA-SD",
+    ),
+    *rows(
+        "vllm.v1.worker.gpu_input_batch",
+        "CachedRequestState",
+        "sampling_params generator",
+        "what a request asks of the sampler and draws from",
         "no VIA-SD",
     ),
     *rows(

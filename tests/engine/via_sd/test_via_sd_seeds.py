@@ -192,7 +192,7 @@ def test_the_slim_verifier_draws_with_the_noise_of_the_full_model(
         _, _, kept, seen = counted()
         shares.append(kept / seen)
         monkeypatch.setattr("vllm_nvium.via_sd.runner_v1.draw_slim", draw)
-    assert shares[0] > shares[1] + 0.05, shares
+    assert shares[0] > shares[1] + 0.02, shares
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
