@@ -41,12 +41,11 @@ DENSE_KINDS: dict[str, tuple[type, type]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-# Layers of two kinds, so two groups of KV caches; these cannot be converted.
-SLIDING_KINDS: dict[str, tuple[type, type]] = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
+# Layers of two kinds, with and without a sliding window.
+SLIDING_KINDS = ("gemma2", "gemma3")
 
 # head_dim 32 is the smallest head that vLLM's CPU attention accepts.
 SIZES: dict[str, Any] = {
@@ -120,13 +119,13 @@ def make_dense(
     """Write a tiny random dense checkpoint to `path` and return the model (in eval mode).
 
     Args:
-        kind: a key of `DENSE_KINDS` or of `SLIDING_KINDS`.
+        kind: a key of `DENSE_KINDS`.
         bigrams: weight of a table of next tokens that all models made with it share, so that they
             often agree whatever their sizes are.
         whisper: factor of what each layer adds; the smaller, the less it matters to skip one.
         overrides: configuration fields that replace those of `SIZES`.
     """
-    config_class, model_class = (DENSE_KINDS | SLIDING_KINDS)[kind]
+    config_class, model_class = DENSE_KINDS[kind]
     fields = dict(SIZES)
     if kind == "qwen3":
         fields["head_dim"] = 32
