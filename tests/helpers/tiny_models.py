@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -105,6 +106,25 @@ def randomise_vectors(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(0.2 * noise if name.endswith("bias") else 1.0 + 0.2 * noise)
 
 
+def dense_config(kind: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a tiny dense model.
+
+    Args:
+        kind: a key of `DENSE_KINDS`.
+        overrides: fields that replace those of `SIZES`.
+    """
+    fields = dict(SIZES)
+    if kind == "qwen3":
+        fields["head_dim"] = 32
+    if kind == "mistral":
+        fields["sliding_window"] = None
+    if kind in SLIDING_KINDS:
+        fields |= {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+        fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        fields["attn_implementation"] = "eager"  # the one that caps attention's logits
+    return DENSE_KINDS[kind][0](**(fields | overrides))
+
+
 def make_dense(
     path: str | Path,
     kind: str = "llama",
@@ -125,18 +145,8 @@ def make_dense(
         whisper: factor of what each layer adds; the smaller, the less it matters to skip one.
         overrides: configuration fields that replace those of `SIZES`.
     """
-    config_class, model_class = DENSE_KINDS[kind]
-    fields = dict(SIZES)
-    if kind == "qwen3":
-        fields["head_dim"] = 32
-    if kind == "mistral":
-        fields["sliding_window"] = None
-    if kind in SLIDING_KINDS:
-        fields |= {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
-        fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
-        fields["attn_implementation"] = "eager"  # the one that caps attention's logits
     torch.manual_seed(seed)
-    model = model_class(config_class(**(fields | overrides))).to(dtype).eval()
+    model = DENSE_KINDS[kind][1](dense_config(kind, **overrides)).to(dtype).eval()
     randomise_vectors(model, seed)
     if bigrams:
         _share_bigrams(model, bigrams)
@@ -237,6 +247,7 @@ def make_nvium(
     exit_head: str = "final",
     dtype: torch.dtype = torch.float32,
     router_scale: float = 2.5,
+    parent: PreTrainedConfig | None = None,
     **overrides: Any,
 ) -> NviumForCausalLM:
     """Write a tiny random N-vium checkpoint to `path` and return the model (in eval mode).
