@@ -40,7 +40,9 @@ FAMILIES: dict[str, Family] = {
         "Qwen3ForCausalLM", {"hidden_act": "silu", "attention_bias": False}, mixed_windows=False
     ),
     "gemma2": Family(
-        "Gemma2ForCausalLM", {"hidden_activation": "gelu_pytorch_tanh"}, norm_offset=1.0
+        "Gemma2ForCausalLM",
+        {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        norm_offset=1.0,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",

@@ -118,6 +118,11 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         config: NviumConfig = vllm_config.model_config.hf_config
         self.config = config
         self.vllm_config = vllm_config
+        model_config = vllm_config.model_config
+        if config.exit_head == "own" and model_config.word_embeddings_untied_by_checkpoint:
+            # vLLM has taken an exit's `lm_head.weight` for one of the parent's.
+            config.tie_word_embeddings = True
+            model_config.word_embeddings_untied_by_checkpoint = False
         # The way in which vLLM's multimodal models make their language model. Names of layers stay
         # those of the parent: lists of layers in quantised checkpoints know no others.
         self.language_model = init_vllm_registered_model(
@@ -281,7 +286,8 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
 
     def _weights_mapper(self) -> WeightsMapper:
         """The parent's names, behind which its own class does the rest."""
-        lm_head = None if self.config.tie_word_embeddings else "language_model.lm_head."
+        own = hasattr(self.language_model, "lm_head") and not self.config.tie_word_embeddings
+        lm_head = "language_model.lm_head." if own else None
         return WeightsMapper(
             orig_to_new_prefix={"model.": "language_model.model.", "lm_head.": lm_head}
         )

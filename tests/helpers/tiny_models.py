@@ -259,14 +259,15 @@ def make_nvium(
         hazards: constant hazards, one per exit (0 and 1 are exact), or `None` for random routers.
         router_scale: standard deviation over tokens of the margins of random routers; their mean
             is -0.3, so every exit and the final head are used.
-        overrides: configuration fields that replace those of `SIZES`.
+        parent: what the layers are those of; a Llama with `SIZES` when not given.
+        overrides: configuration fields, which replace those of `SIZES`.
     """
+    sizes = SIZES | {"tie_word_embeddings": tied} if parent is None else {"text_config": parent}
     config = NviumConfig(
         **(
-            SIZES
+            sizes
             | {
                 "exit_layers": list(exit_layers),
-                "tie_word_embeddings": tied,
                 "exit_head": exit_head,
                 "exit_adapter_size": 48,
                 "final_adapter_size": 40,

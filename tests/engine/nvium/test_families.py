@@ -21,21 +21,26 @@ from trace_strategies import TEXTS, VOCABULARY, hazard, traces
 from tiny_models import dense_config, make_nvium
 
 EVERYWHERE = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
-PARENTS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 16},
-    "qwen2": {},
-    "qwen2 window": {"tie_word_embeddings": True} | EVERYWHERE,
-    "qwen3": {"hidden_size": 96, "tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": False},
-    "gemma3": {"tie_word_embeddings": True},
+TIED = {"tie_word_embeddings": True}
+# Kind of the parent, its fields, and those of the exits.
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "mistral with a window": ("mistral", {"sliding_window": 16}, {}),
+    "qwen2": ("qwen2", {}, {"exit_head": "embeddings"}),
+    "qwen2 with a window": ("qwen2", TIED | EVERYWHERE, {}),
+    "qwen3": ("qwen3", TIED | {"hidden_size": 96}, {}),
+    "gemma2": ("gemma2", TIED, {}),
+    "gemma3": ("gemma3", {}, {}),
+    # vLLM takes a tensor `exits.0.lm_head.weight` for a sign that nothing is tied.
+    "gemma3 with unembeddings of its exits": ("gemma3", TIED, {"exit_head": "own"}),
 }
 
 
-@pytest.fixture(scope="module", params=PARENTS)
+@pytest.fixture(scope="module", params=MODELS)
 def served(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("nvium")
-    parent = dense_config(request.param.split()[0], **PARENTS[request.param])
-    reference = make_nvium(path, exit_layers=[1, 2, 3], seed=1, parent=parent)
+    kind, fields, exits = MODELS[request.param]
+    parent = dense_config(kind, **fields)
+    reference = make_nvium(path, exit_layers=[1, 2, 3], seed=1, parent=parent, **exits)
     # 10 blocks of 32: one long sequence or a few short ones fit, so preemption is common.
     return reference, TraceEngine(str(path), num_gpu_blocks_override=10)
 
