@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.models.parent import capped, logits_cap
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights, mixture_log_probs
 
 
@@ -177,11 +178,6 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @property
-    def logits_cap(self) -> float | None:
-        """`c` where the parent turns logits z into `c tanh(z / c)`, as Gemma 2 does."""
-        return getattr(self.config.text_config, "final_logit_softcapping", None)
-
     def residuals(self, **inputs: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Run every layer.
 
@@ -216,8 +212,7 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
         else:
             own = [exit.lm_head(early[..., k, :]) for k, exit in enumerate(self.exits)]
             logits = torch.cat([torch.stack(own, dim=-2), self.lm_head(final)], dim=-2)
-        cap = self.logits_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return capped(logits, logits_cap(self.config))
 
     def forward(
         self,

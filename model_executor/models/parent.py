@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -61,6 +62,17 @@ def head_dim_of(config: PretrainedConfig) -> int:
     """The size of one attention head: a field of its own, or a share of the hidden size."""
     given = getattr(config, "head_dim", None)
     return config.hidden_size // config.num_attention_heads if given is None else given
+
+
+def logits_cap(config: PretrainedConfig) -> float | None:
+    """`c` of a model, dense or N-vium, whose logits are capped; see `capped`."""
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """`c tanh(z / c)` of the products z of states and unembedding, as Gemma 2 does; z where there
+    is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def is_int(value: object) -> bool:

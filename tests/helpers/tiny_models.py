@@ -282,6 +282,10 @@ def make_nvium(
     torch.manual_seed(seed)
     model = NviumForCausalLM(config).eval()
     randomise_vectors(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            if name.endswith("norm.weight"):  # still about one, with what the family adds
+                parameter -= config.family.norm_offset
     generator = torch.Generator().manual_seed(seed + 2)
 
     def fill(parameter: torch.Tensor, std: float) -> None:
