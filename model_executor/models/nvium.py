@@ -84,9 +84,7 @@ def _forward_last(self: _Segment, state: torch.Tensor, positions: torch.Tensor) 
     return normed
 
 
-def _make_segment(
-    vllm_config: VllmConfig, parent: nn.Module, start: int, stop: int
-) -> nn.Module:
+def _make_segment(vllm_config: VllmConfig, parent: nn.Module, start: int, stop: int) -> nn.Module:
     """The layers between two exits, see `layer_slice`."""
     forward: Callable[..., torch.Tensor] = _forward
     if start == 0:

@@ -331,7 +331,11 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 Damage = Callable[[Path], Any]
 DAMAGE: list[tuple[str, Damage, str]] = [
-    ("family", lambda d: change_config(d, model_type="gpt2"), r"'gpt2', and N-vium models are made of llama, mistral"),
+    (
+        "family",
+        lambda d: change_config(d, model_type="gpt2"),
+        r"'gpt2', and N-vium models are made of llama, mistral",
+    ),
     ("no family", lambda d: change_config(d, model_type=None), r"model_type of .* is None"),
     ("n-vium", lambda d: change_config(d, model_type="nvium"), r"is an N-vium checkpoint already"),
     ("act", lambda d: change_config(d, hidden_act="gelu"), r"hidden_act is 'gelu'"),
