@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,7 @@ _WHY = (
 def _parent_dims(config: NviumConfig) -> dict[str, tuple[Dim, ...]]:
     """The tensors of the parent's layers, embedding and final norm, as its class in transformers
     has them."""
-    parent: Any = config.text_config
+    parent = config.parent
     sizes = {name: getattr(parent, name) for name in ("vocab_size", "hidden_size")}
     sizes |= {"intermediate_size": parent.intermediate_size, "head_dim": head_dim_of(parent)}
     why = {name: f"{name} = {size}" for name, size in sizes.items()}
@@ -228,7 +228,7 @@ _FIELDS = (
 
 
 def _governed_by(config: NviumConfig, name: str) -> str:
-    parent: Any = config.text_config
+    parent = config.parent
     fields = [field for pattern, field in _FIELDS if re.match(pattern, name)]
     # A layer or exit that should not be there at all is not a matter of its parts.
     number = re.match(r"(?:model\.layers|exits)\.(\d+)\.", name)

@@ -32,10 +32,10 @@ def _parents(name: str) -> Any:
     """A field of the parent's configuration as one of this configuration."""
 
     def get(self: "NviumConfig") -> Any:
-        return getattr(self.text_config, name)
+        return getattr(self.parent, name)
 
     def put(self: "NviumConfig", value: Any) -> None:
-        setattr(self.text_config, name, value)
+        setattr(self.parent, name, value)
 
     return property(get, put)
 
@@ -113,9 +113,14 @@ class NviumConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def parent(self) -> Any:
+        """`text_config`, which is a configuration of transformers from `__post_init__` on."""
+        return self.text_config
+
+    @property
     def family(self) -> Family:
         """The row of the parent's family."""
-        return FAMILIES[self.text_config.model_type]  # type: ignore[union-attr]
+        return FAMILIES[self.parent.model_type]
 
     @property
     def num_heads_of_mixture(self) -> int:

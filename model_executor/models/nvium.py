@@ -126,7 +126,7 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         self.language_model = init_vllm_registered_model(
             vllm_config,
             prefix=prefix,
-            hf_config=config.text_config,
+            hf_config=config.parent,
             architectures=[config.family.architecture],
         )
         bounds = [0, *config.exit_layers, config.num_hidden_layers]

@@ -165,7 +165,7 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NviumConfig) -> None:
         super().__init__(config)
-        parent = config.text_config
+        parent = config.parent
         if getattr(parent, "attn_logit_softcapping", None) is not None:
             parent._attn_implementation = "eager"  # the only one that caps attention's logits
         self.model = MODEL_MAPPING[type(parent)](parent)

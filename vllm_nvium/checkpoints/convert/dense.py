@@ -3,7 +3,6 @@
 identity, and a router with a constant hazard. With hazards of zero the result is the dense model.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.families import family_of
+from vllm_nvium.model_executor.models.parent import parent_of
 
 # sigmoid of this is exactly 0 in float32 (and of its negative exactly 1), it is finite in every
 # float dtype, and float16 still holds it.
@@ -88,7 +88,7 @@ def parent_config(source: Source) -> PretrainedConfig:
     # Of what else stands in a config.json, some says where it was or what it was packed for.
     names = {field.name for field in dataclasses.fields(config)}
     names -= {field.name for field in dataclasses.fields(PretrainedConfig)}
-    return type(config)(**{name: copy.deepcopy(getattr(config, name)) for name in names})
+    return parent_of(type(config)(**{name: getattr(config, name) for name in names}), {})
 
 
 def make_config(fields: dict[str, Any]) -> NviumConfig:

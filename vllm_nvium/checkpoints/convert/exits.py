@@ -81,8 +81,8 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
     weights, scale = _read_weights(folder)
     config = _read_config(folder)
     # Whatever the folder leaves open in the parent's own fields is filled in as it is for a parent.
-    theirs = make_config({"text_config": parent_config(source)} | _exit_fields(config)).text_config
-    ours = config.text_config.to_dict()
+    theirs = make_config({"text_config": parent_config(source)} | _exit_fields(config)).parent
+    ours = config.parent.to_dict()
     for name, value in theirs.to_dict().items():
         if ours.get(name) != value and name not in NO_MATTER:
             raise UserError(
