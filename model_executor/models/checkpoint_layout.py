@@ -12,10 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import MODEL_MAPPING
+from transformers import initialization as init
 
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.models.parent import head_dim_of
 
 Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
@@ -28,21 +32,49 @@ class Dim(NamedTuple):
     why: str
 
 
+# What the dimensions of the parent's tensors are called: the first pattern that fits the name.
+QUERY, KEY = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+_WHY = (
+    (r"embed_tokens\.", ("vocab_size", "hidden_size")),
+    (r"q_proj\.", (QUERY, "hidden_size")),
+    (r"[kv]_proj\.", (KEY, "hidden_size")),
+    (r"o_proj\.", ("hidden_size", QUERY)),
+    (r"(gate|up)_proj\.", ("intermediate_size", "hidden_size")),
+    (r"down_proj\.", ("hidden_size", "intermediate_size")),
+    (r"[qk]_norm\.", ("head_dim",)),
+    (r"norm\.", ("hidden_size",)),
+)
+
+
+def _parent_dims(config: NviumConfig) -> dict[str, tuple[Dim, ...]]:
+    """The tensors of the parent's layers, embedding and final norm, as its class in transformers
+    has them."""
+    parent = config.parent
+    sizes = {name: getattr(parent, name) for name in ("vocab_size", "hidden_size")}
+    sizes |= {"intermediate_size": parent.intermediate_size, "head_dim": head_dim_of(parent)}
+    why = {name: f"{name} = {size}" for name, size in sizes.items()}
+    for product in (QUERY, KEY):
+        why[product] = f"{product} = {getattr(parent, product.split()[0])} * {head_dim_of(parent)}"
+    with torch.device("meta"), init.no_init_weights():
+        state = MODEL_MAPPING[type(parent)](parent).state_dict()
+    dims: dict[str, tuple[Dim, ...]] = {}
+    for name, tensor in state.items():
+        names = next((names for pattern, names in _WHY if re.search(pattern, name)), ())
+        reasons = [why[name] for name in names] + [f"of a {parent.model_type}"] * tensor.dim()
+        dims[f"model.{name}"] = tuple(
+            Dim(size, reason) for size, reason in zip(tensor.shape, reasons, strict=False)
+        )
+    return dims
+
+
 def expected_dims(config: NviumConfig) -> dict[str, tuple[Dim, ...]]:
     """Every tensor that an N-vium checkpoint of this configuration holds, in the model's order."""
 
     def field(name: str) -> Dim:
         return Dim(getattr(config, name), f"{name} = {getattr(config, name)}")
 
-    def heads(name: str) -> Dim:
-        count, size = getattr(config, name), config.head_dim
-        assert size is not None  # the configuration fills it in
-        return Dim(count * size, f"{name} * head_dim = {count} * {size}")
-
     hidden, vocabulary = field("hidden_size"), field("vocab_size")
-    inner = field("intermediate_size")
-    query, key = heads("num_attention_heads"), heads("num_key_value_heads")
-    dims: dict[str, tuple[Dim, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    dims = _parent_dims(config)
 
     def linear(name: str, size_out: Dim, size_in: Dim, bias: bool) -> None:
         dims[f"{name}.weight"] = (size_out, size_in)
@@ -53,22 +85,6 @@ def expected_dims(config: NviumConfig) -> dict[str, tuple[Dim, ...]]:
         if size.size:
             linear(f"{name}.fc1", size, hidden, False)
             linear(f"{name}.fc2", hidden, size, False)
-
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        linear(f"{layer}.self_attn.q_proj", query, hidden, config.qkv_bias)
-        linear(f"{layer}.self_attn.k_proj", key, hidden, config.qkv_bias)
-        linear(f"{layer}.self_attn.v_proj", key, hidden, config.qkv_bias)
-        linear(f"{layer}.self_attn.o_proj", hidden, query, config.attention_bias)
-        if config.qk_norm:
-            dims[f"{layer}.self_attn.q_norm.weight"] = (field("head_dim"),)
-            dims[f"{layer}.self_attn.k_norm.weight"] = (field("head_dim"),)
-        linear(f"{layer}.mlp.gate_proj", inner, hidden, config.mlp_bias)
-        linear(f"{layer}.mlp.up_proj", inner, hidden, config.mlp_bias)
-        linear(f"{layer}.mlp.down_proj", hidden, inner, config.mlp_bias)
-        dims[f"{layer}.input_layernorm.weight"] = (hidden,)
-        dims[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-    dims["model.norm.weight"] = (hidden,)
 
     router_inner, router_hidden = field("router_intermediate_size"), field("router_hidden_size")
     two = Dim(2, "two logits per router")
@@ -197,29 +213,34 @@ def _is_ignored(config: NviumConfig, name: str) -> bool:
     return tied or name.endswith("rotary_emb.inv_freq")
 
 
-# Which field decides whether a tensor is there at all: the first pattern that fits its name.
+# Which field decides whether a tensor is there at all: the first pattern that fits its name, if the
+# configuration has the field; otherwise it is the parent's family.
 _FIELDS = (
-    (r"model\.layers\.\d+\.self_attn\.[qkv]_proj\.bias", "qkv_bias"),
-    (r"model\.layers\.\d+\.self_attn\.o_proj\.bias", "attention_bias"),
-    (r"model\.layers\.\d+\.self_attn\.[qk]_norm\.", "qk_norm"),
+    (r"model\.layers\.\d+\.self_attn\.\w+\.bias", "attention_bias"),
     (r"model\.layers\.\d+\.mlp\.\w+\.bias", "mlp_bias"),
-    (r"model\.layers\.", "num_hidden_layers"),
     (r"exits\.\d+\.adapter\.", "exit_adapter_size"),
     (r"exits\.\d+\.router\.blocks\.", "router_num_blocks"),
     (r"exits\.\d+\.lm_head\.", "exit_head"),
     (r"exits\.", "exit_layers"),
     (r"final_adapter\.", "final_adapter_size"),
     (r"lm_head\.", "tie_word_embeddings"),
-    (r"", "model_type"),
 )
 
 
 def _governed_by(config: NviumConfig, name: str) -> str:
-    field = next(field for pattern, field in _FIELDS if re.match(pattern, name))
+    parent = config.parent
+    fields = [field for pattern, field in _FIELDS if re.match(pattern, name)]
     # A layer or exit that should not be there at all is not a matter of its parts.
     number = re.match(r"(?:model\.layers|exits)\.(\d+)\.", name)
     if number and name.startswith("exits.") and int(number[1]) >= len(config.exit_layers):
-        field = "exit_layers"
+        fields = ["exit_layers"]
     if number and name.startswith("model.") and int(number[1]) >= config.num_hidden_layers:
-        field = "num_hidden_layers"
-    return f"{field} = {getattr(config, field)!r}"
+        fields = ["num_hidden_layers"]
+    for field in fields:
+        for holder in (config, parent):
+            if hasattr(holder, field):
+                return f"{field} = {getattr(holder, field)!r}"
+    return (
+        f"text_config.model_type = {parent.model_type!r}, "
+        f"num_hidden_layers = {config.num_hidden_layers}"
+    )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`NviumForCausalLM` for vLLM: a Llama-family transformer cut into segments between its exits.
-
-It is built from vLLM's own layers, so quantised weights and tensor parallelism stay possible; each
-segment is compiled on its own, and the cascade between them is `nvium/step.py`.
+"""`NviumForCausalLM` for vLLM: vLLM's own model of the dense parent, cut into segments between its
+exits. Layers, embedding, unembedding and the loading of weights are the parent's, so what vLLM can
+do with that family stays possible; each segment is compiled on its own, and the cascade between
+them is `nvium/step.py`.
 """
 
 import re
@@ -13,15 +13,13 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
 from vllm.model_executor.models.interfaces import SupportsQuant
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from vllm.sequence import IntermediateTensors
 
 from vllm_nvium.model_executor.layer_slice import make_slice
@@ -38,83 +36,39 @@ from vllm_nvium.model_executor.rows import own_forward_context
 LOGITS_AT_A_TIME = 1 << 22
 
 
-class NviumAttention(LlamaAttention):
-    """Llama's attention, with Qwen3's norm of every query and key head where the model has it."""
-
-    def __init__(self, config: NviumConfig, *args, **kwargs) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.qk_norm = config.qk_norm
-        if self.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.qk_norm:
-            return super().forward(positions, hidden_states)
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).view(q.shape)
-        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).view(k.shape)
-        q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn(q, k, v))
-        return output
-
-
-class NviumDecoderLayer(LlamaDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__(vllm_config, prefix=prefix, attn_layer_type=NviumAttention)
-
-
 class _Segment(nn.Module):
-    """Layers [start, stop): residual stream in, residual stream out.
+    """Layers [start, stop) of the parent: residual stream in, residual stream out.
 
     The stream travels as one tensor, `hidden + residual` in vLLM's terms, because that is what an
     exit reads and what waits in the side cache: a position computes the same thing whether it went
     straight on or waited.
+
+    Args:
+        parent: vLLM's inner model of the parent's family; it keeps its modules.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
+    def __init__(
+        self, *, vllm_config: VllmConfig, parent: nn.Module, start: int, stop: int
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            NviumDecoderLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(start, stop)
-        )
+        # Not by `setattr`, which would make the parent's parameters known under two names.
+        self.__dict__["parent"] = parent
+        self.start, self.stop = start, stop
 
     def run_layers(
         self, state: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = state, None
-        for layer in self.layers:
+        for layer in self.parent.layers[self.start : self.stop]:
             hidden, residual = layer(positions, hidden, residual)
         return hidden, residual
 
 
-class _FirstSegment(_Segment):
-    """Token ids in, residual stream out: the embedding belongs to it."""
-
-    def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
-        super().__init__(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
-        config = vllm_config.model_config.hf_config
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.embed_tokens",
-        )
-
-
-class _LastSegment(_Segment):
-    """Residual stream in, normed states out: the model's own final norm belongs to it."""
-
-    def __init__(self, *, vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> None:
-        super().__init__(vllm_config=vllm_config, start=start, stop=stop, prefix=prefix)
-        config = vllm_config.model_config.hf_config
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
 def _forward_first(
-    self: _FirstSegment, input_ids: torch.Tensor, positions: torch.Tensor
+    self: _Segment, input_ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    hidden, residual = self.run_layers(self.embed_tokens(input_ids), positions)
+    """Token ids in: the embedding belongs to the first segment."""
+    hidden, residual = self.run_layers(self.parent.embed_input_ids(input_ids), positions)
     return hidden + residual
 
 
@@ -123,32 +77,30 @@ def _forward(self: _Segment, state: torch.Tensor, positions: torch.Tensor) -> to
     return hidden + residual
 
 
-def _forward_last(self: _LastSegment, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _forward_last(self: _Segment, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Normed states out: the parent's final norm belongs to the last segment."""
     hidden, residual = self.run_layers(state, positions)
-    normed, _ = self.norm(hidden, residual)
+    normed, _ = self.parent.norm(hidden, residual)
     return normed
 
 
-def _make_segment(vllm_config: VllmConfig, start: int, stop: int, prefix: str) -> nn.Module:
+def _make_segment(vllm_config: VllmConfig, parent: nn.Module, start: int, stop: int) -> nn.Module:
     """The layers between two exits, see `layer_slice`."""
-    base: type[_Segment]
-    forward: Callable[..., torch.Tensor]
+    forward: Callable[..., torch.Tensor] = _forward
     if start == 0:
-        base, forward = _FirstSegment, _forward_first
-    elif stop == vllm_config.model_config.hf_config.num_hidden_layers:
-        base, forward = _LastSegment, _forward_last
-    else:
-        base, forward = _Segment, _forward
+        forward = _forward_first
+    elif stop == len(parent.layers):
+        forward = _forward_last
     return make_slice(
         f"NviumSegment_{start}_{stop}",
-        base,
+        _Segment,
         forward,
         {"input_ids" if start == 0 else "state": 0, "positions": 0},
         f"nvium_segment_{start}_{stop}",
         vllm_config,
+        parent=parent,
         start=start,
         stop=stop,
-        prefix=prefix,
     )
 
 
@@ -159,20 +111,27 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
     exit runs on the same rows, so that each is compiled at start.
     """
 
-    packed_modules_mapping = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: NviumConfig = vllm_config.model_config.hf_config
         self.config = config
         self.vllm_config = vllm_config
+        model_config = vllm_config.model_config
+        if config.exit_head == "own" and model_config.word_embeddings_untied_by_checkpoint:
+            # vLLM has taken an exit's `lm_head.weight` for one of the parent's.
+            config.tie_word_embeddings = True
+            model_config.word_embeddings_untied_by_checkpoint = False
+        # The way in which vLLM's multimodal models make their language model. Names of layers stay
+        # those of the parent: lists of layers in quantised checkpoints know no others.
+        self.language_model = init_vllm_registered_model(
+            vllm_config,
+            prefix=prefix,
+            hf_config=config.parent,
+            architectures=[config.family.architecture],
+        )
         bounds = [0, *config.exit_layers, config.num_hidden_layers]
-        model_prefix = maybe_prefix(prefix, "model")
         self.segments = nn.ModuleList(
-            _make_segment(vllm_config, start, stop, model_prefix)
+            _make_segment(vllm_config, self.language_model.model, start, stop)
             for start, stop in zip(bounds, bounds[1:], strict=False)
         )
         self.exits = nn.ModuleList(
@@ -185,15 +144,6 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
             if config.final_adapter_size
             else None
         )
-        self.lm_head = ParallelLMHead(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=maybe_prefix(prefix, "lm_head"),
-        )
-        if config.tie_word_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.segments[0].embed_tokens)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
         # vLLM orders caches by the one integer in a layer's name: after the decoder layers.
         self.side_cache = SideCache(
             vllm_config,
@@ -214,7 +164,7 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         self.may_decide_early = get_tensor_model_parallel_world_size() == 1
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.segments[0].embed_tokens(input_ids)
+        return self.language_model.embed_input_ids(input_ids)
 
     def final_head(self, normed: torch.Tensor) -> torch.Tensor:
         """Normed states of the last segment [T, H] -> inputs of the unembedding [T, H]."""
@@ -249,11 +199,11 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
 
     def head_logits(self, head_inputs: torch.Tensor, head: int) -> torch.Tensor:
         """Logits of one head, [T, H] -> [T, V]."""
-        unembedding = self.lm_head
-        if head < len(self.exits) and self.heads_differ:
-            own = self.exits[head].lm_head
-            unembedding = self.segments[0].embed_tokens if own is None else own
-        return self.logits_processor(unembedding, head_inputs)
+        if head == len(self.exits) or not self.heads_differ:
+            return self.language_model.compute_logits(head_inputs)
+        own = self.exits[head].lm_head
+        unembedding = self.language_model.model.embed_tokens if own is None else own
+        return self.language_model.logits_processor(unembedding, head_inputs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits of sampled rows: one head's, or `log p_mix` where the row asks for the mixture.
@@ -333,25 +283,11 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         self._constants_known = True
 
     def _weights_mapper(self) -> WeightsMapper:
-        bounds = [0, *self.config.exit_layers, self.config.num_hidden_layers]
-        regex: dict[re.Pattern, str | None] = {
-            re.compile(r"^model\.embed_tokens\."): "segments.0.embed_tokens.",
-            re.compile(r"^model\.norm\."): f"segments.{len(bounds) - 2}.norm.",
-        }
-        for m, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            for i in range(start, stop):
-                regex[re.compile(rf"^model\.layers\.{i}\.")] = f"segments.{m}.layers.{i - start}."
-        if self.config.tie_word_embeddings:
-            regex[re.compile(r"^lm_head\.")] = None
+        """The parent's names, behind which its own class does the rest."""
+        own = hasattr(self.language_model, "lm_head") and not self.config.tie_word_embeddings
+        lm_head = "language_model.lm_head." if own else None
         return WeightsMapper(
-            orig_to_new_regex=regex,
-            orig_to_new_stacked={
-                ".q_proj": (".qkv_proj", "q"),
-                ".k_proj": (".qkv_proj", "k"),
-                ".v_proj": (".qkv_proj", "v"),
-                ".gate_proj": (".gate_up_proj", 0),
-                ".up_proj": (".gate_up_proj", 1),
-            },
+            orig_to_new_prefix={"model.": "language_model.model.", "lm_head.": lm_head}
         )
 
     def _note_identities(

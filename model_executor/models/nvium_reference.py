@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N-vium in plain PyTorch: every token runs every layer and every head. It is the oracle that the
-vLLM model is tested against and the model that training runs; it saves no time by exiting early.
+"""N-vium in plain PyTorch: transformers' model of the dense parent, every layer and every head for
+every token. It is the oracle that the vLLM model is tested against and the model that training
+runs; it saves no time by exiting early.
 
 The law is that of arXiv:2605.13190, section 3; `ops/mixture.py` holds the formulas.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+from vllm_nvium.model_executor.models.parent import capped, logits_cap
 from vllm_nvium.model_executor.ops.mixture import exit_log_weights, mixture_log_probs
 
 
@@ -56,89 +54,6 @@ class NviumOutput(ModelOutput):
     head_hidden: torch.Tensor | None = None
     head_logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-
-
-class NviumAttention(nn.Module):
-    """Causal attention of the Llama family, with Qwen2's biases or Qwen3's head norms if asked."""
-
-    def __init__(self, config: NviumConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.head_dim is not None and config.num_key_value_heads is not None
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        query_size = config.num_attention_heads * self.head_dim
-        key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        batch, length = hidden_states.shape[:2]
-        query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(batch, length, -1, self.head_dim)
-        value = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rotary_pos_emb(
-            query.transpose(1, 2), key.transpose(1, 2), *position_embeddings
-        )  # [B, heads, T, head_dim]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, _ = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-        )
-        return self.o_proj(output.reshape(batch, length, -1))
-
-
-class NviumDecoderLayer(GradientCheckpointingLayer):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, config: NviumConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = NviumAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        assert position_embeddings is not None
-        hidden_states = hidden_states + self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask,
-            position_embeddings,
-            past_key_values,
-        )
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class NviumZeroLinear(nn.Linear):
@@ -216,13 +131,13 @@ class NviumExit(nn.Module):
 
 
 class NviumPreTrainedModel(PreTrainedModel):
-    """What the backbone and the language model share: initialisation and transformers' switches."""
+    """Initialisation and transformers' switches."""
 
     config: NviumConfig
     config_class = NviumConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["NviumDecoderLayer", "NviumExit"]
+    _no_split_modules = ["NviumExit"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -239,75 +154,6 @@ class NviumPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class NviumModel(NviumPreTrainedModel):
-    """The transformer without heads; it hands out the residual stream at every exit."""
-
-    def __init__(self, config: NviumConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
-        self.layers = nn.ModuleList(
-            NviumDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Run every layer.
-
-        Args:
-            input_ids: `[B, T]` int64, or `inputs_embeds` `[B, T, H]`: exactly one of them.
-            attention_mask: `[B, cached + T]`, 1 for tokens and 0 for padding on either side, or a
-                4-D mask as transformers understands it.
-            position_ids: `[B, T]`; by default counted along the mask, so padding has no position.
-            past_key_values: a cache to read and extend in place.
-
-        Returns:
-            The residual stream `h_k` `[B, T, H]` at each exit; `model.norm` of the last layer's.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
-        hidden_states: torch.Tensor = (
-            self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        )
-        length = hidden_states.shape[1]
-        if position_ids is None:
-            position_ids = _positions(hidden_states, attention_mask, past_key_values)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            # Positions count along the mask and may stand still over padding, which the mask
-            # builder would take for packed sequences. Padding is the mask's own affair.
-            position_ids=None,
-        )
-        assert position_ids.shape[-1] == length
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        residuals: list[torch.Tensor] = []
-        exits = set(self.config.exit_layers)
-        for layers_run, layer in enumerate(self.layers, start=1):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-            )
-            if layers_run in exits:
-                residuals.append(hidden_states)
-        return residuals, self.norm(hidden_states)
-
-
 class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
     """N-vium as a transformers causal language model: `generate()` samples from the mixture.
 
@@ -319,7 +165,10 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NviumConfig) -> None:
         super().__init__(config)
-        self.model = NviumModel(config)
+        parent = config.parent
+        if getattr(parent, "attn_logit_softcapping", None) is not None:
+            parent._attn_implementation = "eager"  # the only one that caps attention's logits
+        self.model = MODEL_MAPPING[type(parent)](parent)
         self.exits = nn.ModuleList(NviumExit(config) for _ in config.exit_layers)
         self.final_adapter = (
             NviumAdapter(config.hidden_size, config.final_adapter_size)
@@ -328,6 +177,20 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def residuals(self, **inputs: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Run every layer.
+
+        Args:
+            inputs: of the parent's model; see `forward`.
+
+        Returns:
+            The residual stream `h_k` `[B, T, H]` at each exit; `model.norm` of the last layer's.
+        """
+        output = self.model(
+            output_hidden_states=[layers - 1 for layers in self.config.exit_layers], **inputs
+        )
+        return [h for h in output.hidden_states if h is not None], output.last_hidden_state
 
     def unembed(self, head_hidden: torch.Tensor) -> torch.Tensor:
         """Every head's logits.
@@ -340,16 +203,16 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
             `[..., N, V]` in the model's dtype.
         """
         kind = self.config.exit_head
-        if kind == "final":
-            return self.lm_head(head_hidden)
         early, final = head_hidden[..., :-1, :], head_hidden[..., -1:, :]
-        if kind == "embeddings":
+        if kind == "final":
+            logits = self.lm_head(head_hidden)
+        elif kind == "embeddings":
             early_logits = F.linear(early, self.model.embed_tokens.weight)
+            logits = torch.cat([early_logits, self.lm_head(final)], dim=-2)
         else:
-            early_logits = torch.stack(
-                [exit.lm_head(early[..., k, :]) for k, exit in enumerate(self.exits)], dim=-2
-            )
-        return torch.cat([early_logits, self.lm_head(final)], dim=-2)
+            own = [exit.lm_head(early[..., k, :]) for k, exit in enumerate(self.exits)]
+            logits = torch.cat([torch.stack(own, dim=-2), self.lm_head(final)], dim=-2)
+        return capped(logits, logits_cap(self.config))
 
     def forward(
         self,
@@ -369,8 +232,11 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
         """One pass of all layers, all exits and all heads over `[B, T]` tokens.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: see
-                `NviumModel.forward`.
+            input_ids: `[B, T]` int64, or `inputs_embeds` `[B, T, H]`: exactly one of them.
+            attention_mask: `[B, cached + T]`, 1 for tokens and 0 for padding on either side, or a
+                mask as the parent's model understands it.
+            position_ids: `[B, T]`; by default counted along the mask, so padding has no position.
+            past_key_values: a cache to read and extend in place.
             labels: `[B, T]` int64, aligned with the input (shifted here), -100 where not to be
                 learnt.
             use_cache: return a cache (default: the configuration's value, and never in training).
@@ -399,12 +265,15 @@ class NviumForCausalLM(NviumPreTrainedModel, GenerationMixin):
             use_cache = False  # a recomputed layer would write its keys twice
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        residuals, final_normed = self.model(
+        if position_ids is None and attention_mask is not None:
+            position_ids = _positions(attention_mask, input_ids, inputs_embeds)
+        residuals, final_normed = self.residuals(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         pairs = [
@@ -453,15 +322,14 @@ def mixture_loss(
 
 
 def _positions(
-    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
-) -> torch.Tensor:
-    """`[B or 1, T]` positions of the new tokens, not counting padding."""
-    length = hidden_states.shape[1]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        counted = attention_mask.long().cumsum(dim=-1) - 1
-        return counted.clamp(min=0)[:, -length:]
-    seen = int(cache.get_seq_length()) if cache is not None else 0
-    return torch.arange(seen, seen + length, device=hidden_states.device).unsqueeze(0)
+    attention_mask: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`[B, T]` positions of the new tokens, not counting padding; None for the parent's own."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    counted = attention_mask.long().cumsum(dim=-1) - 1
+    return counted.clamp(min=0)[:, -given.shape[1] :]
 
 
 def register_with_transformers() -> None:

@@ -37,11 +37,12 @@ def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
 def residuals(state: State, config: Any, tokens: list[int]) -> list[list[torch.Tensor]]:
     """`[layers already run][position]` -> residual stream `[H]` in float64."""
     state = {name: tensor.double() for name, tensor in state.items()}
+    config = config.get_text_config()
     eps, theta = config.rms_norm_eps, config.rope_parameters["rope_theta"]
     heads, kv_heads, size = (
         config.num_attention_heads,
         config.num_key_value_heads,
-        config.head_dim,
+        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
     )
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:

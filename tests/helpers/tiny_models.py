@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -41,12 +42,11 @@ DENSE_KINDS: dict[str, tuple[type, type]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-# Layers of two kinds, so two groups of KV caches; these cannot be converted.
-SLIDING_KINDS: dict[str, tuple[type, type]] = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
+# Layers of two kinds, with and without a sliding window.
+SLIDING_KINDS = ("gemma2", "gemma3")
 
 # head_dim 32 is the smallest head that vLLM's CPU attention accepts.
 SIZES: dict[str, Any] = {
@@ -106,6 +106,25 @@ def randomise_vectors(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(0.2 * noise if name.endswith("bias") else 1.0 + 0.2 * noise)
 
 
+def dense_config(kind: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a tiny dense model.
+
+    Args:
+        kind: a key of `DENSE_KINDS`.
+        overrides: fields that replace those of `SIZES`.
+    """
+    fields = dict(SIZES)
+    if kind == "qwen3":
+        fields["head_dim"] = 32
+    if kind == "mistral":
+        fields["sliding_window"] = None
+    if kind in SLIDING_KINDS:
+        fields |= {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+        fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        fields["attn_implementation"] = "eager"  # the one that caps attention's logits
+    return DENSE_KINDS[kind][0](**(fields | overrides))
+
+
 def make_dense(
     path: str | Path,
     kind: str = "llama",
@@ -120,24 +139,14 @@ def make_dense(
     """Write a tiny random dense checkpoint to `path` and return the model (in eval mode).
 
     Args:
-        kind: a key of `DENSE_KINDS` or of `SLIDING_KINDS`.
+        kind: a key of `DENSE_KINDS`.
         bigrams: weight of a table of next tokens that all models made with it share, so that they
             often agree whatever their sizes are.
         whisper: factor of what each layer adds; the smaller, the less it matters to skip one.
         overrides: configuration fields that replace those of `SIZES`.
     """
-    config_class, model_class = (DENSE_KINDS | SLIDING_KINDS)[kind]
-    fields = dict(SIZES)
-    if kind == "qwen3":
-        fields["head_dim"] = 32
-    if kind == "mistral":
-        fields["sliding_window"] = None
-    if kind in SLIDING_KINDS:
-        fields |= {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
-        fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
-        fields["attn_implementation"] = "eager"  # the one that caps attention's logits
     torch.manual_seed(seed)
-    model = model_class(config_class(**(fields | overrides))).to(dtype).eval()
+    model = DENSE_KINDS[kind][1](dense_config(kind, **overrides)).to(dtype).eval()
     randomise_vectors(model, seed)
     if bigrams:
         _share_bigrams(model, bigrams)
@@ -238,6 +247,7 @@ def make_nvium(
     exit_head: str = "final",
     dtype: torch.dtype = torch.float32,
     router_scale: float = 2.5,
+    parent: PreTrainedConfig | None = None,
     **overrides: Any,
 ) -> NviumForCausalLM:
     """Write a tiny random N-vium checkpoint to `path` and return the model (in eval mode).
@@ -249,14 +259,15 @@ def make_nvium(
         hazards: constant hazards, one per exit (0 and 1 are exact), or `None` for random routers.
         router_scale: standard deviation over tokens of the margins of random routers; their mean
             is -0.3, so every exit and the final head are used.
-        overrides: configuration fields that replace those of `SIZES`.
+        parent: what the layers are those of; a Llama with `SIZES` when not given.
+        overrides: configuration fields, which replace those of `SIZES`.
     """
+    sizes = SIZES | {"tie_word_embeddings": tied} if parent is None else {"text_config": parent}
     config = NviumConfig(
         **(
-            SIZES
+            sizes
             | {
                 "exit_layers": list(exit_layers),
-                "tie_word_embeddings": tied,
                 "exit_head": exit_head,
                 "exit_adapter_size": 48,
                 "final_adapter_size": 40,
@@ -271,6 +282,10 @@ def make_nvium(
     torch.manual_seed(seed)
     model = NviumForCausalLM(config).eval()
     randomise_vectors(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            if name.endswith("norm.weight"):  # still about one, with what the family adds
+                parameter -= config.family.norm_offset
     generator = torch.Generator().manual_seed(seed + 2)
 
     def fill(parameter: torch.Tensor, std: float) -> None:

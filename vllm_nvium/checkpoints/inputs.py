@@ -54,7 +54,7 @@ def open_parent(name: str) -> Any:
     Raises:
         UserError: it cannot be read, or is another kind of model.
     """
-    from vllm_nvium.checkpoints.convert.dense import FAMILIES
+    from vllm_nvium.model_executor.models.families import FAMILIES
 
     config = load_config(name, "--dense")
     if config.model_type not in FAMILIES:

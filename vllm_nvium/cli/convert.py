@@ -9,6 +9,7 @@ from pathlib import Path
 from vllm_nvium.checkpoints.convert import DENSE_FLAGS, convert
 from vllm_nvium.console import comma_separated, say
 from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.models.families import FAMILIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dense",
         metavar="DENSE",
-        help="dense model (llama, mistral, qwen2, qwen3): a Hugging Face folder, a hub id or a "
+        help=f"dense model ({', '.join(FAMILIES)}): a Hugging Face folder, a hub id or a "
         ".gguf file; or a checkpoint folder of the N-vium authors, which is recognised",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")

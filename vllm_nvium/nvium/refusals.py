@@ -55,6 +55,13 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "leave it at 0",
     ),
     Unsupported(
+        "--no-disable-hybrid-kv-cache-manager",
+        # None where neither form of the flag was given.
+        lambda c: True if c.scheduler_config.disable_hybrid_kv_cache_manager is False else None,
+        "N-vium needs the K/V of all layers in one block table, those behind a window included",
+        "leave it out",
+    ),
+    Unsupported(
         "--kv-transfer-config",
         lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
         "a KV connector would move blocks whose deferred positions are not complete",
@@ -70,13 +77,13 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--cpu-offload-gb",
         lambda c: c.offload_config.uva.cpu_offload_gb or None,
-        "vLLM's offloading of weights never sees the layers of an N-vium model",
+        "weights of an N-vium model have not been tried outside the device's memory",
         "leave it at 0",
     ),
     Unsupported(
         "--offload-group-size",
         lambda c: c.offload_config.prefetch.offload_group_size or None,
-        "vLLM's offloading of weights never sees the layers of an N-vium model",
+        "it fetches the weights of all layers in turn, and an N-vium model leaves some out",
         "leave it at 0",
     ),
     Unsupported(

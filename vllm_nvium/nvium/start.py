@@ -34,8 +34,20 @@ class NviumForCausalLMConfig(VerifyAndUpdateConfig):
         refuse_unsupported(vllm_config)
         refuse_mismatched_weights(vllm_config)
         cuda_graphs.switch_off(vllm_config)
+        keep_one_block_table(vllm_config)
         if not vllm_config.use_v2_model_runner:
             choose_v1_worker(vllm_config)
+
+
+def keep_one_block_table(vllm_config: "VllmConfig") -> None:
+    """Give layers with a sliding window the blocks of all the others.
+
+    The side cache, its marks and catch-up passes know a position by one slot. vLLM would give such
+    layers a group of KV caches of their own, in which it frees blocks behind the window, and with
+    them K/V that a position may still attend to which left early and has not caught up. Without its
+    hybrid manager those blocks are kept; attention looks no further than the window either way.
+    """
+    vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
 
 
 # The values of --load-format that read plain safetensors when there are any.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import SIZES, make_dense, make_nvium
 from vllm_nvium.checkpoints.text import load_blocks
@@ -109,6 +109,23 @@ def test_retrofit(method: str, dense: Path, texts: tuple[Path, Path], tmp_path: 
         assert main(["convert", str(dense), str(again), "--exits", str(out / "exits")]) == 0
         ours, theirs = load_file(again / "model.safetensors"), model.state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("method", ["exits", "lora"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gemma3"])
+def test_other_families(kind: str, method: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """A few steps: they start from the parent's loss, and parent and exits make the checkpoint."""
+    parent, out, again = tmp_path / "parent", tmp_path / "run", tmp_path / "again"
+    make_dense(parent, kind)
+    flags = ["--method", method, "--exit-layers", "1,3", "--tokens", "512"]
+    assert main(arguments(parent, out, texts, *flags)) == 0
+    first = history(out)[0]
+    assert first["val_loss"] == pytest.approx(first["parent_loss"], rel=1e-6)
+    model = NviumForCausalLM.from_pretrained(out / "model")
+    assert model.config.text_config.model_type == AutoConfig.from_pretrained(parent).model_type
+    assert main(["convert", str(parent), str(again), "--exits", str(out / "exits")]) == 0
+    ours, theirs = load_file(again / "model.safetensors"), model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_step_0_has_the_parents_loss(dense: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

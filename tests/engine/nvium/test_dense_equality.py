@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """With routing switched off an N-vium model is the dense model it was made from: greedy tokens are
-those of stock vLLM on the same weights, eager and compiled.
+those of stock vLLM and of transformers on the same weights, eager and compiled.
 """
 
 import json
@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from generate_greedy import NEW_TOKENS, greedy_tokens
+import torch
+from generate_greedy import NEW_TOKENS, greedy_tokens, prompts
+from transformers import PreTrainedModel
 
 from tiny_models import DENSE_KINDS, make_dense
 from vllm_nvium.checkpoints.convert import convert
@@ -25,7 +28,7 @@ SCRIPT = Path(__file__).parents[2] / "helpers" / "generate_greedy.py"
 
 @pytest.mark.parametrize("kind", DENSE_KINDS)
 def test_eager(kind: str, tmp_path: Path) -> None:
-    make_dense(tmp_path / "dense", kind)
+    model = make_dense(tmp_path / "dense", kind)
     convert(tmp_path / "dense", tmp_path / "nvium", DenseOptions(exit_layers=[1, 2, 3]))
     dense = greedy_tokens(str(tmp_path / "dense"), enforce_eager=True)
     nvium = greedy_tokens(str(tmp_path / "nvium"), enforce_eager=True)
@@ -33,11 +36,28 @@ def test_eager(kind: str, tmp_path: Path) -> None:
     assert all(len(tokens) == NEW_TOKENS for tokens in dense["together"])
     # A model that repeats one token would agree with anything.
     assert len({token for tokens in dense["together"] for token in tokens}) > 30
+    for prompt, answer in zip(prompts(), nvium["together"], strict=True):
+        assert_greedy_in_transformers(model, prompt, answer)
 
 
-def test_compiled_segments_do_not_load_each_others_artefacts(tmp_path: Path) -> None:
+@torch.no_grad()
+def assert_greedy_in_transformers(
+    model: PreTrainedModel, prompt: list[int], answer: list[int]
+) -> None:
+    logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    taken = logits.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
+    assert (logits.max(dim=1).values - taken < 1e-4).all()
+
+
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 3}
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("llama", {}), ("gemma3", WINDOWS)])
+def test_compiled_segments_do_not_load_each_others_artefacts(
+    tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
     # Segments of equal length have equal graphs, up to the names of their layers.
-    make_dense(tmp_path / "dense", num_hidden_layers=6)
+    make_dense(tmp_path / "dense", kind, num_hidden_layers=6, **fields)
     convert(tmp_path / "dense", tmp_path / "nvium", DenseOptions(exit_layers=[2, 4]))
     expected = greedy_tokens(str(tmp_path / "dense"), enforce_eager=True)
     cache = tmp_path / "cache"

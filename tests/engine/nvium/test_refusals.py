@@ -55,6 +55,10 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
             {"watermark_config": {"algorithm": "gumbel", "key": 1234567}},
             ["--watermark-config is 'gumbel'", "remove it"],
         ),
+        (
+            {"disable_hybrid_kv_cache_manager": False},
+            ["--no-disable-hybrid-kv-cache-manager is True", "one block table", "leave it out"],
+        ),
         ({"cpu_offload_gb": 1.0}, ["--cpu-offload-gb is 1.0", "leave it at 0"]),
         ({"offload_group_size": 2}, ["--offload-group-size is 2", "leave it at 0"]),
         (
@@ -103,6 +107,7 @@ def test_every_flag_in_the_table_exists_in_vllm() -> None:
         ("exit_layers", [3, 1], ["exit_layers", "[3, 1]", "strictly increasing"]),
         ("exit_layers", [1, 9], ["exit_layers", "9", "1..3"]),
         ("exit_head", "none", ["exit_head", "'none'", "'final'"]),
+        ("text_config", {"model_type": "gpt2"}, ["model_type of text_config is 'gpt2'", "qwen3"]),
     ],
 )
 def test_bad_checkpoint(

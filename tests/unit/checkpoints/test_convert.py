@@ -18,7 +18,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
-from tiny_models import DENSE_KINDS, SIZES, make_dense, make_nvium, save_tokenizer
+from tiny_models import (
+    DENSE_KINDS,
+    SIZES,
+    SLIDING_KINDS,
+    make_dense,
+    make_nvium,
+    save_tokenizer,
+)
 from vllm_nvium import cli, files
 from vllm_nvium.checkpoints.convert import checkpoint, convert
 from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, hazard_margin
@@ -65,7 +72,7 @@ def test_hazard_zero_is_the_dense_model(tmp_path: Path, kind: str, tied: bool) -
     ("kind", "overrides"),
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("qwen3", {"attention_bias": True, "hidden_size": 96}),
+        ("qwen3", {"hidden_size": 96}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 32}),
         (
             "llama",
@@ -92,7 +99,7 @@ def test_hazard_zero_is_the_dense_model(tmp_path: Path, kind: str, tied: bool) -
             },
         ),
     ],
-    ids=["llama biases", "qwen3 biases", "qwen2 unused window", "llama3 rope", "yarn rope"],
+    ids=["llama biases", "qwen3 wide", "qwen2 unused window", "llama3 rope", "yarn rope"],
 )
 @torch.no_grad()
 def test_variants_of_dense_models(tmp_path: Path, kind: str, overrides: dict[str, Any]) -> None:
@@ -324,7 +331,11 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 Damage = Callable[[Path], Any]
 DAMAGE: list[tuple[str, Damage, str]] = [
-    ("family", lambda d: change_config(d, model_type="gpt2"), r"'gpt2', and llama, mistral"),
+    (
+        "family",
+        lambda d: change_config(d, model_type="gpt2"),
+        r"'gpt2', and N-vium models are made of llama, mistral",
+    ),
     ("no family", lambda d: change_config(d, model_type=None), r"model_type of .* is None"),
     ("n-vium", lambda d: change_config(d, model_type="nvium"), r"is an N-vium checkpoint already"),
     ("act", lambda d: change_config(d, hidden_act="gelu"), r"hidden_act is 'gelu'"),
@@ -415,29 +426,45 @@ def test_damaged_sources(
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
 
 
+MIXED = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("mistral", {"sliding_window": 64}, r"sliding_window of .* is 64"),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 64},
-            r"sliding_window of .* is 64",
-        ),
-        (
-            "qwen3",
-            {"use_sliding_window": True, "sliding_window": 64},
-            r"sliding_window of .* is 64",
-        ),
+        ("qwen2", MIXED, r"layer_types contains 'full_attention' and 'sliding_attention'"),
+        ("qwen3", MIXED, r"layer_types contains 'full_attention' and 'sliding_attention'"),
+        ("qwen3", {"attention_bias": True}, r"attention_bias is True, .* with False only"),
+        ("llama", {"hidden_act": "gelu"}, r"hidden_act is 'gelu', .* with 'silu' only"),
+        ("gemma2", {"hidden_activation": "silu"}, r"with 'gelu_pytorch_tanh' only"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, r"softcapping is 50\.0, .* with None only"),
+        ("gemma3", {"use_bidirectional_attention": True}, r"with False only"),
     ],
 )
-def test_sliding_windows_are_refused(
+def test_what_vllm_and_transformers_read_differently_is_refused(
     tmp_path: Path, kind: str, fields: dict[str, Any], message: str
 ) -> None:
-    make_dense(tmp_path / "dense", kind)
-    change_config(tmp_path / "dense", **fields)
+    make_dense(tmp_path / "dense", kind, **fields)
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", SLIDING_KINDS)
+@torch.no_grad()
+def test_exits_of_a_gemma_start_from_its_final_norm(tmp_path: Path, kind: str) -> None:
+    """A hazard of one after a layer that adds nothing is the dense model: same norm, same head."""
+    dense = make_dense(tmp_path / "dense", kind)
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        getattr(dense.model.layers[3], name).weight.fill_(-1.0)
+    dense.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "out", DenseOptions(exit_layers=[3], hazards=[1.0]))
+    torch.testing.assert_close(
+        load(tmp_path / "out")(PROMPT).logits,
+        dense(PROMPT).logits.log_softmax(-1),
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_maps_are_the_least_squares_solution(tmp_path: Path) -> None:
     tokens = torch.randint(3, 256, (4, 100), generator=torch.Generator().manual_seed(3))
     maps, moments = fit_linear_maps(model, tokens.split(2), ridge=0.0)
     with torch.no_grad():
-        residuals, final = model.model(input_ids=tokens)
+        residuals, final = model.residuals(input_ids=tokens)
         normed = model.exits[0].norm(residuals[0]).reshape(-1, 64)
     oracle = torch.linalg.lstsq(normed.double(), final.reshape(-1, 64).double()).solution.T
     torch.testing.assert_close(maps[0].double(), oracle, rtol=1e-3, atol=1e-3)
@@ -65,7 +65,7 @@ def test_start_brings_an_exit_near_the_final_head(tmp_path: Path) -> None:
 
     def distance() -> float:
         with torch.no_grad():
-            residuals, final = model.model(input_ids=tokens)
+            residuals, final = model.residuals(input_ids=tokens)
             exit_ = model.exits[0]
             return float((exit_.adapter(exit_.norm(residuals[0])) - final).square().mean())
 
@@ -73,7 +73,7 @@ def test_start_brings_an_exit_near_the_final_head(tmp_path: Path) -> None:
     start_linear(model, tokens.split(4))
     maps, _ = fit_linear_maps(model, tokens.split(4))
     with torch.no_grad():
-        residuals, final = model.model(input_ids=tokens)
+        residuals, final = model.residuals(input_ids=tokens)
         normed = model.exits[0].norm(residuals[0])
     assert distance() == pytest.approx(
         float((normed @ maps[0].T - final).square().mean()), rel=1e-2

@@ -31,10 +31,16 @@ from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
     chunk=st.integers(1, 10),
     trains_unembedding=st.booleans(),
     trains_hidden=st.booleans(),
+    cap=st.sampled_from([None, 2.0]),
     seed=st.integers(0, 10_000),
 )
 def test_head_log_probs_and_gradients(
-    rows: int, chunk: int, trains_unembedding: bool, trains_hidden: bool, seed: int
+    rows: int,
+    chunk: int,
+    trains_unembedding: bool,
+    trains_hidden: bool,
+    cap: float | None,
+    seed: int,
 ) -> None:
     """Value and gradients, in chunks, equal log_softmax; rows with -100 count for nothing."""
     generator = torch.Generator().manual_seed(seed)
@@ -52,10 +58,11 @@ def test_head_log_probs_and_gradients(
         u = hidden.clone().requires_grad_(trains_hidden)
         w = unembedding.clone().requires_grad_(trains_unembedding)
         if plain:
-            log_q = torch.log_softmax(u @ w.T, dim=-1)
+            z = u @ w.T
+            log_q = torch.log_softmax(z if cap is None else cap * torch.tanh(z / cap), dim=-1)
             found = log_q.gather(1, targets.clamp(min=0)[:, None]).squeeze(1) * scored
         else:
-            found = head_target_log_probs(u, w, targets, chunk)
+            found = head_target_log_probs(u, w, targets, chunk, cap)
         total = (found * weights).sum()
         if total.requires_grad:
             total.backward()

@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
     [
         {},
         {"tie_word_embeddings": True},
-        {"qkv_bias": True},
+        {"qkv_bias": True, "head_dim": 4},
         {"attention_bias": True, "mlp_bias": True},
         {"qk_norm": True, "exit_layers": [2]},
         {"exit_adapter_size": 0, "final_adapter_size": 0},
@@ -112,7 +112,9 @@ def test_wrong_shape(copy: Path, sharded: bool) -> None:
         ("intermediate_size", 100, ["mlp.gate_proj.weight", "(intermediate_size = 100)"]),
         ("exit_layers", [1, 2], ["has a tensor exits.2.", "exit_layers = [1, 2]"]),
         ("num_hidden_layers", 5, ["no tensor model.layers.4.", "num_hidden_layers = 5"]),
-        ("qkv_bias", True, ["no tensor model.layers.0.self_attn.q_proj.bias", "qkv_bias = True"]),
+        ("attention_bias", True, ["no tensor model.layers.0.self_attn.", "attention_bias = True"]),
+        ("qkv_bias", True, ["qkv_bias is True beside text_config, and belongs into it"]),
+        ("model_type", "phi3", ["model_type of text_config is 'phi3'", "llama, mistral, qwen2"]),
         ("router_num_blocks", 2, ["no tensor exits.0.router.blocks.1.", "router_num_blocks = 2"]),
         ("exit_head", "own", ["no tensor exits.0.lm_head.weight", "exit_head = 'own'"]),
         ("exit_adapter_size", 0, ["has a tensor exits.0.adapter.", "exit_adapter_size = 0"]),
@@ -120,7 +122,9 @@ def test_wrong_shape(copy: Path, sharded: bool) -> None:
 )
 def test_wrong_field(copy: Path, field: str, value: Any, words: list[str]) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {field: value}))
+    holder = config["text_config"] if field in config["text_config"] else config
+    holder[field] = value
+    (copy / "config.json").write_text(json.dumps(config))
     message = refusal(copy)
     assert all(word in message for word in words), message
 

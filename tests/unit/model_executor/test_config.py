@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from vllm_nvium.model_executor.models.configuration_nvium import (
     NviumConfig,
     default_router_intermediate_size,
 )
+from vllm_nvium.model_executor.models.families import FAMILIES
 from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
 
 SMALL: dict[str, Any] = {
@@ -102,14 +103,47 @@ def test_round_trip_is_exact(tmp_path: Path, rope: dict[str, Any]) -> None:
 
 def test_rope_settings_in_the_old_form_are_read() -> None:
     config = NviumConfig(**SMALL, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
-    assert config.rope_parameters["rope_theta"] == 5e5
-    assert config.rope_parameters["rope_type"] == "linear"
+    assert config.parent.rope_parameters["rope_theta"] == 5e5
+    assert config.parent.rope_parameters["rope_type"] == "linear"
 
 
-def test_attention_bias_implies_qkv_bias() -> None:
-    assert NviumConfig(**SMALL, attention_bias=True).qkv_bias is True
-    config = NviumConfig(**SMALL, qkv_bias=True)
-    assert (config.attention_bias, config.qkv_bias) == (False, True)
+@pytest.mark.parametrize(
+    ("fields", "model_type"),
+    [
+        ({}, "llama"),
+        ({"attention_bias": True, "mlp_bias": True}, "llama"),
+        ({"attention_bias": True, "qkv_bias": True}, "llama"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qk_norm": True, "head_dim": 32}, "qwen3"),
+    ],
+)
+def test_flat_fields_are_those_of_a_family(fields: dict[str, Any], model_type: str) -> None:
+    parent = NviumConfig(**SMALL | fields).parent
+    assert parent.model_type == model_type
+    assert (parent.hidden_size, parent.num_key_value_heads) == (64, 2)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_parent_comes_back_as_it_was(tmp_path: Path, model_type: str) -> None:
+    register_with_transformers()
+    sizes = {name: value for name, value in SMALL.items() if name != "exit_layers"}
+    parent = CONFIG_MAPPING[model_type](**sizes, tie_word_embeddings=True, head_dim=16)
+    before = parent.to_dict()
+    NviumConfig(text_config=parent, exit_layers=[2]).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded.parent) is type(parent)
+    assert loaded.get_text_config() is loaded.parent
+    skip = ("_name_or_path", "transformers_version")
+    assert {k: v for k, v in loaded.parent.to_dict().items() if k not in skip} == {
+        k: v for k, v in before.items() if k not in skip
+    }
+
+
+def test_fields_of_the_parent_are_read_and_written_through() -> None:
+    config = NviumConfig(**SMALL)
+    config.tie_word_embeddings = True
+    assert config.parent.tie_word_embeddings is True
+    assert (config.vocab_size, config.num_hidden_layers) == (128, 8)
 
 
 def test_a_window_that_is_not_used_is_forgotten() -> None:
@@ -121,7 +155,7 @@ def test_a_window_that_is_not_used_is_forgotten() -> None:
         layer_types=["full_attention"] * 8,
     )
     for field in ("sliding_window", "layer_types", "max_window_layers"):
-        assert not hasattr(config, field)
+        assert not hasattr(config, field) and not hasattr(config.parent, field)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -143,12 +177,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"exit_head": "tied"}, r"exit_head is 'tied', .* 'final', 'embeddings', 'own'"),
     ({"hidden_size": "64"}, r"hidden_size is '64', and an integer >= 1"),
     ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, .* >= 2"),
-    ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', and only 'silu'"),
+    ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', .* with 'silu' only"),
     ({"num_key_value_heads": 3}, r"num_attention_heads is 4, .* multiple of .* = 3"),
     ({"hidden_size": 66}, r"hidden_size is 66, .* multiple of num_attention_heads = 4"),
-    ({"head_dim": 17}, r"head_dim is 17, .* even"),
+    ({"head_dim": 17}, r"even rotary dimension, but got `head_dim`=17"),
     ({"sliding_window": 128}, r"sliding_window is 128, .* null"),
     ({"layer_types": ["sliding_attention"] * 8}, r"layer_types contains 'sliding_attention'"),
+    ({"qk_norm": True, "mlp_bias": True}, r"mlp_bias is True, .* qwen3 has no such biases"),
+    ({"qkv_bias": True, "mlp_bias": True}, r"mlp_bias is True, .* qwen2 has no such biases"),
+    ({"qk_norm": True, "qkv_bias": True}, r"qkv_bias is True, .* qwen3 has no such biases"),
+    ({"qk_norm": True, "attention_bias": True}, r"attention_bias is True, .* with False only"),
+    ({"qkv_bias": True, "head_dim": 32}, r"head_dim is 32, .* num_attention_heads = 16"),
+    ({"text_config": {"model_type": "gpt2"}}, r"hidden_size.* beside|vocab_size.* beside"),
     (
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         r"partial_rotary_factor is 0\.5, .* 1\.0 or absent",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
-from vllm_nvium.checkpoints.convert.dense import dense_fields, make_config
+from vllm_nvium.checkpoints.convert.dense import make_config, parent_config
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -113,21 +113,18 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     path = find_yaml(source.folder)
     experiment = read_yaml(path)
     source = _without_compiled_prefix(source)
-    fields = dense_fields(source) | {
-        "exit_layers": _exit_layers(experiment, path),
-        # Where the YAML is silent the release ties them and notes it in config.json.
-        "tie_word_embeddings": _tying(
-            experiment,
-            path,
-            "tie_final_to_embeddings",
-            bool(source.config.get("tie_word_embeddings", True)),
-        ),
-        "exit_head": _exit_head(experiment, path),
-    }
-    source = _with_unembeddings(
-        source, len(fields["exit_layers"]), fields["tie_word_embeddings"], fields["exit_head"]
+    parent = parent_config(source)
+    # Where the YAML is silent the release ties them and notes it in config.json.
+    parent.tie_word_embeddings = _tying(
+        experiment,
+        path,
+        "tie_final_to_embeddings",
+        bool(source.config.get("tie_word_embeddings", True)),
     )
-    config = make_config(fields | _sizes(source, experiment, path))
+    exit_layers, exit_head = _exit_layers(experiment, path), _exit_head(experiment, path)
+    source = _with_unembeddings(source, len(exit_layers), parent.tie_word_embeddings, exit_head)
+    exits = {"exit_layers": exit_layers, "exit_head": exit_head}
+    config = make_config({"text_config": parent} | exits | _sizes(source, experiment, path))
     scale, notes = _router_scale(_section(experiment, path, "router"), path)
     tensors: TensorPlan = {}
     used = set()

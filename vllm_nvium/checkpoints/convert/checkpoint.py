@@ -208,5 +208,5 @@ def write_checkpoint(
             storages.add(state[name].untyped_storage().data_ptr())
         save_torch_state_dict(state, stage, max_shard_size=max_shard_size)
         source.copy_companions(stage)
-        config.dtype = dtype
+        config.dtype = config.parent.dtype = dtype
         config.save_pretrained(stage)

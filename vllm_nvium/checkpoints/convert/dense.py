@@ -3,45 +3,21 @@
 identity, and a router with a constant hazard. With hazards of zero the result is the dense model.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
-
-# model_type -> what it needs beyond Llama's own fields.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
-
-COPIED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-)
+from vllm_nvium.model_executor.models.families import family_of
+from vllm_nvium.model_executor.models.parent import parent_of
 
 # sigmoid of this is exactly 0 in float32 (and of its negative exactly 1), it is finite in every
 # float dtype, and float16 still holds it.
@@ -93,8 +69,8 @@ def hazard_margin(hazard: float) -> float:
     return math.log(hazard) - math.log1p(-hazard)
 
 
-def dense_fields(source: Source) -> dict[str, Any]:
-    """The fields of `NviumConfig` that a dense configuration answers.
+def parent_config(source: Source) -> PretrainedConfig:
+    """The configuration of a dense model, with the fields of its family's class and no others.
 
     Raises:
         UserError: a family or a feature that N-vium does not have.
@@ -102,37 +78,17 @@ def dense_fields(source: Source) -> dict[str, Any]:
     model_type = source.config.get("model_type")
     if model_type == NviumConfig.model_type:
         raise UserError(f"{source.name} is an N-vium checkpoint already.")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model_type of {source.name} is {model_type!r}, and {', '.join(FAMILIES)} can be "
-            "converted."
-        )
+    family_of(model_type, source.name)
     if source.config.get("quantization_config"):
         method = source.config["quantization_config"].get("quant_method", "unknown")
         raise UserError(
             f"{source.name} is quantised ({method}), and only plain float weights can be converted."
         )
     config = source.load_config()
-    _refuse_sliding_window(source, config)
-    fields = {name: getattr(config, name) for name in COPIED_FIELDS if hasattr(config, name)}
-    fields["head_dim"] = getattr(config, "head_dim", None)
-    fields["attention_bias"] = bool(getattr(config, "attention_bias", False))
-    fields["mlp_bias"] = bool(getattr(config, "mlp_bias", False))
-    return fields | FAMILIES[model_type]
-
-
-def _refuse_sliding_window(source: Source, config: Any) -> None:
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", window is not None) and window is not None:
-        raise UserError(
-            f"sliding_window of {source.name} is {window}, and N-vium attends to the whole context."
-        )
-    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
-    if kinds:
-        raise UserError(
-            f"layer_types of {source.name} contains {min(kinds)!r}, and every layer of N-vium is "
-            "'full_attention'."
-        )
+    # Of what else stands in a config.json, some says where it was or what it was packed for.
+    names = {field.name for field in dataclasses.fields(config)}
+    names -= {field.name for field in dataclasses.fields(PretrainedConfig)}
+    return parent_of(type(config)(**{name: getattr(config, name) for name in names}), {})
 
 
 def make_config(fields: dict[str, Any]) -> NviumConfig:
@@ -153,15 +109,15 @@ def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan
     Raises:
         UserError: the source or the options cannot be converted.
     """
-    fields = dense_fields(source)
+    parent = parent_config(source)
     exit_layers = (
-        evenly_spaced(options.num_exits, fields["num_hidden_layers"])
+        evenly_spaced(options.num_exits, parent.num_hidden_layers)
         if options.exit_layers is None
         else list(options.exit_layers)
     )
     config = make_config(
-        fields
-        | {
+        {
+            "text_config": parent,
             "exit_layers": exit_layers,
             "exit_adapter_size": options.adapter_size,
             "final_adapter_size": options.adapter_size,
@@ -247,8 +203,8 @@ def _new_tensor(
     if name.endswith("router.norm.weight"):
         return lambda: torch.ones(shape)
     if name.endswith(".norm.weight"):
-        if options.exit_norm == "final":
-            return _loader(source, "model.norm.weight")
+        if options.exit_norm == "final":  # an exit's own norm has no offset, whatever the family
+            return lambda: source.load("model.norm.weight").float() + config.family.norm_offset
         return lambda: torch.ones(shape)
     if name.endswith(".bias"):
         return lambda: torch.zeros(shape)

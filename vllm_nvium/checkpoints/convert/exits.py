@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
-from vllm_nvium.checkpoints.convert.dense import check_backbone, dense_fields, make_config
+from vllm_nvium.checkpoints.convert.dense import check_backbone, make_config, parent_config
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -29,6 +29,8 @@ RECORD = "training.json"
 # Of the dense parent, because the same configuration may hold other weights.
 FINGERPRINTED = "model.embed_tokens.weight"
 OWN = ("exits.", "final_adapter.")
+# Fields of a parent that say nothing about what it computes.
+NO_MATTER = ("architectures", "dtype", "transformers_version", "use_cache", "_name_or_path")
 
 
 def fingerprint(source: Source) -> str:
@@ -78,11 +80,13 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
     """
     weights, scale = _read_weights(folder)
     config = _read_config(folder)
-    for name, value in make_config(dense_fields(source) | _exit_fields(config)).to_dict().items():
-        ours = config.to_dict().get(name)
-        if ours != value and name not in ("dtype", "transformers_version", "use_cache"):
+    # Whatever the folder leaves open in the parent's own fields is filled in as it is for a parent.
+    theirs = make_config({"text_config": parent_config(source)} | _exit_fields(config)).parent
+    ours = config.parent.to_dict()
+    for name, value in theirs.to_dict().items():
+        if ours.get(name) != value and name not in NO_MATTER:
             raise UserError(
-                f"--exits {folder} was made for a model whose {name} is {ours!r}, and "
+                f"--exits {folder} was made for a model whose {name} is {ours.get(name)!r}, and "
                 f"{source.name} has {value!r}."
             )
     shapes = expected_shapes(config)

@@ -30,6 +30,7 @@ from vllm_nvium.checkpoints.train.loss import (
 )
 from vllm_nvium.console import Progress
 from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.models.parent import logits_cap
 from vllm_nvium.model_executor.ops.mixture import expected_depth
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def evaluate_dense(
 
     Args:
         model: a causal language model of transformers whose logits are its unembedding applied to
-            the last hidden state (Llama, Mistral, Qwen2, Qwen3), on the device where it is to run.
+            the last hidden state (a family of N-vium models), on the device where it is to run.
         keep_top: also keep the most likely token at every position.
 
     Raises:
@@ -121,7 +122,10 @@ def evaluate_dense(
     with _evaluating(model):
         for _, input_ids in _batches(blocks, batch_size, model.device):
             hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            log_probs = head_target_log_probs(hidden, unembedding, next_tokens(input_ids), chunk)
+            cap = logits_cap(model.config)
+            log_probs = head_target_log_probs(
+                hidden, unembedding, next_tokens(input_ids), chunk, cap
+            )
             losses.append(-log_probs[:, :-1].double().mean(dim=1).cpu())
             if keep_top:
                 top.append(top_tokens(hidden[:, :-1], unembedding, chunk).cpu())

@@ -38,7 +38,7 @@ def fit_linear_maps(
     cross = torch.zeros(exits, hidden, hidden, dtype=torch.float64)
     count = 0
     for input_ids in batches:
-        residuals, final = model.model(input_ids=input_ids.to(model.device))
+        residuals, final = model.residuals(input_ids=input_ids.to(model.device), use_cache=False)
         final = final.reshape(-1, hidden).float()
         for k, (exit_, residual) in enumerate(zip(model.exits, residuals, strict=True)):
             normed = exit_.norm(residual).reshape(-1, hidden).float()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_nvium.checkpoints import IGNORED
+from vllm_nvium.model_executor.models.parent import capped, logits_cap
 
 if TYPE_CHECKING:
     from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM, NviumOutput
@@ -21,12 +22,13 @@ CHUNK = 128
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """`log softmax(u W^T)[y]` of every row, a chunk of rows at a time.
+    """`log softmax(z)[y]` of every row, a chunk of rows at a time, with `z = u W^T`, or
+    `z = c tanh(u W^T / c)` where the model caps its logits.
 
-    The gradient of row t with respect to `u_t` is `W[y] - softmax(u_t W^T) W` times one number that
-    comes from above. While `W` is not trained that vector is computed in the forward pass, where
-    the softmax is at hand, and the backward pass has nothing left to compute; else the softmax is
-    recomputed there.
+    The gradient of row t with respect to `u_t` is `d_t W` times one number that comes from above,
+    with `d = (onehot(y) - softmax(z)) * dz / d(u W^T)`. While `W` is not trained that vector is
+    computed in the forward pass, where the softmax is at hand, and the backward pass has nothing
+    left to compute; else the softmax is recomputed there.
     """
 
     @staticmethod
@@ -36,19 +38,22 @@ class _TargetLogProbs(torch.autograd.Function):
         unembedding: torch.Tensor,
         targets: torch.Tensor,
         chunk: int,
+        cap: float | None,
     ) -> torch.Tensor:
         trains_hidden, trains_unembedding = ctx.needs_input_grad[:2]
         ctx.wide = torch.promote_types(hidden.dtype, torch.float32)
         result = hidden.new_empty(len(hidden), dtype=ctx.wide)
         direction = torch.empty_like(hidden) if trains_hidden and not trains_unembedding else None
         for rows in _chunks(len(hidden), chunk):
-            logits = F.linear(hidden[rows], unembedding)
+            logits = capped(F.linear(hidden[rows], unembedding), cap)
             log_q = F.log_softmax(logits, dim=-1, dtype=ctx.wide)
             result[rows] = log_q.gather(1, targets[rows, None]).squeeze(1)
-            if direction is not None:
+            if direction is not None and cap is None:
                 softmax = log_q.exp_().to(hidden.dtype)
                 direction[rows] = unembedding[targets[rows]] - softmax @ unembedding
-        ctx.chunk = chunk
+            elif direction is not None:
+                direction[rows] = _slope(logits, targets[rows], cap, hidden.dtype) @ unembedding
+        ctx.chunk, ctx.cap = chunk, cap
         ctx.save_for_backward(direction, hidden, unembedding, targets)
         return result
 
@@ -57,17 +62,15 @@ class _TargetLogProbs(torch.autograd.Function):
         (grad,) = grads
         direction, hidden, unembedding, targets = ctx.saved_tensors
         if direction is not None:
-            return (grad[:, None] * direction).to(hidden.dtype), None, None, None
+            return (grad[:, None] * direction).to(hidden.dtype), None, None, None, None
         trains_hidden, trains_unembedding = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if trains_hidden else None
         grad_unembedding = (
             torch.zeros_like(unembedding, dtype=ctx.wide) if trains_unembedding else None
         )
         for rows in _chunks(len(hidden), ctx.chunk):
-            logits = F.linear(hidden[rows], unembedding)
-            # d log q(y) / d logits = onehot(y) - softmax
-            slope = F.softmax(logits, dim=-1, dtype=ctx.wide).neg_()
-            slope.scatter_add_(1, targets[rows, None], slope.new_ones(len(slope), 1))
+            logits = capped(F.linear(hidden[rows], unembedding), ctx.cap)
+            slope = _slope(logits, targets[rows], ctx.cap, ctx.wide)
             slope = slope.mul_(grad[rows, None]).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = slope @ unembedding
@@ -75,7 +78,20 @@ class _TargetLogProbs(torch.autograd.Function):
                 grad_unembedding += slope.T @ hidden[rows]
         if grad_unembedding is not None:
             grad_unembedding = grad_unembedding.to(unembedding.dtype)
-        return grad_hidden, grad_unembedding, None, None
+        return grad_hidden, grad_unembedding, None, None, None
+
+
+def _slope(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """`d log q(y) / d(u W^T) = (onehot(y) - softmax(z)) (1 - (z / c)^2)` `[T, V]` from z `[T, V]`;
+    the last factor is that of a cap c."""
+    wide = torch.promote_types(dtype, torch.float32)
+    slope = F.softmax(logits, dim=-1, dtype=wide).neg_()
+    slope.scatter_add_(1, targets[:, None], slope.new_ones(len(slope), 1))
+    if cap is not None:
+        slope *= 1 - (logits.to(wide) / cap).square()
+    return slope.to(dtype)
 
 
 def _chunks(total: int, size: int) -> list[slice]:
@@ -83,7 +99,11 @@ def _chunks(total: int, size: int) -> list[slice]:
 
 
 def head_target_log_probs(
-    hidden: torch.Tensor, unembedding: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
+    hidden: torch.Tensor,
+    unembedding: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int = CHUNK,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Log-probability that one head gives to the next token.
 
@@ -96,6 +116,7 @@ def head_target_log_probs(
         unembedding: `[V, H]`, `W`.
         targets: `[...]` int64, `y`; a row with -100 gives 0 and no gradient.
         chunk: rows at a time.
+        cap: `c` of a model whose logits are `c tanh(u . W[v] / c)`.
 
     Returns:
         `[...]` float32 (float64 for float64 inputs).
@@ -109,7 +130,7 @@ def head_target_log_probs(
     rows = hidden.reshape(-1, hidden.shape[-1])
     if len(scored) < len(flat):
         rows, flat = rows[scored], flat[scored]
-    found = _TargetLogProbs.apply(rows, unembedding, flat, chunk)
+    found = _TargetLogProbs.apply(rows, unembedding, flat, chunk, cap)
     if len(scored) < targets.numel():
         found = found.new_zeros(targets.numel()).index_copy(0, scored, found)
     return found.view(targets.shape)
@@ -143,7 +164,11 @@ def mixture_target_log_probs(
     heads = torch.stack(
         [
             head_target_log_probs(
-                output.head_hidden[..., k, :], unembedding_of(model, k), targets, chunk
+                output.head_hidden[..., k, :],
+                unembedding_of(model, k),
+                targets,
+                chunk,
+                logits_cap(model.config),
             )
             for k in range(output.head_hidden.shape[-2])
         ],
@@ -158,7 +183,8 @@ def dense_target_log_probs(
 ) -> torch.Tensor:
     """`[B, T]` log-probabilities of the next tokens under a dense twin."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return head_target_log_probs(hidden, model.get_output_embeddings().weight, targets)
+    cap = logits_cap(model.config)
+    return head_target_log_probs(hidden, model.get_output_embeddings().weight, targets, cap=cap)
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
