@@ -3,7 +3,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +17,10 @@ from vllm_nvium.nvium.stats import NviumCounts, make_stat_logger, no_counts, sum
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceEngine]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TraceEngine:
     folder = tmp_path_factory.mktemp("nvium") / "model"
     make_nvium(folder, seed=1, exit_layers=[1, 2])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield TraceEngine(str(folder), num_gpu_blocks_override=12, disable_log_stats=False)
+    return TraceEngine(str(folder), num_gpu_blocks_override=12, disable_log_stats=False)
 
 
 def crowd() -> list[Arrival]:
