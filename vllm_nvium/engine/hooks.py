@@ -45,6 +45,12 @@ class Hook:
     def path(self) -> str:
         return f"{self.module}:{self.name}".rstrip(":")
 
+    def counts_for(self, version: tuple[int, int] | None) -> bool:
+        """Whether a vLLM of this minor has to have it; one of unknown version has to have all."""
+        if version is None:
+            return True
+        return (minor(self.since) or version) <= version < (minor(self.until) or NEVER)
+
 
 def rows(module: str, owner: str, names: str, why: str, breaks: str) -> tuple[Hook, ...]:
     """One row for each of the space-separated `names` of a class (or of the module, owner "")."""
@@ -80,11 +86,12 @@ def vllm_version() -> str | None:
 
 
 def is_tested(version: str | None) -> bool:
-    """Whether `version` (like `0.32.1+cpu`) lies in the tested range."""
-    return _minor(version) == TESTED_VLLM
+    """Whether `version` (like `0.32.1+cpu`) is a release of a tested minor."""
+    return minor(version) in TESTED_VLLM
 
 
-def _minor(version: str | None) -> tuple[int, int] | None:
+def minor(version: str | None) -> tuple[int, int] | None:
+    """(0, 32) of `0.32.1+cpu`; None where there is none."""
     match = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(match[1]), int(match[2])) if match else None
 
@@ -100,13 +107,8 @@ def all_hooks() -> tuple[Hook, ...]:
     from vllm_nvium.engine.feature import features
 
     own = (replace(hook, method=feature.folder) for feature in features() for hook in feature.hooks)
-    version = _minor(vllm_version())
-    return tuple(
-        hook
-        for hook in (*HOOKS, *own, *imported())
-        if version is None
-        or (version >= (_minor(hook.since) or version) and version < (_minor(hook.until) or NEVER))
-    )
+    version = minor(vllm_version())
+    return tuple(hook for hook in (*HOOKS, *own, *imported()) if hook.counts_for(version))
 
 
 @cache
