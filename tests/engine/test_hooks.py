@@ -2,8 +2,10 @@
 """The hook table is complete: what the code overrides, wraps or reads on vLLM's objects has a row
 where it belongs. And the functions behind the rows are those that somebody has read."""
 
+import argparse
 import ast
 import builtins
+import hashlib
 import importlib
 import os
 from collections import defaultdict
@@ -25,6 +27,7 @@ from vllm_nvium.version import EXACTLY_TESTED_VLLM, TESTED_VLLM
 
 PACKAGE = Path(plugin.__file__).parent
 VLLM = Path(vllm.__file__).parent
+TABLES = ("engine/common_hooks.py", "nvium/hooks.py", "via_sd/hooks.py")
 
 # Attributes of other libraries that nothing imported by name has.
 OF_OTHERS = {
@@ -35,13 +38,14 @@ OF_OTHERS = {
     *("get_dtype", "get_shape", "get_slice", "get_interface", "get_seq_length"),
     # pydantic, prometheus_client, torch.compile, unittest.mock, shutil and tempfile
     *("Repr", "json_schema", "validate_python", "validate_strings", "inc", "set", "object"),
-    *("disable_guard_check", "zeros_", "mkdtemp", "rmtree", "disk_usage"),
+    *("disable_guard_check", "training", "zeros_", "mkdtemp", "rmtree", "disk_usage"),
 }
 # Objects that are made and passed on, never imported by name.
 OBJECTS: tuple[Any, ...] = (
     builtins, *(v for v in vars(builtins).values() if isinstance(v, type)),
     torch.Tensor, torch.nn.Module, torch.nn.functional, torch.cuda, torch.Generator, torch.device,
-    torch.dtype, torch.cpu, np.ndarray, np.random.Generator, ast.ImportFrom, Path,
+    torch.dtype, torch.cpu, np.ndarray, np.random.Generator, ast.ImportFrom, Path, os.path,
+    argparse.ArgumentParser, hashlib.sha256(),
 )  # fmt: skip
 
 
@@ -54,8 +58,9 @@ def sources() -> dict[str, ast.Module]:
         if parts[:1] in (("cli",), ("checkpoints",)) or "__pycache__" in parts:
             continue
         for name in names:
-            if name.endswith(".py") and not name.endswith("hooks.py"):
-                found["/".join((*parts, name))] = ast.parse(Path(folder, name).read_text())
+            path = "/".join((*parts, name))
+            if name.endswith(".py") and path not in TABLES:
+                found[path] = ast.parse(Path(folder, name).read_text())
     return found
 
 
@@ -111,8 +116,7 @@ def names_of_others() -> set[str]:
                 ("vllm.", "vllm_nvium.")
             ):
                 module = importlib.import_module(str(node.module))
-                for alias in node.names:
-                    found.update(dir(getattr(module, alias.name)))
+                found.update(*(dir(getattr(module, alias.name, None)) for alias in node.names))
     return found
 
 

@@ -280,4 +280,11 @@ HOOKS: tuple[Hook, ...] = (
         "most rows of a pass",
         "no N-vium",
     ),
+    *rows(
+        "vllm.v1.attention.backend",
+        "AttentionCGSupport",
+        "NEVER",
+        "what the side cache's backend says of CUDA graphs",
+        "the side cache is not allocated",
+    ),
 )
