@@ -34,11 +34,12 @@ OF_OTHERS = {
     # importlib, ast, functions of functions
     *("submodule_search_locations", "lineno", "end_lineno", "orelse", "asname", "decorator_list"),
     *("__closure__", "__code__", "__defaults__", "__globals__", "__metadata__", "cache_clear"),
-    # safetensors and transformers
-    *("get_dtype", "get_shape", "get_slice", "get_interface", "get_seq_length"),
+    # safetensors, transformers, psutil
+    *("get_dtype", "get_shape", "get_slice", "get_interface", "get_seq_length", "available"),
     # pydantic, prometheus_client, torch.compile, unittest.mock, shutil and tempfile
     *("Repr", "json_schema", "validate_python", "validate_strings", "inc", "set", "object"),
-    *("disable_guard_check", "training", "zeros_", "mkdtemp", "rmtree", "disk_usage"),
+    *("disable_guard_check", "get_memory_info", "aten", "_buffers", "training"),
+    *("zeros_", "mkdtemp", "rmtree", "disk_usage"),
 }
 # Objects that are made and passed on, never imported by name.
 OBJECTS: tuple[Any, ...] = (
@@ -147,15 +148,9 @@ def test_rows_stand_with_those_who_need_them() -> None:
         users = sorted(used[last(hook)])
         assert users, f"{hook.path}: nothing here uses it"
         assert hooks._method_of(users) == "", f"{hook.path} belongs to one method: {users}"
-    # Shared folders, one method's files.
-    shared = {
-        "engine/patches/rejection_sampler.py": "via_sd",
-        "engine/patches/model_runner_v2.py": "nvium",
-        "model_executor/ranks.py": "nvium",
-    }
     for hook in written_down():
         users = sorted(used[last(hook)])
-        owners = {shared.get(user) or hooks._method_of([user]) for user in users}
+        owners = {hooks._method_of([user]) for user in users}
         assert not users or not hook.method or hook.method in owners, f"{hook.path}: {users}"
 
 
@@ -195,6 +190,16 @@ def test_everything_that_is_wrapped_is_in_the_table() -> None:
     }
     classes = {path.rpartition(".")[0] for path in rows if path.rpartition(":")[2].count(".")}
     assert sorted(wrapped - rows - classes) == []
+    replaced = {
+        node.args[1].value
+        for tree in sources().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "patch.object"
+        and isinstance(node.args[1], ast.Constant)
+    }
+    assert {"CPUModelRunner", "expand_batch_to_tokens"} <= replaced
+    assert sorted(replaced - {last(hook) for hook in written_down()}) == []
 
 
 def test_rows_count_from_the_version_that_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,14 @@ from vllm_nvium.version import EXACTLY_TESTED_VLLM, TESTED_VLLM
 
 NEVER = (1 << 30, 0)
 LAYERS = ["model_executor", "layers"]
+# Files of one method in folders of both.
+FILES_OF = {
+    "engine/patches/model_loader.py": "via_sd",
+    "engine/patches/model_runner_v2.py": "nvium",
+    "engine/patches/rejection_sampler.py": "via_sd",
+    "model_executor/layers/low_precision_linear.py": "via_sd",
+    "model_executor/ranks.py": "nvium",
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,9 @@ def _method_of(users: Sequence[str]) -> str:
     methods = set()
     for user in users:
         parts = user.split("/")
-        if parts[0] in ("cli", "checkpoints"):
+        if user in FILES_OF:
+            methods.add(FILES_OF[user])
+        elif parts[0] in ("cli", "checkpoints"):
             methods.add("commands")
         elif "via_sd" in parts:
             methods.add("via_sd")

@@ -207,6 +207,27 @@ HOOKS: tuple[Hook, ...] = (
         "vLLM would refuse a runner that the user never chose",
     ),
     *rows(
+        "vllm.model_executor.model_loader.base_loader",
+        "",
+        "process_weights_after_loading",
+        "replaced while a model is loaded: weights are read before they are packed",
+        "no slim verifier at low precision",
+    ),
+    *rows(
+        "vllm.model_executor.layers.linear",
+        "LinearBase",
+        "skip_bias_add return_bias",
+        "how a layer answers that stands in the place of another",
+        "no slim verifier at low precision",
+    ),
+    *rows(
+        "vllm._custom_ops",
+        "",
+        "_supports_onednn create_onednn_scaled_mm onednn_scaled_int8_quant onednn_scaled_mm",
+        "products of eight-bit matrices on CPU",
+        "no slim verifier in eight bits on CPU",
+    ),
+    *rows(
         "vllm.config.attention",
         "AttentionConfig",
         "hisparse_config",
