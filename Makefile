@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Two commands do everything: `make demo` and `make test`. Each makes .venv when it is missing and
-# installs only what is not there yet. vLLM 0.32 has wheels for Python 3.11 to 3.14; 3.11 was tried.
+# installs only what is not there yet. vLLM has wheels for Python 3.11 to 3.14; 3.11 was tried.
 
 PYTHON ?= python3.11
 # Build of vLLM to install: cpu or gpu. Each has an environment of its own: pip would take one for
@@ -9,13 +9,20 @@ BUILD ?= cpu
 VENV ?= $(if $(filter cpu,$(BUILD)),.venv,.venv-$(BUILD))
 MODEL ?=
 ARGS ?=
+# A newer release of vLLM to test with, for instance 0.33.0, where there is no CPU build of it: its
+# Python files over the kernels of the CPU build in $(VENV), in an environment beside it.
+VLLM ?=
+OVERLAY := .venv-vllm-$(VLLM)
 
 BIN := $(VENV)/bin
+# The environment that tests run in, and what says that it is complete.
+TEST_BIN := $(if $(VLLM),$(OVERLAY),$(VENV))/bin
+TEST_READY := $(if $(VLLM),$(OVERLAY)/.made,$(VENV)/.installed-test)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a log, pip's progress bar is a page of fragments.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet --progress-bar off)
 
-.PHONY: demo serve test test-fast soak-exactness check doctor clean
+.PHONY: demo serve test test-fast soak-exactness check doctor vllm-overlay record-vllm clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vllm-nvium demo $(MODEL) $(ARGS)
@@ -23,12 +30,12 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/vllm-nvium demo --serve $(MODEL) $(ARGS)
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q $(ARGS)
+test: $(TEST_READY)
+	$(TEST_BIN)/python -m pytest -q $(ARGS)
 
-# Formulas and files: no engine is started.
-test-fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q tests/unit $(ARGS)
+# Formulas and files: no engine is started, and nothing that takes seconds. Two minutes on two cores.
+test-fast: $(TEST_READY)
+	$(TEST_BIN)/python -m pytest -q tests/unit -m "not slow" $(ARGS)
 
 # Hours. ARGS="--tokens 20000 --seed 3" for less, or other crowds.
 soak-exactness: $(VENV)/.installed-test
@@ -43,10 +50,17 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 doctor: $(VENV)/.installed
-	$(BIN)/vllm-nvium doctor
+	$(BIN)/vllm-nvium doctor $(ARGS)
+
+# Only an environment, for instance $(OVERLAY)/bin/vllm-nvium doctor --vllm-changes.
+vllm-overlay: $(TEST_READY)
+
+# See docs/updating-vllm.md.
+record-vllm: $(TEST_READY)
+	$(TEST_BIN)/python tests/helpers/record_vllm.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-vllm-* build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -66,4 +80,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@$(PIP) install $(QUIET) -e '.[dev]'
+	@touch $@
+
+$(OVERLAY)/.made: $(VENV)/.installed-test tests/helpers/vllm_overlay.py
+	@echo "Making $(OVERLAY): vLLM $(VLLM) over the kernels of $(VENV) ..."
+	@$(BIN)/python tests/helpers/vllm_overlay.py $(VENV) $(VLLM) $(OVERLAY)
 	@touch $@

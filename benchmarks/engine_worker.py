@@ -16,9 +16,15 @@ from typing import Any
 
 
 class EngineProcess:
-    """The other end: starts a worker for one model and asks it for timings."""
+    """The other end: starts a worker for one model and asks it for timings.
 
-    def __init__(self, name: str, model: str, engine_args: dict[str, Any]) -> None:
+    Args:
+        checkout: folder whose `vllm_nvium` the worker imports; None for the one that is installed.
+    """
+
+    def __init__(
+        self, name: str, model: str, engine_args: dict[str, Any], checkout: Path | None = None
+    ) -> None:
         self.name = name
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
@@ -33,13 +39,17 @@ class EngineProcess:
             # tells its own worker processes 5): here they would spin on the next engine's turn.
             "KMP_BLOCKTIME": "1",
         }
+        if checkout is not None:
+            environment["PYTHONPATH"] = str(checkout.resolve())
         self.process = subprocess.Popen(
             command, pass_fds=(down_read, up_write), env=environment, stdout=subprocess.DEVNULL
         )
         os.close(down_read)
         os.close(up_write)
         self._out, self._in = os.fdopen(down_write, "w"), os.fdopen(up_read)
-        self._answer()
+        package = Path(self._answer()["package"]).resolve()
+        if checkout is not None and checkout.resolve() not in package.parents:
+            raise SystemExit(f"{name}: the engine runs {package}, not what is in {checkout}")
 
     def _answer(self) -> dict[str, Any]:
         line = self._in.readline()
@@ -160,8 +170,10 @@ def main() -> None:
     parser.add_argument("--write", type=int, required=True)
     args = parser.parse_args()
     worker = Worker(args.model, args.engine_args)
+    import vllm_nvium
+
     with os.fdopen(args.read) as commands, os.fdopen(args.write, "w") as answers:
-        print("{}", file=answers, flush=True)
+        print(json.dumps({"package": vllm_nvium.__file__}), file=answers, flush=True)
         for line in commands:
             command = json.loads(line)
             if "via_sd" in command:

@@ -142,9 +142,10 @@ class Bench:
         # Share of the layers in the first one, two, ... segments of the N-vium model.
         self.depths: list[float] = []
 
-    def start(self, name: str, model: str, **overrides: Any) -> None:
+    def start(self, name: str, model: str, checkout: Path | None = None, **overrides: Any) -> None:
+        """`processes` engines of one kind; see `EngineProcess`."""
         self.engines[name] = [
-            EngineProcess(name, model, self.engine_args | overrides)
+            EngineProcess(name, model, self.engine_args | overrides, checkout)
             for _ in range(self.args.processes)
         ]
 

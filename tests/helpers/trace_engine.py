@@ -3,14 +3,17 @@
 reference model. Both model runners are driven by the same code.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import vllm.envs
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -93,7 +96,10 @@ class TraceEngine:
             "seed": 0,
             "disable_log_stats": True,
         }
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**(args | overrides)))
+        # Read anew: vLLM remembers its environment once an engine has run in this process.
+        vllm.envs.disable_envs_cache()
+        with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**(args | overrides)))
         core = self.engine.engine_core.engine_core
         self.scheduler = core.scheduler
         self.runner = core.model_executor.driver_worker.worker.model_runner

@@ -3,6 +3,8 @@
 not. The exit status is 0 only when nothing is missing."""
 
 import argparse
+import difflib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -12,7 +14,8 @@ from pathlib import Path
 from vllm_nvium import plugin
 from vllm_nvium.cli import setup_cpu
 from vllm_nvium.console import say, table
-from vllm_nvium.engine import hooks
+from vllm_nvium.engine import hooks, vllm_functions
+from vllm_nvium.errors import UserError
 from vllm_nvium.version import TESTED_VLLM_TEXT, __version__
 
 PACKAGES = ("torch", "transformers", "triton")
@@ -24,10 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read vLLM's source for the hook table instead of importing every module",
     )
+    parser.add_argument(
+        "--vllm-changes",
+        action="store_true",
+        help="instead: which functions of vLLM that this package relies on are not those that were "
+        "read when the newest minor before the installed one was tested; status 1 if some are not",
+    )
+    parser.add_argument(
+        "--old-vllm",
+        type=Path,
+        metavar="FOLDER",
+        help="with --vllm-changes: another vLLM's package folder, to show what changed in each",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 when something is missing."""
+    if args.vllm_changes:
+        return report_changes(args.old_vllm)
     problems: list[str] = []
     problems += report_versions()
     if plugin.is_disabled():
@@ -98,6 +115,37 @@ def report_hooks(*, fast: bool) -> list[str]:
     say("", "Names of vLLM that are relied on:")
     table(rows)
     return problems
+
+
+def report_changes(old: Path | None) -> int:
+    """Functions behind the hook table that changed since they were last read; 1 if there are."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("vLLM is not installed, so nothing can have changed; install one.")
+    if old is not None and not (old / "__init__.py").is_file() and not (old / "v1").is_dir():
+        raise UserError(f"--old-vllm is {str(old)!r}, which is no folder of a package vllm.")
+    here, version = Path(spec.submodule_search_locations[0]), hooks.vllm_version()
+    records = vllm_functions.recorded()
+    others = [minor for minor in records if hooks.minor(minor) != hooks.minor(version)]
+    older = [minor for minor in others if (hooks.minor(minor) or ()) < (hooks.minor(version) or ())]
+    then = max(older or others, key=lambda minor: hooks.minor(minor) or ())
+    rows = hooks.all_hooks()
+    found = vllm_functions.changes(rows, records[then], vllm_functions.hashes(here, rows))
+    for change in found:
+        hook = change.hook
+        say(f"{change.kind:<8} {hook.path}", f"         {hook.method or 'both'}: {hook.why}")
+        if old is not None:
+            a, b = (
+                vllm_functions.function_text(root, hook.module, hook.name).splitlines()
+                for root in (old, here)
+            )
+            say(*difflib.unified_diff(a, b, then, str(version), lineterm=""), "")
+    say(
+        f"{len(found)} of {len(rows)} names: another function in vLLM {version} than in {then}."
+        if found
+        else f"Nothing changed from vLLM {then} to {version}."
+    )
+    return 1 if found else 0
 
 
 def report_runner() -> list[str]:

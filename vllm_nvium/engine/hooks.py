@@ -20,6 +20,14 @@ from vllm_nvium.version import EXACTLY_TESTED_VLLM, TESTED_VLLM
 
 NEVER = (1 << 30, 0)
 LAYERS = ["model_executor", "layers"]
+# Files of one method in folders of both.
+FILES_OF = {
+    "engine/patches/model_loader.py": "via_sd",
+    "engine/patches/model_runner_v2.py": "nvium",
+    "engine/patches/rejection_sampler.py": "via_sd",
+    "model_executor/layers/low_precision_linear.py": "via_sd",
+    "model_executor/ranks.py": "nvium",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,12 @@ class Hook:
     @property
     def path(self) -> str:
         return f"{self.module}:{self.name}".rstrip(":")
+
+    def counts_for(self, version: tuple[int, int] | None) -> bool:
+        """Whether a vLLM of this minor has to have it; one of unknown version has to have all."""
+        if version is None:
+            return True
+        return (minor(self.since) or version) <= version < (minor(self.until) or NEVER)
 
 
 def rows(module: str, owner: str, names: str, why: str, breaks: str) -> tuple[Hook, ...]:
@@ -80,11 +94,12 @@ def vllm_version() -> str | None:
 
 
 def is_tested(version: str | None) -> bool:
-    """Whether `version` (like `0.32.1+cpu`) lies in the tested range."""
-    return _minor(version) == TESTED_VLLM
+    """Whether `version` (like `0.32.1+cpu`) is a release of a tested minor."""
+    return minor(version) in TESTED_VLLM
 
 
-def _minor(version: str | None) -> tuple[int, int] | None:
+def minor(version: str | None) -> tuple[int, int] | None:
+    """(0, 32) of `0.32.1+cpu`; None where there is none."""
     match = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(match[1]), int(match[2])) if match else None
 
@@ -100,13 +115,8 @@ def all_hooks() -> tuple[Hook, ...]:
     from vllm_nvium.engine.feature import features
 
     own = (replace(hook, method=feature.folder) for feature in features() for hook in feature.hooks)
-    version = _minor(vllm_version())
-    return tuple(
-        hook
-        for hook in (*HOOKS, *own, *imported())
-        if version is None
-        or (version >= (_minor(hook.since) or version) and version < (_minor(hook.until) or NEVER))
-    )
+    version = minor(vllm_version())
+    return tuple(hook for hook in (*HOOKS, *own, *imported()) if hook.counts_for(version))
 
 
 @cache
@@ -147,7 +157,9 @@ def _method_of(users: Sequence[str]) -> str:
     methods = set()
     for user in users:
         parts = user.split("/")
-        if parts[0] in ("cli", "checkpoints"):
+        if user in FILES_OF:
+            methods.add(FILES_OF[user])
+        elif parts[0] in ("cli", "checkpoints"):
             methods.add("commands")
         elif "via_sd" in parts:
             methods.add("via_sd")

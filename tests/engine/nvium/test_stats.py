@@ -3,7 +3,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +17,10 @@ from vllm_nvium.nvium.stats import NviumCounts, make_stat_logger, no_counts, sum
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceEngine]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TraceEngine:
     folder = tmp_path_factory.mktemp("nvium") / "model"
     make_nvium(folder, seed=1, exit_layers=[1, 2])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield TraceEngine(str(folder), num_gpu_blocks_override=12, disable_log_stats=False)
+    return TraceEngine(str(folder), num_gpu_blocks_override=12, disable_log_stats=False)
 
 
 def crowd() -> list[Arrival]:
@@ -48,8 +45,19 @@ def test_counts_are_what_happened(engine: TraceEngine, monkeypatch: pytest.Monke
     observer = engine.runner.nvium_observer
     before = observer.reporter.counts.empty()
     before.add(observer.reporter.counts)
-    rows = [0, 0]  # of the steps; in segments behind the first, of other steps
-    run = engine.runner.model.forward
+    # Rows of the steps; rows of other steps, by segment; rows in each layer, added up.
+    rows = [0, 0, 0]
+    model = engine.runner.model
+    run = model.forward
+
+    def count_layer(_: object, inputs: tuple) -> None:
+        rows[2] += len(inputs[0])
+
+    watched = [
+        layer.register_forward_pre_hook(count_layer)
+        for segment in model.segments
+        for layer in segment.layers
+    ]
 
     def count_rows(*args, **kwargs):
         output = run(*args, **kwargs)
@@ -58,9 +66,11 @@ def test_counts_are_what_happened(engine: TraceEngine, monkeypatch: pytest.Monke
             rows[1] += sum(count - step.batch.num_rows for count in step.rows_run)
         return output
 
-    monkeypatch.setattr(engine.runner.model, "forward", count_rows)
+    monkeypatch.setattr(model, "forward", count_rows)
     trace = crowd()
     emitted = engine.run(trace)
+    for hook in watched:
+        hook.remove()
     counts = observer.reporter.counts
     counts_now = counts.empty()
     counts_now.add(counts)
@@ -76,8 +86,8 @@ def test_counts_are_what_happened(engine: TraceEngine, monkeypatch: pytest.Monke
     depths = Counter(engine.depths)
     assert counts_now.step_depths == [depths[k] for k in (1, 2, 3)]
     assert counts_now.forced_steps > 0 and counts_now.caught_up_rows == rows[1] > 0
-    assert counts_now.dense_row_layers == rows[0] * engine.runner.model.config.num_hidden_layers
-    assert counts_now.row_layers > 0
+    assert counts_now.dense_row_layers == rows[0] * model.config.num_hidden_layers
+    assert counts_now.row_layers == rows[2] > 0
     # What was left behind is caught up, or never needed: no row runs through a layer twice.
     assert counts_now.row_layers <= counts_now.dense_row_layers
 

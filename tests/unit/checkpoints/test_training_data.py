@@ -252,6 +252,7 @@ def test_huge_file_is_cut_at_lines(tokenizer: Any, tmp_path: Path) -> None:
     assert Counter(found)[5] in (599, 600)
 
 
+@pytest.mark.slow
 def test_long_row_is_cut(tokenizer: Any, tmp_path: Path) -> None:
     text = (words(range(3, 100)) + "\n") * 600
     source = write_rows(tmp_path / "a.jsonl", [{"text": text}, {"text": "w200"}])

@@ -153,6 +153,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "requests",
     [MIXED, OFTEN_WITHOUT_DRAFTS, IN_RUNS, TWO_IN_RUNS],
@@ -175,6 +176,7 @@ def test_forecasts_against_a_simulation(
     assert rate == pytest.approx(forecast.rates[plan.cell], rel=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_requests_without_the_tier_wait_for_it(plan: DraftPlan) -> None:
     """A batch of two requests with the tier, two with plain drafts, and three without drafts."""
@@ -447,6 +449,7 @@ def best_rates(
     return float(plain.rates.max()), float(tiered.rates.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", [False, True])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_takes_the_side_that_wins(name: str, paper: bool) -> None:
@@ -482,6 +485,7 @@ def test_takes_the_side_that_wins(name: str, paper: bool) -> None:
     assert np.mean(shares) >= 0.98
 
 
+@pytest.mark.slow
 def test_follows_what_changes() -> None:
     """A slim tier that becomes good, one that becomes bad, and a drafter that becomes good."""
     good, bad = RequestRates(0.8, 0.8, 0.97), RequestRates(0.8, 0.8, 0.6)
@@ -695,6 +699,7 @@ def test_bounds(max_drafts: int, max_window: int) -> None:
         engine.step(planner, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_drafts,max_window", [(4, 16), (8, 16), (8, 32), (16, 64), (32, 128)])
 def test_plans_take_little_time(
     max_drafts: int, max_window: int, monkeypatch: pytest.MonkeyPatch
