@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch job on Ray: blocks of rows are read, answered by replicas of the engine through Ray Data's
+LLM processor, and come back as they are done. The same on one machine and on a cluster."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from vllm_nvium.batch.attempts import Attempts, Counts
+from vllm_nvium.batch.engine import Engine, environment_of_replica
+from vllm_nvium.batch.inputs import Lines, read_block
+from vllm_nvium.batch.replica import Replica
+from vllm_nvium.errors import UserError
+
+STAGE = "vLLMEngineStage"
+ROW = pa.schema({"index": pa.int64(), "text": pa.binary()})
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a job runs.
+
+    Attributes:
+        replicas: engines.
+        cpus: of each worker of an engine, on CPU.
+        address: of a cluster that runs; None for this machine alone.
+        logs: show what replicas print.
+    """
+
+    replicas: int = 1
+    cpus: float = 1
+    address: str | None = None
+    logs: bool = False
+
+
+class Rows(Datasource):
+    """Blocks of rows of a file of JSON lines, each read when its turn comes.
+
+    Args:
+        todo: numbers of blocks that have rows without a result.
+        has: whether a row has one.
+    """
+
+    def __init__(self, lines: Lines, todo: Sequence[int], has: Callable[[int], bool]) -> None:
+        super().__init__()
+        self._lines, self._todo, self._has = lines, todo, has
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One for each block."""
+        return [self._task(number) for number in self._todo]
+
+    def _task(self, number: int) -> ReadTask:
+        lines = self._lines
+        indices = lines.indices(number)
+        done = [index for index in indices if self._has(index)]
+        read = partial(_read, str(lines.path), lines.offsets[number], indices, done)
+        about = BlockMetadata(
+            num_rows=len(indices) - len(done), size_bytes=None, input_files=None, exec_stats=None
+        )
+        return ReadTask(read, about, ROW)
+
+
+def _read(path: str, offset: int, indices: range, done: list[int]) -> list[pa.Table]:
+    from pathlib import Path
+
+    rows = [row for row in read_block(Path(path), offset, indices) if row[0] not in done]
+    return [pa.table({"index": [i for i, _ in rows], "text": [t for _, t in rows]}, ROW)]
+
+
+@contextmanager
+def connected(cluster: Cluster, workers: float) -> Iterator[None]:
+    """Ray, for as long as the job runs.
+
+    Args:
+        workers: CPUs that all replicas take, on this machine.
+
+    Raises:
+        UserError: there is no cluster at the address.
+    """
+    settings: dict[str, Any] = {"address": cluster.address or "local"}
+    if cluster.address is None:
+        # One more, for reading.
+        settings |= {"num_cpus": int(workers) + 1, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=cluster.logs, logging_level=logging.ERROR, **settings)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--address is {cluster.address!r}, and no cluster of Ray answers there "
+            f"({_last_line(error)})."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def results(
+    engine: Engine, cluster: Cluster, lines: Lines, has: Callable[[int], bool], seed: int | None
+) -> Iterator[pa.Table]:
+    """Results as they come, with columns index, result and counts; see `Replica`.
+
+    Args:
+        has: whether a row has its result already; these are not run.
+        seed: see `Replica`.
+
+    Raises:
+        UserError: the engine does not start, or Ray stopped.
+    """
+    todo = [n for n in lines.blocks() if not all(map(has, lines.indices(n)))]
+    if not todo:
+        return
+    with connected(cluster, cluster.replicas * cluster.cpus * engine.workers):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(Counts).options(num_cpus=0, scheduling_strategy=here).remote()
+        try:
+            dataset = _processed(
+                _dataset(lines, todo, has, here),
+                engine,
+                cluster,
+                lines.block,
+                seed,
+                Attempts(actor),
+            )
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        except RayError as error:
+            raise UserError(f"a replica stopped ({_last_line(error)}).") from error
+
+
+def _dataset(lines: Lines, todo: Sequence[int], has: Callable[[int], bool], here: Any) -> Dataset:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # On the machine of the command, which alone needs to have the file.
+    return ray.data.read_datasource(
+        Rows(lines, todo, has),
+        override_num_blocks=len(todo),
+        ray_remote_args={"scheduling_strategy": here, "num_cpus": 0},
+    )
+
+
+def _processed(
+    rows: Dataset,
+    engine: Engine,
+    cluster: Cluster,
+    block: int,
+    seed: int | None,
+    attempts: Attempts,
+) -> Dataset:
+    batches = max(2, -(-engine.max_num_seqs * 5 // (4 * block)))
+    config = vLLMEngineProcessorConfig(
+        model_source=engine.model,
+        engine_kwargs=dict(engine.arguments),
+        # A range, because of a single number Ray starts one, and more when it thinks fit.
+        concurrency=(cluster.replicas, cluster.replicas),
+        batch_size=block,
+        max_concurrent_batches=batches,
+        # Ray's default is twice as many, which the first replica that is up would take away.
+        max_tasks_in_flight_per_actor=batches,
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        runtime_env={"env_vars": environment_of_replica(engine.is_cpu)},
+        placement_group_config=(
+            {"bundles": [{"CPU": cluster.cpus}] * engine.workers} if engine.is_cpu else None
+        ),
+    )
+    processor = build_processor(
+        config,
+        postprocess=_postprocess,
+        preprocess_map_kwargs={"num_cpus": 0},
+        postprocess_map_kwargs={"num_cpus": 0},
+    )
+    stage = processor.stages[STAGE]
+    own = {"frontend": engine.frontend, "seed": seed, "attempts": attempts}
+    # A copy, because setting an attribute of the stage works out its resources anew.
+    processor.stages[STAGE] = stage.model_copy(
+        update={"fn": Replica, "fn_constructor_kwargs": {**stage.fn_constructor_kwargs, **own}}
+    )
+    return processor(rows)
+
+
+def _postprocess(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("index", "result", "counts")}
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error says that carries another process's stack trace."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__
