@@ -3,29 +3,27 @@
 LLM processor, and come back as they are done. The same on one machine and on a cluster."""
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vllm_nvium.batch.attempts import Attempts, Counts
 from vllm_nvium.batch.engine import Engine, environment_of_replica
-from vllm_nvium.batch.inputs import Lines, read_block
+from vllm_nvium.batch.feed import Rows, only_results
+from vllm_nvium.batch.inputs import Lines
 from vllm_nvium.batch.replica import Replica
 from vllm_nvium.errors import UserError
 
 STAGE = "vLLMEngineStage"
-ROW = pa.schema({"index": pa.int64(), "text": pa.binary()})
 
 
 @dataclass(frozen=True)
@@ -43,43 +41,6 @@ class Cluster:
     cpus: float = 1
     address: str | None = None
     logs: bool = False
-
-
-class Rows(Datasource):
-    """Blocks of rows of a file of JSON lines, each read when its turn comes.
-
-    Args:
-        todo: numbers of blocks that have rows without a result.
-        has: whether a row has one.
-    """
-
-    def __init__(self, lines: Lines, todo: Sequence[int], has: Callable[[int], bool]) -> None:
-        super().__init__()
-        self._lines, self._todo, self._has = lines, todo, has
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One for each block."""
-        return [self._task(number) for number in self._todo]
-
-    def _task(self, number: int) -> ReadTask:
-        lines = self._lines
-        indices = lines.indices(number)
-        done = [index for index in indices if self._has(index)]
-        read = partial(_read, str(lines.path), lines.offsets[number], indices, done)
-        about = BlockMetadata(
-            num_rows=len(indices) - len(done), size_bytes=None, input_files=None, exec_stats=None
-        )
-        return ReadTask(read, about, ROW)
-
-
-def _read(path: str, offset: int, indices: range, done: list[int]) -> list[pa.Table]:
-    from pathlib import Path
-
-    rows = [row for row in read_block(Path(path), offset, indices) if row[0] not in done]
-    return [pa.table({"index": [i for i, _ in rows], "text": [t for _, t in rows]}, ROW)]
 
 
 @contextmanager
@@ -150,6 +111,8 @@ def _dataset(lines: Lines, todo: Sequence[int], has: Callable[[int], bool], here
     return ray.data.read_datasource(
         Rows(lines, todo, has),
         override_num_blocks=len(todo),
+        # One process reads faster than any engine answers.
+        concurrency=1,
         ray_remote_args={"scheduling_strategy": here, "num_cpus": 0},
     )
 
@@ -184,21 +147,17 @@ def _processed(
     )
     processor = build_processor(
         config,
-        postprocess=_postprocess,
+        postprocess=only_results,
         preprocess_map_kwargs={"num_cpus": 0},
         postprocess_map_kwargs={"num_cpus": 0},
     )
     stage = processor.stages[STAGE]
-    own = {"frontend": engine.frontend, "seed": seed, "attempts": attempts}
+    own = {"frontend": pickle.dumps(engine.frontend), "seed": seed, "attempts": attempts}
     # A copy, because setting an attribute of the stage works out its resources anew.
     processor.stages[STAGE] = stage.model_copy(
         update={"fn": Replica, "fn_constructor_kwargs": {**stage.fn_constructor_kwargs, **own}}
     )
     return processor(rows)
-
-
-def _postprocess(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("index", "result", "counts")}
 
 
 def _last_line(error: BaseException) -> str:

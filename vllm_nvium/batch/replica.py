@@ -6,10 +6,11 @@ when it dies, with vLLM's own OpenAI layer in place of Ray's requests. So rows m
 import asyncio
 import json
 import os
+import pickle
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
@@ -42,7 +43,8 @@ class Replica(vLLMEngineStageUDF):
     """Ray Data's stage, from rows as they stand in the input to results.
 
     Args:
-        frontend: flags of vLLM's OpenAI layer.
+        frontend: flags of vLLM's OpenAI layer, pickled: Ray unpacks arguments in processes that
+            would have to import vLLM for them.
         seed: rows without a seed get one from this and their place; None leaves them without.
         attempts: counts how often rows were begun.
     """
@@ -50,7 +52,7 @@ class Replica(vLLMEngineStageUDF):
     def __init__(
         self,
         *args: Any,
-        frontend: Mapping[str, Any],
+        frontend: bytes,
         seed: int | None,
         attempts: Attempts,
         **kwargs: Any,
@@ -98,7 +100,7 @@ class Replica(vLLMEngineStageUDF):
         state: Any = State()
         engine = self.llm.engine
         tasks = await engine.get_supported_tasks()
-        await init_app_state(engine, state, Namespace(**self._frontend), tasks)
+        await init_app_state(engine, state, Namespace(**pickle.loads(self._frontend)), tasks)
         chat, completion = state.openai_serving_chat, state.openai_serving_completion
         return {
             CHAT: (ChatCompletionRequest, chat and chat.create_chat_completion),
