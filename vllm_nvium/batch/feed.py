@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the small tasks of a batch job do: read rows, and keep what is written of them. Apart from the
-rest, so that the processes that do it import neither torch nor vLLM."""
+"""What the small tasks of a batch job do: read rows, and keep what is written of them. Apart from
+the rest, so that the processes that do it import neither torch nor vLLM."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

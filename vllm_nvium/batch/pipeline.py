@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch job on Ray: blocks of rows are read, answered by replicas of the engine through Ray Data's
-LLM processor, and come back as they are done. The same on one machine and on a cluster."""
+"""A batch job on Ray: blocks of rows are read, answered by replicas of the engine through Ray
+Data's LLM processor, and come back as they are done. The same on one machine and on a cluster."""
 
 import logging
 import pickle

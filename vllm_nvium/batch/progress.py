@@ -17,7 +17,7 @@ class Progress:
         rows: of the input.
         done: of these, with a result when the command was started.
         tell: prints a line.
-        clock: seconds.
+        clock: seconds since the epoch, which replicas measure too.
     """
 
     def __init__(
@@ -25,19 +25,13 @@ class Progress:
         rows: int,
         done: int,
         tell: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.rows, self.done = rows, done
         self.answered = self.errors = self.tokens = 0
         self._tell, self._clock = tell, clock
         self._engines: dict[str, dict[str, Any]] = {}
-        self._begun: float | None = None
-        self._told = 0.0
-
-    def start(self) -> None:
-        """The first rows are being answered."""
-        if self._begun is None:
-            self._begun = self._told = self._clock()
+        self._begun = self._told = clock()
 
     def add(self, new: int, errors: int, tokens: int, counts: Iterable[str]) -> None:
         """Rows got their result.
@@ -45,7 +39,6 @@ class Progress:
         Args:
             counts: what replicas counted since they were started, as JSON; empty ones are none.
         """
-        self.start()
         self.done += new
         self.answered += new
         self.errors += errors
@@ -53,13 +46,16 @@ class Progress:
         for text in filter(None, counts):
             engine = json.loads(text)
             self._engines[engine["replica"]] = engine
+        if self._engines:
+            # Not the time that they took to start.
+            self._begun = min(engine["begun"] for engine in self._engines.values())
         if (now := self._clock()) - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now
             self._tell(self.line())
 
     def line(self) -> str:
         """One line."""
-        seconds = max(self._clock() - (self._begun or self._clock()), 1e-3)
+        seconds = max(self._clock() - self._begun, 1e-3)
         rate = self.answered / seconds
         parts = [
             f"{self.done} of {self.rows} rows",

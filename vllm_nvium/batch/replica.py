@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One replica of a batch job's engine: Ray Data's vLLM stage, which starts the engine and restarts it
-when it dies, with vLLM's own OpenAI layer in place of Ray's requests. So rows mean what they mean to
-`vllm serve`, and answers have usage, finish reasons, several choices and tool calls."""
+"""One replica of a batch job's engine: Ray Data's vLLM stage, which starts the engine and restarts
+it when it dies, with vLLM's own OpenAI layer in place of Ray's requests. So rows mean what they
+mean to `vllm serve`, and answers have usage, finish reasons, several choices and tool calls."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ class Replica(vLLMEngineStageUDF):
         super().__init__(*args, **kwargs)
         self._frontend, self._seed, self._attempts = frontend, seed, attempts
         self._name = uuid.uuid4().hex
-        self._counted_at = 0.0
+        self._begun = self._counted_at = 0.0
         self._handlers: dict[str, tuple[Any, Any]] = {}
         self._starting = asyncio.Lock()
         self._alone = asyncio.Lock()
@@ -80,6 +80,7 @@ class Replica(vLLMEngineStageUDF):
         async with self._starting:
             if not self._handlers:
                 self._handlers = await self._start()
+                self._begun = time.time()
         indices = [int(row["index"]) for row in batch]
         before = await self._attempts.begin(indices)
         tasks = [
@@ -132,7 +133,7 @@ class Replica(vLLMEngineStageUDF):
             custom_id = name_of(fields)
             if before >= MOST:
                 raise UserError(
-                    f"the engine ended {before} times while this row ran; it is left out."
+                    f"the engine ended {before} times while this row ran, so it is left out."
                 )
             seed = None if self._seed is None else row_seed(self._seed, index)
             response = await self._response(read_row(fields, seed))
@@ -168,7 +169,7 @@ class Replica(vLLMEngineStageUDF):
         self._counted_at = now
         from prometheus_client import REGISTRY
 
-        counts: dict[str, Any] = {"replica": self._name}
+        counts: dict[str, Any] = {"replica": self._name, "begun": self._begun}
         for metric in REGISTRY.collect():
             for sample in metric.samples:
                 if name := COUNTERS.get(sample.name):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch job writes for each row: a line of OpenAI's batch output, or in Parquet the same with
-what is mostly asked for in columns of its own."""
+"""What a batch job writes for each row: a line of OpenAI's batch output, or in Parquet the same
+with what is mostly asked for in columns of its own."""
 
 import json
 import os

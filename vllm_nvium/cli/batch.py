@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-nvium batch INPUT OUTPUT --model M`: answers a file of requests, JSON lines or Parquet, on one
-machine or on a cluster of Ray. The same command goes on after anything was killed."""
+"""`vllm-nvium batch INPUT OUTPUT --model M`: answers a file of requests, JSON lines or Parquet, on
+one machine or on a cluster of Ray. The same command goes on after anything was killed."""
 
 import argparse
 import os
@@ -34,8 +34,8 @@ def make_parser(**about: Any) -> argparse.ArgumentParser:
         "input",
         metavar="INPUT",
         type=Path,
-        help="rows, one request each (.jsonl or .parquet): lines of OpenAI's batch files, or prompt "
-        "or messages beside sampling parameters",
+        help="rows, one request each (.jsonl or .parquet): lines of OpenAI's batch files, or "
+        "prompt or messages beside sampling parameters",
     )
     parser.add_argument(
         "output", metavar="OUTPUT", type=Path, help="file of results (.jsonl or .parquet)"
@@ -45,7 +45,7 @@ def make_parser(**about: Any) -> argparse.ArgumentParser:
         "--cpus-per-replica",
         type=float,
         metavar="C",
-        help="cores of each worker of an engine, on CPU (default: those of this machine, shared out)",
+        help="cores of each worker of an engine, on CPU (default: this machine's, shared out)",
     )
     parser.add_argument(
         "--address",
