@@ -94,6 +94,10 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     if is_cpu and args.enable_chunked_prefill is None and running(config) is None:
         # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
         arguments["enable_chunked_prefill"] = False
+    workers = (args.tensor_parallel_size or 1) * (args.pipeline_parallel_size or 1)
+    if is_cpu and workers > 1:
+        # Without one, Ray's processor takes its own.
+        arguments.setdefault("distributed_executor_backend", "mp")
     given = {
         key: value
         for key, value in vars(args).items()
@@ -107,7 +111,7 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
         | {f"--{key.replace('_', '-')}": _plain(value) for key, value in sorted(given.items())},
         is_cpu=is_cpu,
         max_num_seqs=256 if config is None else config.scheduler_config.max_num_seqs,
-        workers=(args.tensor_parallel_size or 1) * (args.pipeline_parallel_size or 1),
+        workers=workers,
     )
 
 

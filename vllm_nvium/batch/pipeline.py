@@ -4,7 +4,7 @@ Data's LLM processor, and come back as they are done. The same on one machine an
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,6 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vllm_nvium.batch.attempts import Attempts, Counts
 from vllm_nvium.batch.engine import Engine, environment_of_replica
@@ -64,6 +63,10 @@ def connected(cluster: Cluster, workers: float) -> Iterator[None]:
             f"--address is {cluster.address!r}, and no cluster of Ray answers there "
             f"({_last_line(error)})."
         ) from error
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -86,45 +89,27 @@ def results(
     if not todo:
         return
     with connected(cluster, cluster.replicas * cluster.cpus * engine.workers):
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(Counts).options(num_cpus=0, scheduling_strategy=here).remote()
+        # On the machine of the command, which alone needs to have the file.
+        here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+        counts = ray.remote(Counts).options(num_cpus=0, resources=here).remote()
         try:
-            dataset = _processed(
-                _dataset(lines, todo, has, here),
-                engine,
-                cluster,
-                lines.block,
-                seed,
-                Attempts(actor),
+            rows = ray.data.read_datasource(
+                Rows(lines, todo, has),
+                override_num_blocks=len(todo),
+                # One process reads faster than any engine answers.
+                concurrency=1,
+                num_cpus=0,
+                resources=here,
             )
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            answer = _processor(engine, cluster, lines.block, seed, Attempts(counts))
+            yield from answer(rows).iter_batches(batch_size=None, batch_format="pyarrow")
         except RayError as error:
             raise UserError(f"a replica stopped ({_last_line(error)}).") from error
 
 
-def _dataset(lines: Lines, todo: Sequence[int], has: Callable[[int], bool], here: Any) -> Dataset:
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # On the machine of the command, which alone needs to have the file.
-    return ray.data.read_datasource(
-        Rows(lines, todo, has),
-        override_num_blocks=len(todo),
-        # One process reads faster than any engine answers.
-        concurrency=1,
-        ray_remote_args={"scheduling_strategy": here, "num_cpus": 0},
-    )
-
-
-def _processed(
-    rows: Dataset,
-    engine: Engine,
-    cluster: Cluster,
-    block: int,
-    seed: int | None,
-    attempts: Attempts,
-) -> Dataset:
+def _processor(
+    engine: Engine, cluster: Cluster, block: int, seed: int | None, attempts: Attempts
+) -> Callable[[Dataset], Dataset]:
     batches = max(2, -(-engine.max_num_seqs * 5 // (4 * block)))
     config = vLLMEngineProcessorConfig(
         model_source=engine.model,
@@ -145,19 +130,23 @@ def _processed(
             {"bundles": [{"CPU": cluster.cpus}] * engine.workers} if engine.is_cpu else None
         ),
     )
-    processor = build_processor(
-        config,
-        postprocess=only_results,
-        preprocess_map_kwargs={"num_cpus": 0},
-        postprocess_map_kwargs={"num_cpus": 0},
-    )
+    logging.disable(logging.WARNING)
+    try:
+        processor = build_processor(
+            config,
+            postprocess=only_results,
+            preprocess_map_kwargs={"num_cpus": 0},
+            postprocess_map_kwargs={"num_cpus": 0},
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     stage = processor.stages[STAGE]
     own = {"frontend": pickle.dumps(engine.frontend), "seed": seed, "attempts": attempts}
     # A copy, because setting an attribute of the stage works out its resources anew.
     processor.stages[STAGE] = stage.model_copy(
         update={"fn": Replica, "fn_constructor_kwargs": {**stage.fn_constructor_kwargs, **own}}
     )
-    return processor(rows)
+    return processor
 
 
 def _last_line(error: BaseException) -> str:
