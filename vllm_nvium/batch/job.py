@@ -14,11 +14,13 @@ from vllm_nvium.batch.progress import Progress
 from vllm_nvium.batch.results import tokens_of, write_output
 from vllm_nvium.errors import UserError
 
-# Rows that are read, answered and written together. A job that is killed loses what it has of
-# blocks that are not complete.
-MOST_ROWS_PER_BLOCK = 16
+# Rows that are read, answered and written together: a job that is killed loses what it has of blocks
+# that are not complete, and each block costs Ray some milliseconds.
+FEWEST_ROWS, USUAL_ROWS, MOST_ROWS = 1, 16, 128
 # So that a small job, too, has something for every replica.
 BLOCKS_PER_REPLICA = 8
+# Above, blocks grow.
+MANY_BLOCKS = 8192
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,15 @@ def _lines(job: Job, folder: Path) -> inputs.Lines:
         path = folder / journal.SPOOL
         if not path.exists():
             inputs.parquet_to_lines(job.source, path)
-    lines = inputs.scan(path, MOST_ROWS_PER_BLOCK)
-    fair = -(-lines.rows // (job.cluster.replicas * BLOCKS_PER_REPLICA))
-    return lines if fair >= MOST_ROWS_PER_BLOCK else inputs.scan(path, fair)
+    lines = inputs.scan(path, USUAL_ROWS)
+    best = rows_per_block(lines.rows, job.cluster.replicas)
+    return lines if best == USUAL_ROWS else inputs.scan(path, best)
+
+
+def rows_per_block(rows: int, replicas: int) -> int:
+    """Rows of a block, for a job of so many."""
+    fair = -(-rows // (replicas * BLOCKS_PER_REPLICA))
+    return max(FEWEST_ROWS, min(fair, USUAL_ROWS), min(rows // MANY_BLOCKS, MOST_ROWS))
 
 
 def _answer(job: Job, lines: inputs.Lines, written: journal.Journal, progress: Progress) -> None:

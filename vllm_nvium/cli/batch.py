@@ -119,6 +119,8 @@ def check(args: argparse.Namespace) -> None:
             f"--address is {args.address!r}; a job reads its files itself, so give the command on "
             "a machine of the cluster, with --address auto."
         )
+    if args.model.startswith(("/", ".", "~")) and not Path(args.model).expanduser().exists():
+        raise UserError(f"--model is {args.model!r}, which does not exist.")
     check_suffix("INPUT", args.input)
     check_suffix("OUTPUT", args.output)
     check_output("OUTPUT", args.output)
