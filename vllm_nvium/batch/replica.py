@@ -144,8 +144,8 @@ class Replica(vLLMEngineStageUDF):
         except Exception as error:  # noqa: BLE001 - a bad row must not stop the job
             response = create_error_response(error)
         self._exit_if_dead()
-        error = response.error
-        return failed(index, custom_id, error.message, error.code, error.type)
+        reason = response.error
+        return failed(index, custom_id, reason.message, reason.code, reason.type)
 
     async def _response(self, row: Row) -> Any:
         """vLLM's, with an `error` if it is one."""

@@ -117,7 +117,7 @@ def _columns(result: dict[str, Any]) -> dict[str, Any]:
     """Text and finish reason are those of the first choice; `response` has all."""
     response, error = result["response"], result["error"]
     body = response["body"]
-    choice = next(iter(body.get("choices") or ()), {})
+    choice: dict[str, Any] = next(iter(body.get("choices") or ()), {})
     usage = body.get("usage") or {}
     message = choice.get("message") or {}
     return {

@@ -3,7 +3,6 @@
 same command goes on. Every row has one result, equal to that of an engine left in peace."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -116,22 +115,24 @@ def replicas_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("read_environment")
 def test_a_job_survives_the_death_of_a_replica_and_of_itself(
-    tmp_path: Path, nvium_checkpoint: Path
+    tmp_path: Path, nvium_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # No process of its own for the worker of an engine: one start less to wait for.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     source, output, log = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "log"))
     entries = [BAD[index][0] if index in BAD else row(index) for index in range(ROWS)]
     source.write_text("\n".join(map(text_of, entries)) + "\n")
     command = [sys.executable, "-m", "vllm_nvium.cli", "batch", str(source), str(output)]
     command += ["--model", str(nvium_checkpoint), "--dtype", "float32", "--enforce-eager"]
     command += ["--replicas", "2", "--max-num-seqs", "4", "--seed", str(SEED), "--engine-logs"]
-    # No process of its own for the worker of an engine: one start less to wait for.
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    environment["RAY_USAGE_STATS_ENABLED"] = "0"
 
     def start() -> subprocess.Popen[bytes]:
         with log.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+            return subprocess.Popen(command, stdout=file, stderr=file)
 
     process = start()
     engines: list[psutil.Process] = []
