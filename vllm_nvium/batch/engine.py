@@ -75,6 +75,12 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
             f"--data-parallel-size is {args.data_parallel_size}; a batch job has --replicas for "
             "that, so leave it out."
         )
+    is_cpu = current_platform.is_cpu()
+    if is_cpu and args.distributed_executor_backend == "ray":
+        raise UserError(
+            "--distributed-executor-backend is 'ray', which vLLM's CPU build does not have: leave "
+            "it out, and use --replicas for more machines."
+        )
     try:
         asked, usual = AsyncEngineArgs.from_cli_args(args), AsyncEngineArgs.from_cli_args(defaults)
         arguments = {
@@ -90,7 +96,6 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the engine does not start ({_reason(error)}).") from error
-    is_cpu = current_platform.is_cpu()
     if is_cpu and args.enable_chunked_prefill is None and running(config) is None:
         # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
         arguments["enable_chunked_prefill"] = False

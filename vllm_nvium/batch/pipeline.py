@@ -104,7 +104,10 @@ def results(
             answer = _processor(engine, cluster, lines.block, seed, Attempts(counts))
             yield from answer(rows).iter_batches(batch_size=None, batch_format="pyarrow")
         except RayError as error:
-            raise UserError(f"a replica stopped ({_last_line(error)}).") from error
+            raise UserError(
+                f"a replica stopped ({_last_line(error)}): --engine-logs shows what it printed, and "
+                "the same command goes on."
+            ) from error
 
 
 def _processor(
