@@ -3,7 +3,10 @@
 results depend on. vLLM's parser knows the flags of this package once its plugins are loaded."""
 
 import argparse
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,7 +94,8 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
             and field.name != "enable_log_requests"
         }
         # A machine that only drives a cluster may have no device to check for.
-        config = None if current_platform.is_unspecified() else asked.create_engine_config()
+        with quiet():
+            config = None if current_platform.is_unspecified() else asked.create_engine_config()
     except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, UserError):
             raise
@@ -131,6 +135,16 @@ def environment_of_replica(is_cpu: bool) -> dict[str, str]:
         # Otherwise every replica of a machine binds its threads to the same cores.
         passed.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return passed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While vLLM and Ray say in this process what replicas say again."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _plain(value: Any) -> Any:

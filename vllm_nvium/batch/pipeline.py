@@ -16,7 +16,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.exceptions import RayError
 
 from vllm_nvium.batch.attempts import Attempts, Counts
-from vllm_nvium.batch.engine import Engine, environment_of_replica
+from vllm_nvium.batch.engine import Engine, environment_of_replica, quiet
 from vllm_nvium.batch.feed import Rows, only_results
 from vllm_nvium.batch.inputs import Lines
 from vllm_nvium.batch.replica import Replica
@@ -105,8 +105,8 @@ def results(
             yield from answer(rows).iter_batches(batch_size=None, batch_format="pyarrow")
         except RayError as error:
             raise UserError(
-                f"a replica stopped ({_last_line(error)}): --engine-logs shows what it printed, and "
-                "the same command goes on."
+                f"a replica stopped ({_last_line(error)}): --engine-logs shows what it printed, "
+                "and the same command goes on."
             ) from error
 
 
@@ -133,16 +133,13 @@ def _processor(
             {"bundles": [{"CPU": cluster.cpus}] * engine.workers} if engine.is_cpu else None
         ),
     )
-    logging.disable(logging.WARNING)
-    try:
+    with quiet():
         processor = build_processor(
             config,
             postprocess=only_results,
             preprocess_map_kwargs={"num_cpus": 0},
             postprocess_map_kwargs={"num_cpus": 0},
         )
-    finally:
-        logging.disable(logging.NOTSET)
     stage = processor.stages[STAGE]
     own = {"frontend": pickle.dumps(engine.frontend), "seed": seed, "attempts": attempts}
     # A copy, because setting an attribute of the stage works out its resources anew.
