@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from vllm_nvium.engine.feature import running
@@ -113,7 +114,8 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
         if value != getattr(defaults, key) and key not in SPEED_ONLY | SECRET
     }
     return Engine(
-        model=asked.model,
+        # Replicas may stand in another folder.
+        model=str(Path(asked.model).absolute()) if Path(asked.model).is_dir() else asked.model,
         arguments=arguments,
         frontend=vars(args),
         about={"--model": asked.model}

@@ -68,7 +68,7 @@ def run(job: Job, tell: Callable[[str], None]) -> Progress:
         journal.remove(folder)
         return progress
     except BaseException:
-        if written is None or not written.done:
+        if not journal.has_results(folder):
             journal.remove(folder)
         raise
     finally:

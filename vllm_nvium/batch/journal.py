@@ -47,7 +47,7 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
     except OSError:
         raise UserError(f"another process is running the job of {output}: wait for it.") from None
     manifest = folder / MANIFEST
-    if any(shard.stat().st_size for shard in folder.glob(SHARDS)):
+    if has_results(folder):
         _check_same(json.loads(manifest.read_text()), mine, folder)
         return lock
     # A job that has no result yet may as well be another one.
@@ -56,6 +56,11 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
     text = json.dumps(mine, indent=1) + "\n"
     write_atomically(manifest, lambda path: path.write_text(text))
     return lock
+
+
+def has_results(folder: Path) -> bool:
+    """Whether anything would be lost with the folder of a job."""
+    return any(shard.stat().st_size for shard in folder.glob(SHARDS))
 
 
 def _check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) -> None:
@@ -134,5 +139,5 @@ class Journal:
 
 
 def remove(folder: Path) -> None:
-    """Forget a job whose output is there."""
+    """Forget a job whose output is there, or that has no results."""
     shutil.rmtree(folder, ignore_errors=True)

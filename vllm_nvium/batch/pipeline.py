@@ -101,7 +101,9 @@ def results(
                 num_cpus=0,
                 resources=here,
             )
-            answer = _processor(engine, cluster, lines.block, seed, Attempts(counts))
+            # A quarter more than an engine runs, so that it never waits for rows.
+            batches = max(2, min(len(todo), -(-engine.max_num_seqs * 5 // (4 * lines.block))))
+            answer = _processor(engine, cluster, lines.block, batches, seed, Attempts(counts))
             yield from answer(rows).iter_batches(batch_size=None, batch_format="pyarrow")
         except RayError as error:
             raise UserError(
@@ -111,9 +113,14 @@ def results(
 
 
 def _processor(
-    engine: Engine, cluster: Cluster, block: int, seed: int | None, attempts: Attempts
+    engine: Engine,
+    cluster: Cluster,
+    block: int,
+    batches: int,
+    seed: int | None,
+    attempts: Attempts,
 ) -> Callable[[Dataset], Dataset]:
-    batches = max(2, -(-engine.max_num_seqs * 5 // (4 * block)))
+    """Ray's, whose engines answer `batches` blocks of rows at a time."""
     config = vLLMEngineProcessorConfig(
         model_source=engine.model,
         engine_kwargs=dict(engine.arguments),

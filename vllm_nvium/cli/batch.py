@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     cluster = Cluster(args.replicas, _cpus(args, engine.workers), args.address, args.engine_logs)
     seeds = not getattr(args, "via_sd", None) if args.row_seeds is None else args.row_seeds
     seed = (args.seed or 0) if seeds else None
-    job = Job(args.input.expanduser(), args.output.expanduser(), engine, cluster, seed)
+    source, output = (path.expanduser().absolute() for path in (args.input, args.output))
+    job = Job(source, output, engine, cluster, seed)
     try:
         progress = run_job(job, lambda line: say(f"vllm-nvium batch: {line}"))
     except KeyboardInterrupt:

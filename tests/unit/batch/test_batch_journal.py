@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from vllm_nvium.batch.journal import Journal, claim, folder_of, remove
+from vllm_nvium.batch.journal import Journal, claim, folder_of, has_results, remove
 from vllm_nvium.batch.results import answered, encoded, failed, tokens_of, write_output
 from vllm_nvium.errors import UserError
 
@@ -82,6 +82,7 @@ def test_other_jobs_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
             begin(output, {**ABOUT, **changed})
     with pytest.raises(UserError, match="--model is 'not given'"):
         begin(output, {key: value for key, value in ABOUT.items() if key != "--model"})
+    assert has_results(folder_of(output))
     journal, lock = begin(output)
     assert journal.done == 1
     end(journal, lock)
@@ -90,6 +91,7 @@ def test_other_jobs_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_a_job_without_results_may_become_another(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     end(*begin(output))
+    assert not has_results(folder_of(output))
     journal, lock = begin(output, {"--model": "n"}, rows=2)
     assert json.loads((folder_of(output) / "manifest.json").read_text()) == {"--model": "n"}
     end(journal, lock)
