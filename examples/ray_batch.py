@@ -52,9 +52,9 @@ def main() -> None:
     )
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
-        # Rows become columns: a key that only some have is None in the others, which is
-        # "not given" to N-vium and VIA-SD.
-        extra = {"nvium_max_deferred": 4 if row["id"] % 2 else None}
+        # Rows become columns: a key that only some have is None in the others, which is "not
+        # given" to N-vium and VIA-SD. An integer of some rows only would become a float.
+        extra = {"nvium_sampling": "mixture" if row["id"] % 2 else None}
         return {
             "messages": [{"role": "user", "content": row["question"]}],
             "sampling_params": {"max_tokens": 16, "seed": row["id"], "extra_args": extra},
