@@ -97,7 +97,7 @@ def written(output: Path) -> dict[int, bytes]:
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> Any:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 800
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-4000:]
         if found := what():
@@ -115,7 +115,7 @@ def replicas_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2000)
 @pytest.mark.usefixtures("read_environment")
 def test_a_job_survives_the_death_of_a_replica_and_of_itself(
     tmp_path: Path, nvium_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +157,7 @@ def test_a_job_survives_the_death_of_a_replica_and_of_itself(
 
     process = start()
     try:
-        again = process.wait(400)
+        again = process.wait(800)
     finally:
         process.send_signal(signal.SIGTERM)
     assert again == 0, log.read_text()[-4000:]
