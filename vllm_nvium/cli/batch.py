@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
         delattr(usual, name)
     engine = engine_of(given, usual)
     cluster = Cluster(args.replicas, _cpus(args, engine.workers), args.address, args.engine_logs)
-    seeds = not getattr(args, "via_sd", None) if args.row_seeds is None else args.row_seeds
+    # VIA-SD decodes seeded requests without drafts.
+    drafts = (engine.arguments.get("additional_config") or {}).get("via_sd")
+    seeds = not drafts if args.row_seeds is None else args.row_seeds
     seed = (args.seed or 0) if seeds else None
     source, output = (path.expanduser().absolute() for path in (args.input, args.output))
     job = Job(source, output, engine, cluster, seed)
