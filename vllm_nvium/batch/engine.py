@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.engine.feature import running
+from vllm_nvium.environment import environment_for
 from vllm_nvium.errors import UserError, first_line
 
 # Flags that decide how fast a job runs, and not what it says; a job may go on with others.
@@ -126,14 +127,11 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     )
 
 
-def environment_of_replica(is_cpu: bool) -> dict[str, str]:
-    """The variables that a replica gets.
-
-    Args:
-        is_cpu: whether it runs vLLM's CPU build.
-    """
-    passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
-    if is_cpu:
+def environment_of_replica(engine: Engine) -> dict[str, str]:
+    """The variables that a replica gets, beside those that Ray gives it."""
+    whole = environment_for(engine.model, os.environ)
+    passed = {key: value for key, value in whole.items() if key.startswith(PASSED_ON)}
+    if engine.is_cpu:
         # Otherwise every replica of a machine binds its threads to the same cores.
         passed.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return passed

@@ -135,7 +135,7 @@ def _processor(
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
-        runtime_env={"env_vars": environment_of_replica(engine.is_cpu)},
+        runtime_env={"env_vars": environment_of_replica(engine)},
         placement_group_config=(
             {"bundles": [{"CPU": cluster.cpus}] * engine.workers} if engine.is_cpu else None
         ),

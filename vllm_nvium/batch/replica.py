@@ -11,7 +11,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
@@ -126,6 +126,7 @@ class Replica(vLLMEngineStageUDF):
     async def _result(self, index: int, text: bytes, before: int = 0) -> dict[str, Any]:
         """The result of a row, whatever is wrong with it."""
         from vllm.entrypoints.serve import create_error_response
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         custom_id = None
         try:
@@ -139,11 +140,14 @@ class Replica(vLLMEngineStageUDF):
             response = await self._response(read_row(fields, seed))
             if not hasattr(response, "error"):
                 return answered(index, custom_id, response.model_dump(mode="json"))
+        except EngineDeadError:
+            _end_process()
         except UserError as error:
             return failed(index, custom_id, str(error))
         except Exception as error:  # noqa: BLE001 - a bad row must not stop the job
             response = create_error_response(error)
-        self._exit_if_dead()
+        if self.llm.engine.errored:
+            _end_process()
         reason = response.error
         return failed(index, custom_id, reason.message, reason.code, reason.type)
 
@@ -154,12 +158,6 @@ class Replica(vLLMEngineStageUDF):
             raise UserError(f"the model has no {row.url}, because it does not generate text.")
         check_known(row.body, frozenset(request_class.model_fields))
         return await handler(request_class.model_validate(row.body))
-
-    def _exit_if_dead(self) -> None:
-        """End this process when its engine is dead: Ray starts another replica in its place, and
-        gives it the rows that this one had."""
-        if self.llm.engine.errored:
-            os._exit(1)
 
     def _counts(self) -> str:
         """What the engine counted, as JSON, once a second; empty in between."""
@@ -175,3 +173,9 @@ class Replica(vLLMEngineStageUDF):
                 if name := COUNTERS.get(sample.name):
                     counts[name] = counts.get(name, 0) + sample.value
         return json.dumps(counts)
+
+
+def _end_process() -> NoReturn:
+    """What a replica does whose engine is dead: Ray starts another in its place, and gives it the
+    rows that this one had. An exception would be taken for the rows' own."""
+    os._exit(1)

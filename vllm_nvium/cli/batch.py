@@ -77,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
     parser = args.parser
     del args.parser
     check(args)
-    # For this process, too: it makes the engine's configuration to check it.
-    os.environ.update(environment_for(args.model, os.environ))
+    # For this process, too: it makes the engine's configuration to check it. What is preloaded is
+    # for engines alone.
+    suited = environment_for(args.model, os.environ)
+    os.environ.update({key: value for key, value in suited.items() if key != "LD_PRELOAD"})
     from vllm_nvium.batch.engine import engine_of
     from vllm_nvium.batch.job import Job
     from vllm_nvium.batch.job import run as run_job
