@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("convert", "make an N-vium checkpoint"),
     "train": ("train", "train an N-vium checkpoint"),
     "eval": ("eval", "measure a checkpoint: perplexity, exits, expected speed-up"),
+    "batch": ("batch", "answer a file of requests, on one machine or a cluster"),
     "search-mask": ("search_mask", "find the layers that VIA-SD's slim verifier skips"),
 }
 

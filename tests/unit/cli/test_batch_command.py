@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-nvium batch` refuses what cannot work before anything starts, in one sentence, and leaves
+nothing behind."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from vllm_nvium.batch.engine import SECRET, SPEED_ONLY, engine_of
+from vllm_nvium.batch.job import rows_per_block
+from vllm_nvium.cli import batch, main
+from vllm_nvium.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return batch.make_parser(prog="vllm-nvium batch")
+
+
+def arguments(parser: Any, folder: Path, *words: str) -> argparse.Namespace:
+    source = folder / "in.jsonl"
+    source.write_text('{"prompt": "w3"}\n')
+    return parser.parse_args([str(source), str(folder / "out.jsonl"), "--model", "m", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--replicas", "0"], "--replicas is 0"),
+        (["--cpus-per-replica", "0"], "--cpus-per-replica is 0.0"),
+        (["--address", "ray://head:10001"], "--address auto"),
+        (["--model", "/nowhere/at/all"], "--model is '/nowhere/at/all', which does not exist"),
+    ],
+)
+def test_flags_that_cannot_work(
+    parser: argparse.ArgumentParser, tmp_path: Path, words: list[str], reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        batch.check(arguments(parser, tmp_path, *words))
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "reason"),
+    [
+        ("input", "missing.jsonl", "INPUT .* is not a file"),
+        ("input", "rows.csv", "INPUT .* must end in"),
+        ("output", "rows.txt", "OUTPUT .* must end in"),
+        ("output", "missing/out.jsonl", "does not exist"),
+    ],
+)
+def test_files_that_cannot_be_used(
+    parser: argparse.ArgumentParser, tmp_path: Path, field: str, name: str, reason: str
+) -> None:
+    args = arguments(parser, tmp_path)
+    setattr(args, field, tmp_path / name)
+    with pytest.raises(UserError, match=reason):
+        batch.check(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--data-parallel-size", "2"], "--data-parallel-size is 2; a batch job has --replicas"),
+        (["--distributed-executor-backend", "ray"], "vLLM's CPU build does not have"),
+        (["--nvium-sampling", "mixture"], "--nvium-sampling"),
+        (["--max-model-len", "100000"], "max_model_len"),
+    ],
+)
+def test_engines_that_are_refused(
+    parser: argparse.ArgumentParser,
+    tmp_path: Path,
+    dense_checkpoint: Path,
+    words: list[str],
+    reason: str,
+) -> None:
+    model = ["--model", str(dense_checkpoint)]
+    args = arguments(parser, tmp_path, *words, *model)
+    with pytest.raises(UserError, match=reason) as refused:
+        engine_of(args, arguments(parser, tmp_path, *model))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_is_what_was_given_and_nothing_else(
+    parser: argparse.ArgumentParser, tmp_path: Path, nvium_checkpoint: Path
+) -> None:
+    model = ["--model", str(nvium_checkpoint)]
+    words = ["--nvium-sampling", "mixture", "--max-num-seqs", "3", "--hf-token", "secret"]
+    words += ["--dtype", "float32"]
+    engine = engine_of(
+        arguments(parser, tmp_path, *model, *words), arguments(parser, tmp_path, *model)
+    )
+    assert engine.arguments == {
+        "dtype": "float32",
+        "max_num_seqs": 3,
+        "hf_token": "secret",
+        "additional_config": {"nvium_sampling": "mixture"},
+    }
+    assert engine.about == {
+        "--model": str(nvium_checkpoint),
+        "--dtype": "float32",
+        "--nvium-sampling": "mixture",
+    }
+    assert engine.max_num_seqs == 3 and engine.workers == 1 and engine.is_cpu
+
+
+def test_flags_that_do_not_count_are_flags(parser: argparse.ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions}
+    assert known >= SPEED_ONLY | SECRET
+
+
+def test_dense_models_on_cpu_compute_prompts_at_once(
+    parser: argparse.ArgumentParser, tmp_path: Path, dense_checkpoint: Path
+) -> None:
+    args = arguments(parser, tmp_path, "--model", str(dense_checkpoint))
+    assert engine_of(args, args).arguments == {"enable_chunked_prefill": False}
+
+
+def test_without_ray_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(batch, "find_spec", lambda name: None if name == "ray" else find(name))
+    assert main(["batch", "in.jsonl", "out.jsonl", "--model", "m"]) == 2
+    assert "pip install 'vllm-nvium[ray]'" in capsys.readouterr().err
+
+
+def test_small_jobs_have_a_block_for_every_replica_and_large_ones_few_blocks() -> None:
+    assert rows_per_block(1, 4) == 1
+    assert rows_per_block(200, 2) == 13
+    assert rows_per_block(10_000, 8) == 16
+    assert rows_per_block(1_000_000, 8) == 122
+    assert rows_per_block(10**9, 8) == 128

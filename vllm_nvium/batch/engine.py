@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a batch job, from vLLM's own flags: what a replica makes it of, and what of it the
+results depend on. vLLM's parser knows the flags of this package once its plugins are loaded."""
+
+import argparse
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_nvium.engine.feature import running
+from vllm_nvium.environment import environment_for
+from vllm_nvium.errors import UserError, first_line
+
+# Flags that decide how fast a job runs, and not what it says; a job may go on with others.
+SPEED_ONLY = frozenset(
+    {"disable_log_stats", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes"}
+    | {"max_num_batched_tokens", "max_num_seqs", "engine_logs"}
+)
+# Not for a file that others may read.
+SECRET = frozenset({"hf_token"})
+# Variables of the caller's environment that a replica must have too, wherever it runs.
+PASSED_ON = ("VLLM_", "HF_", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "LD_PRELOAD", "TOKENIZERS_")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a replica is made of.
+
+    Attributes:
+        model: a folder or a hub id.
+        arguments: of vLLM's `AsyncEngineArgs`, without the model; those that were given.
+        frontend: every flag of vLLM's OpenAI layer and engine, by name.
+        about: what the results depend on, by flag.
+        is_cpu: whether this is vLLM's CPU build.
+        max_num_seqs: sequences that it runs together.
+        workers: processes of one engine.
+    """
+
+    model: str
+    arguments: dict[str, Any]
+    frontend: dict[str, Any]
+    about: dict[str, Any]
+    is_cpu: bool
+    max_num_seqs: int
+    workers: int
+
+
+def add_engine_arguments(parser: Any) -> None:
+    """Add the flags of vLLM's engine and of its OpenAI layer.
+
+    Args:
+        parser: vLLM's `FlexibleArgumentParser`.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
+
+    BaseFrontendArgs.add_cli_args(parser)
+    AsyncEngineArgs.add_cli_args(parser)
+
+
+def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
+    """The engine that flags ask for.
+
+    Args:
+        args: every flag of `add_engine_arguments`.
+        defaults: the same for a command that gives the model only.
+
+    Raises:
+        UserError: vLLM or this package refuses them.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    if (args.data_parallel_size or 1) > 1:
+        raise UserError(
+            f"--data-parallel-size is {args.data_parallel_size}; a batch job has --replicas for "
+            "that, so leave it out."
+        )
+    is_cpu = current_platform.is_cpu()
+    if is_cpu and args.distributed_executor_backend == "ray":
+        raise UserError(
+            "--distributed-executor-backend is 'ray', which vLLM's CPU build does not have: leave "
+            "it out, and use --replicas for more machines."
+        )
+    try:
+        asked, usual = AsyncEngineArgs.from_cli_args(args), AsyncEngineArgs.from_cli_args(defaults)
+        arguments = {
+            field.name: value
+            for field in fields(asked)
+            if (value := getattr(asked, field.name)) != getattr(usual, field.name)
+            # Ray's processor sets it itself.
+            and field.name != "enable_log_requests"
+        }
+        # A machine that only drives a cluster may have no device to check for.
+        with quiet():
+            config = None if current_platform.is_unspecified() else asked.create_engine_config()
+    except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the engine does not start ({_reason(error)}).") from error
+    if is_cpu and args.enable_chunked_prefill is None and running(config) is None:
+        # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
+        arguments["enable_chunked_prefill"] = False
+    workers = (args.tensor_parallel_size or 1) * (args.pipeline_parallel_size or 1)
+    if is_cpu and workers > 1:
+        # Without one, Ray's processor takes its own.
+        arguments.setdefault("distributed_executor_backend", "mp")
+    given = {
+        key: value
+        for key, value in vars(args).items()
+        if value != getattr(defaults, key) and key not in SPEED_ONLY | SECRET
+    }
+    return Engine(
+        # Replicas may stand in another folder.
+        model=str(Path(asked.model).absolute()) if Path(asked.model).is_dir() else asked.model,
+        arguments=arguments,
+        frontend=vars(args),
+        about={"--model": asked.model}
+        | {f"--{key.replace('_', '-')}": _plain(value) for key, value in sorted(given.items())},
+        is_cpu=is_cpu,
+        max_num_seqs=256 if config is None else config.scheduler_config.max_num_seqs,
+        workers=workers,
+    )
+
+
+def environment_of_replica(engine: Engine) -> dict[str, str]:
+    """The variables that a replica gets, beside those that Ray gives it."""
+    whole = environment_for(engine.model, os.environ)
+    passed = {key: value for key, value in whole.items() if key.startswith(PASSED_ON)}
+    if engine.is_cpu:
+        # Otherwise every replica of a machine binds its threads to the same cores.
+        passed.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return passed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While vLLM and Ray say in this process what replicas say again."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | list | dict) else str(value)
+
+
+def _reason(error: Exception) -> str:
+    """vLLM's sentence out of pydantic's wrapping."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ").split("\n")[0].rstrip(".")
+    return first_line(error)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The input of a batch job, JSON lines or Parquet: how many rows it has, what identifies it, and
+where each block of rows begins, so that any block can be read alone."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vllm_nvium.errors import UserError, first_line
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+PARQUET_SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A file of JSON lines. Empty lines are no rows.
+
+    Attributes:
+        offsets: of every block of `block` rows, in bytes.
+    """
+
+    path: Path
+    rows: int
+    block: int
+    offsets: array  # type: ignore[type-arg]
+
+    def blocks(self) -> range:
+        return range(len(self.offsets))
+
+    def indices(self, number: int) -> range:
+        """Numbers of the rows of a block, from 0."""
+        first = number * self.block
+        return range(first, min(first + self.block, self.rows))
+
+    def read(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Number and text of the rows of a block."""
+        return read_block(self.path, self.offsets[number], self.indices(number))
+
+
+def read_block(path: Path, offset: int, indices: range) -> Iterator[tuple[int, bytes]]:
+    """Number and text of the rows that begin at an offset of a file of JSON lines."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        lines = (line.strip() for line in file)
+        yield from zip(indices, islice((line for line in lines if line), len(indices)), strict=True)
+
+
+def check_suffix(flag: str, path: Path) -> None:
+    """Refuse a file that is neither JSON lines nor Parquet by its name.
+
+    Raises:
+        UserError: it is.
+    """
+    if path.suffix not in (*JSON_SUFFIXES, PARQUET_SUFFIX):
+        raise UserError(
+            f"{flag} is {str(path)!r}; its name must end in {', '.join(JSON_SUFFIXES)} or "
+            f"{PARQUET_SUFFIX}."
+        )
+
+
+def digest_of(path: Path) -> str:
+    """What identifies a file: the SHA-256 of its bytes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"INPUT {path} cannot be read ({error.strerror}).") from None
+
+
+def scan(path: Path, block: int) -> Lines:
+    """Find the rows of a file of JSON lines.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    offsets, rows, offset = array("q"), 0, 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    if rows % block == 0:
+                        offsets.append(offset)
+                    rows += 1
+                offset += len(line)
+    except OSError as error:
+        raise UserError(f"INPUT {path} cannot be read ({error.strerror}).") from None
+    if not rows:
+        raise UserError(f"INPUT {path} has no rows.")
+    return Lines(path, rows, block, offsets)
+
+
+def parquet_to_lines(path: Path, out: Path) -> None:
+    """Write the rows of a Parquet file as JSON lines, one by one: its row groups are too large to
+    be read once for every block.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file, out.open("w", encoding="utf-8") as lines:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist(maps_as_pydicts="lossy"):
+                    lines.write(json.dumps(_given(row), default=str, ensure_ascii=False) + "\n")
+    except (ArrowException, OSError) as error:
+        raise UserError(
+            f"INPUT {path} is not a readable Parquet file ({first_line(error)})."
+        ) from (None)
+
+
+def _given(value: Any) -> Any:
+    """Without the fields that are None: in a column, what one row has every row has."""
+    if isinstance(value, dict):
+        return {key: _given(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_given(entry) for entry in value]
+    return value
