@@ -5,6 +5,7 @@ they are, is found out by running them.
 """
 
 from abc import abstractmethod
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -95,6 +96,8 @@ class LowPrecisionLinear(nn.Module):
     kind: ClassVar[str]
     device_type: ClassVar[str]
     bytes_per_weight: ClassVar[float]
+    levels: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class LowPrecisionLinear(nn.Module):
         returns_bias: bool = True,
     ) -> None:
         super().__init__()
-        self.bias, self.returns_bias = bias, returns_bias
+        self.bias, self.returns_bias, self.outputs = bias, returns_bias, weight.shape[0]
         self.copy_weight(weight)
 
     @classmethod
@@ -113,11 +116,14 @@ class LowPrecisionLinear(nn.Module):
 
     @abstractmethod
     def copy_weight(self, weight: torch.Tensor) -> None:
-        """Makes the copy of a weight [N, K], or makes it anew."""
+        """Makes the copy of a weight [N, K], or makes it anew: `levels` and `scales`."""
 
+    @staticmethod
     @abstractmethod
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`x W^T`, [T, N], for x [T, K] bfloat16."""
+    def product(
+        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        """`x W^T`, [T, N], for x [T, K] bfloat16 and N outputs."""
 
     @classmethod
     @abstractmethod
@@ -126,7 +132,13 @@ class LowPrecisionLinear(nn.Module):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """`x W^T`, in the dtype of x."""
-        return self.product(x.to(torch.bfloat16)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            # One operator that the compiler does not look into: that which was compared with its
+            # formula at start is what runs. With the parts in its sight, torch 2.13's compiler
+            # rounded what attention had not written yet.
+            return _product(x, self.levels, self.scales, type(self).__name__, self.outputs)
+        output = self.product(x.to(torch.bfloat16), self.levels, self.scales, self.outputs)
+        return output.to(x.dtype)
 
     def forward(self, x: torch.Tensor) -> Any:
         output = self.multiply(x)
@@ -164,10 +176,13 @@ class Int4Linear(LowPrecisionLinear):
             scales.append(of_part.to(torch.bfloat16))
         self._keep(levels=torch.cat(packed), scales=torch.cat(scales, dim=1).contiguous())
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        group = x.shape[1] // self.scales.shape[0]
+    @staticmethod
+    def product(
+        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        group = x.shape[1] // scales.shape[0]
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return multiply(x.contiguous(), self.levels, group, self.scales)
+        return multiply(x.contiguous(), levels, group, scales)
 
     @classmethod
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
@@ -194,10 +209,13 @@ class Int4LinearOnCUDA(Int4Linear):
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, self.TILES)
         self._keep(levels=packed, scales=scales.to(torch.bfloat16))
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        group = x.shape[1] // self.scales.shape[0]
+    @staticmethod
+    def product(
+        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        group = x.shape[1] // scales.shape[0]
         multiply = torch.ops.aten._weight_int4pack_mm
-        return multiply(x.contiguous(), self.levels, group, self.scales)
+        return multiply(x.contiguous(), levels, group, scales)
 
 
 class Int8Linear(LowPrecisionLinear):
@@ -217,9 +235,11 @@ class Int8Linear(LowPrecisionLinear):
         levels, scales = _int8_in_parts(weight)
         self._keep(levels=levels, scales=scales.to(torch.bfloat16))
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        multiply = torch.ops.aten._weight_int8pack_mm
-        return multiply(x.contiguous(), self.levels, self.scales)
+    @staticmethod
+    def product(
+        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), levels, scales)
 
     @classmethod
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
@@ -242,18 +262,21 @@ class Int8LinearByOneDNN(LowPrecisionLinear):
 
     def copy_weight(self, weight: torch.Tensor) -> None:
         levels, scales = _int8_in_parts(weight)
-        # oneDNN packs the levels and keeps a pointer to the scales.
-        self.scales = scales
-        self.handler = custom_ops().create_onednn_scaled_mm(
+        handler = custom_ops().create_onednn_scaled_mm(
             levels.t(), scales, torch.bfloat16, True, False, self.PRIMITIVES
         )
-        self.outputs = weight.shape[0]
+        # oneDNN packs the levels, keeps a pointer to the scales, and is known by a pointer.
+        self._keep(levels=handler.handler_tensor, scales=scales)
+        self._handlers = [*getattr(self, "_handlers", ()), handler]
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        ops = custom_ops()
-        levels, scales, _ = ops.onednn_scaled_int8_quant(x.contiguous(), None, None, True)
-        output = x.new_empty(x.shape[0], self.outputs)
-        ops.onednn_scaled_mm(self.handler, levels, output, scales, None, None, None)
+    @staticmethod
+    def product(
+        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        ops, handler = custom_ops(), SimpleNamespace(handler_tensor=levels)
+        rounded, of_rows, _ = ops.onednn_scaled_int8_quant(x.contiguous(), None, None, True)
+        output = x.new_empty(x.shape[0], outputs)
+        ops.onednn_scaled_mm(handler, rounded, output, of_rows, None, None, None)
         return output
 
     @classmethod
@@ -279,10 +302,13 @@ class FP8Linear(LowPrecisionLinear):
         levels = torch.cat([levels for levels, _ in parts])
         self._keep(levels=levels, scales=torch.cat([scale for _, scale in parts]).t())
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        levels, scales = quantise_fp8(x)
+    @staticmethod
+    def product(
+        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        rounded, of_rows = quantise_fp8(x)
         return torch._scaled_mm(
-            levels, self.levels.t(), scale_a=scales, scale_b=self.scales, out_dtype=torch.bfloat16
+            rounded, levels.t(), scale_a=of_rows, scale_b=scales, out_dtype=torch.bfloat16
         )
 
     @classmethod
@@ -298,6 +324,22 @@ LAYERS: tuple[type[LowPrecisionLinear], ...] = (
     Int8LinearByOneDNN,
     FP8Linear,
 )
+
+
+@torch.library.custom_op("vllm_nvium::low_precision_product", mutates_args=())
+def _product(
+    x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, layer: str, outputs: int
+) -> torch.Tensor:
+    """`LowPrecisionLinear.multiply` of a class by its name."""
+    [cls] = [each for each in LAYERS if each.__name__ == layer]
+    return cls.product(x.to(torch.bfloat16), levels, scales, outputs).to(x.dtype)
+
+
+@_product.register_fake
+def _(
+    x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, layer: str, outputs: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 def layers_for(device_type: str, kinds: tuple[str, ...] = KINDS) -> list[type[LowPrecisionLinear]]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers at low precision: the formulas of their copies, and the kernels against them."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -109,11 +111,13 @@ def test_kernels_that_are_wrong_or_missing_are_not_used(monkeypatch: pytest.Monk
     """An operator that exists may still be wrong on a processor that it was not tried on."""
 
     class Wrong(Int8Linear):
-        def product(self, x: torch.Tensor) -> torch.Tensor:
-            return super().product(x) * 1.2
+        @staticmethod
+        def product(x: torch.Tensor, *packed: Any) -> torch.Tensor:
+            return Int8Linear.product(x, *packed) * 1.2
 
     class Missing(Int8Linear):
-        def product(self, x: torch.Tensor) -> torch.Tensor:
+        @staticmethod
+        def product(x: torch.Tensor, *packed: Any) -> torch.Tensor:
             result: torch.Tensor = torch.ops.aten.no_such_operator(x)
             return result
 
