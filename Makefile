@@ -30,8 +30,9 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/vllm-nvium demo --serve $(MODEL) $(ARGS)
 
+# In two processes, each with its own files: engines of one file may share what they have started.
 test: $(TEST_READY)
-	$(TEST_BIN)/python -m pytest -q $(ARGS)
+	$(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 # Formulas and files: no engine is started, and nothing that takes seconds. Two minutes on two cores.
 test-fast: $(TEST_READY)
