@@ -198,7 +198,7 @@ def test_everything_that_is_wrapped_is_in_the_table() -> None:
         and ast.unparse(node.func) == "patch.object"
         and isinstance(node.args[1], ast.Constant)
     }
-    assert {"CPUModelRunner", "expand_batch_to_tokens"} <= replaced
+    assert "CPUModelRunner" in replaced
     assert sorted(replaced - {last(hook) for hook in written_down()}) == []
 
 
