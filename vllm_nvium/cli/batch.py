@@ -55,9 +55,9 @@ def make_parser(**about: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--row-seeds",
         action=argparse.BooleanOptionalAction,
+        default=True,
         help="give rows that have no seed one made from --seed and their place, so that a job "
-        "reproduces whatever its replicas (default: yes, but not with --via-sd, which decodes "
-        "seeded requests without drafts)",
+        "reproduces whatever its replicas (default: yes)",
     )
     parser.add_argument("--engine-logs", action="store_true", help="print what the replicas print")
     add_engine_arguments(parser)
@@ -93,10 +93,7 @@ def run(args: argparse.Namespace) -> int:
         delattr(usual, name)
     engine = engine_of(given, usual)
     cluster = Cluster(args.replicas, _cpus(args, engine.workers), args.address, args.engine_logs)
-    # VIA-SD decodes seeded requests without drafts.
-    drafts = (engine.arguments.get("additional_config") or {}).get("via_sd")
-    seeds = not drafts if args.row_seeds is None else args.row_seeds
-    seed = (args.seed or 0) if seeds else None
+    seed = (args.seed or 0) if args.row_seeds else None
     source, output = (path.expanduser().absolute() for path in (args.input, args.output))
     job = Job(source, output, engine, cluster, seed)
     try:
