@@ -66,6 +66,15 @@ def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:
     for action in parser._actions:
         if action.option_strings and common.isdisjoint(action.option_strings):
             action.help = argparse.SUPPRESS
+    # argparse's own usage is lines of brackets, and Python 3.11's cannot leave options out.
+    words = [parser.prog]
+    for action in parser._actions:
+        name = action.metavar or action.dest.upper()
+        if action.option_strings and action.required:
+            words.append(f"{action.option_strings[0]} {name}")
+        elif not action.option_strings:
+            words.append(name if action.required else f"[{name}]")
+    parser.usage = " ".join([*words, "[options]"])
 
 
 def _parser_of(command: ModuleType, prog: str) -> argparse.ArgumentParser:

@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         default="",
-        help="folder or hub id, N-vium or dense (default: SmolLM2-135M)",
+        help="folder or hub id, N-vium or dense (default: SmolLM2)",
     )
-    parser.add_argument("--prompt", action="append", help="may be repeated")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     parser.add_argument(
         "--max-tokens", type=int, default=48, metavar="N", help="per prompt (default: 48)"
     )
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the model as vLLM does by default: minutes more (default: on GPUs only)",
+        help="compile the model, which takes minutes (default: on GPUs)",
     )
     parser.add_argument(
         "--exits",
