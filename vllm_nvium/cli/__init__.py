@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `vllm-nvium` command. Each sub-command is a module with `run` and `add_arguments`, or in its
-place `make_parser`; one with many options names in `COMMON` those that `--help` shows. It is imported only when that command is meant: most need torch, `--help` and
-`setup-cpu` must not."""
+place `make_parser`; one with many options names those that `--help` shows in `COMMON`. It is
+imported only when that command is meant: most need torch, `--help` and `setup-cpu` must not."""
 
 import argparse
 import importlib

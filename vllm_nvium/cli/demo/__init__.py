@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=48, metavar="N", help="per prompt (default: 48)"
     )
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="of all runs (default: 1 for N-vium, else 0)"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of all runs (default: .5 for N-vium, else 0)",
     )
     parser.add_argument(
         "--compile",

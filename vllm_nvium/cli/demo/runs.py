@@ -16,6 +16,8 @@ from vllm_nvium.cli.demo.checkpoint import Models
 from vllm_nvium.console import complain
 from vllm_nvium.errors import UserError
 
+# Of N-vium where nothing is said: sampled, so that tokens leave early, and still text to read.
+WARM = 0.5
 # Lines of a failed engine's log that are shown.
 TAIL = 40
 
@@ -41,10 +43,10 @@ def runs_of(models: Models, temperature: float | None, sampling: str | None) -> 
     """The runs that apply: a checkpoint that was N-vium from the start has no dense parent.
 
     Args:
-        temperature: of all runs; None for 1 as N-vium, where tokens leave early, and else 0.
+        temperature: of all runs; None for `WARM` as N-vium and else 0.
     """
     cold = 0.0 if temperature is None else temperature
-    warm = 1.0 if temperature is None else temperature
+    warm = WARM if temperature is None else temperature
     nvium = Run(
         "nvium",
         f"N-vium, {_words(warm)}: tokens leave the network early",
