@@ -69,7 +69,7 @@ def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:
     # argparse's own usage is lines of brackets, and Python 3.11's cannot leave options out.
     words = [parser.prog]
     for action in parser._actions:
-        name = action.metavar or action.dest.upper()
+        name = str(action.metavar or action.dest.upper())
         if action.option_strings and action.required:
             words.append(f"{action.option_strings[0]} {name}")
         elif not action.option_strings:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         metavar="T",
-        help="of all runs (default: .5 for N-vium, else 0)",
+        help="of all runs (default: N-vium .5, else 0)",
     )
     parser.add_argument(
         "--compile",

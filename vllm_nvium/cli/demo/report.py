@@ -197,7 +197,9 @@ def same_text(plain: Sequence[Answer], other: Sequence[Answer]) -> str:
 def summary(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The rows of the table, its head first."""
     plain = next((result for result in results if result.run.kind == "plain"), None)
-    rows = [("", "tokens/s", "ratio", "mean depth", "full passes/token", "same text")]
+    rows: list[tuple[str, ...]] = [
+        ("", "tokens/s", "ratio", "mean depth", "full passes/token", "same text")
+    ]
     for result in results:
         depth = result.mean_depth()
         passes = sum(answer.full_passes for answer in result.answers)
