@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 from vllm_nvium.console import complain
@@ -66,6 +67,11 @@ def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:
     for action in parser._actions:
         if action.option_strings and common.isdisjoint(action.option_strings):
             action.help = argparse.SUPPRESS
+    for group in parser._action_groups:
+        if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.description = None
+    # vLLM's parser lists groups instead.
+    parser.format_help = partial(argparse.ArgumentParser.format_help, parser)  # type: ignore
     # argparse's own usage is lines of brackets, and Python 3.11's cannot leave options out.
     words = [parser.prog]
     for action in parser._actions:
