@@ -68,8 +68,7 @@ def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:
         if action.option_strings and common.isdisjoint(action.option_strings):
             action.help = argparse.SUPPRESS
     for group in parser._action_groups:
-        if all(action.help == argparse.SUPPRESS for action in group._group_actions):
-            group.description = None
+        group.description = None
     # vLLM's parser lists groups instead.
     parser.format_help = partial(argparse.ArgumentParser.format_help, parser)  # type: ignore
     # argparse's own usage is lines of brackets, and Python 3.11's cannot leave options out.

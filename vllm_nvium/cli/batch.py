@@ -14,7 +14,7 @@ from vllm_nvium.environment import environment_for
 from vllm_nvium.errors import UserError
 
 # `--help` shows these; --help-all the others, and vLLM's, too.
-COMMON = ("--model", "--replicas", "--address", "--via-sd")
+COMMON = ("--model", "--replicas", "--address")
 
 
 def make_parser(**about: Any) -> argparse.ArgumentParser:

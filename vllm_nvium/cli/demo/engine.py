@@ -37,7 +37,7 @@ def main(events: TextIO, request: dict[str, Any]) -> int:
         max_num_seqs=1,
     )
     runner = runner_of(llm)
-    config = llm.llm_engine.vllm_config.model_config.hf_text_config
+    config = llm.llm_engine.vllm_config.model_config
     tokenizer = llm.get_tokenizer()
     is_chat = bool(getattr(tokenizer, "chat_template", None))
 
@@ -54,8 +54,8 @@ def main(events: TextIO, request: dict[str, Any]) -> int:
     tell(
         "loaded",
         seconds=time.perf_counter() - start,
-        num_layers=config.num_hidden_layers,
-        exit_layers=list(getattr(config, "exit_layers", ())),
+        num_layers=config.hf_text_config.num_hidden_layers,
+        exit_layers=list(getattr(config.hf_config, "exit_layers", ())),
     )
     watch = Watch(runner, request["kind"])
     for prompt in request["prompts"]:
