@@ -19,16 +19,16 @@ BIN := $(VENV)/bin
 TEST_BIN := $(if $(VLLM),$(OVERLAY),$(VENV))/bin
 TEST_READY := $(if $(VLLM),$(OVERLAY)/.made,$(VENV)/.installed-test)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# In a log, pip's progress bar is a page of fragments.
-QUIET := $(if $(MAKE_TERMOUT),,--quiet --progress-bar off)
+# Twice: nothing but errors.
+QUIET := -qq
 
 .PHONY: demo serve test test-fast soak-exactness check doctor vllm-overlay record-vllm clean
 
 demo: $(VENV)/.installed
-	$(BIN)/vllm-nvium demo $(MODEL) $(ARGS)
+	@$(BIN)/vllm-nvium demo $(MODEL) $(ARGS)
 
 serve: $(VENV)/.installed
-	$(BIN)/vllm-nvium demo --serve $(MODEL) $(ARGS)
+	@$(BIN)/vllm-nvium demo --serve $(MODEL) $(ARGS)
 
 # In two processes, each with its own files: engines of one file may share what they have started.
 test: $(TEST_READY)
@@ -64,10 +64,11 @@ clean:
 	rm -rf $(VENV) .venv-vllm-* build *.egg-info
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	@echo "Installing vLLM ($(BUILD) build) and this package into $(VENV) ..."
+	@echo "Installing vLLM ($(BUILD) build) and this package into $(VENV), gigabytes: several minutes ..."
 	@$(PIP) install $(QUIET) -e '.[$(BUILD),demo]' || { \
 	  echo "The installation failed; when pip found no torch ending in +cpu, let it search" >&2; \
 	  echo "PyTorch's CPU package index too (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)." >&2; exit 1; }
@@ -76,6 +77,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 # Without [cpu]: asking for vLLM again would bring back what setup-cpu removed.
 $(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing what the tests need ..."
 	@$(PIP) install $(QUIET) -e '.[test]'
 	@touch $@
 

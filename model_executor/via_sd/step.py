@@ -33,6 +33,7 @@ class Window:
         stop_tokens: after one of these nothing more is drafted.
         tokens, tiers: of the window so far.
         confidences: the largest probability of the slim verifier's law where it drew each of them.
+        drafted: whether each of them was a draft, and not the slim verifier's own.
         noise: how many tokens of it stand before a position -> state of the request's generator
             before it draws the noise of that position, where that is known.
     """
@@ -48,6 +49,7 @@ class Window:
     tokens: list[int] = field(default_factory=list)
     tiers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
     noise: dict[int, torch.Tensor] = field(default_factory=dict)
     is_open: bool = True
     rounds: int = 0
@@ -151,11 +153,17 @@ def extend(windows: Sequence[Window], drafts: Drafts, draws: SlimDraws, found: C
                 new, kinds = new[: place + 1], kinds[: place + 1]
                 break
         window.tokens += new
+        window.drafted += [place < accepted[row] for place in range(len(new))]
         window.confidences += draws.confidences[first : first + len(new)]
         first += len(drafts.tokens[row]) + 1
         window.tiers += kinds if window.is_paper else [ACCEPT] * len(new)
         window.rounds += 1
-        for of_tokens in (window.tokens, window.tiers, window.confidences):
+        for of_tokens in (
+            window.tokens,
+            window.tiers,
+            window.confidences,
+            window.drafted,
+        ):
             del of_tokens[window.limit :]
         window.is_open = (
             bool(new)

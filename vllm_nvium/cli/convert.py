@@ -11,6 +11,9 @@ from vllm_nvium.console import comma_separated, say
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.families import FAMILIES
 
+# `--help` shows these; --help-all the others too.
+COMMON = ("--exits", "--exit-layers", "--force")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `vllm-nvium convert` to a parser."""

@@ -17,6 +17,8 @@ from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
 
 DTYPES = ("float32", "bfloat16")
+# `--help` shows these; --help-all the others too.
+COMMON = ("--text", "--dense", "--max-tokens", "--plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,9 @@ from vllm_nvium.cli.common import check_at_least, check_output
 from vllm_nvium.console import complain, say
 from vllm_nvium.errors import UserError
 
+# `--help` shows these; --help-all the others too.
+COMMON = ("--data", "--out", "--skip-ratio", "--trials", "--resume")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `vllm-nvium search-mask` to a parser."""

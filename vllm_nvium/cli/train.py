@@ -11,6 +11,9 @@ from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.train import train
 from vllm_nvium.console import say
 
+# `--help` shows these; --help-all the others too.
+COMMON = ("--out", "--text", "--validation", "--method", "--config")
+
 
 def make_parser(**about: Any) -> argparse.ArgumentParser:
     """The parser of every training option.

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
 LABELS = ("model_name", "engine")
+# An observer of tokens, in the engine's own process: called after a step for each request that got
+# some, with vLLM's id of the request and a number for each of its new tokens, in order. What the
+# numbers mean the method says. The last tokens may be cut off behind a stop.
+OnTokens = Callable[[str, Sequence[int]], None]
 
 
 class Counts:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_nvium.engine.stats import Counts, MethodStatLogger, Metric, Reporter, percent, ratio
+from vllm_nvium.engine.stats import (
+    Counts,
+    MethodStatLogger,
+    Metric,
+    OnTokens,
+    Reporter,
+    percent,
+    ratio,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +63,12 @@ class StepObserver:
 
     Args:
         segment_layers: layers of each segment.
+
+    Attributes:
+        on_tokens: told of the exit that each new token left at, from 0; the last is the final head.
     """
+
+    on_tokens: OnTokens | None = None
 
     def __init__(self, segment_layers: Sequence[int]) -> None:
         self.layers = np.asarray(segment_layers)
@@ -82,6 +95,9 @@ class StepObserver:
         # At full depth nothing of these requests is left behind.
         behind = 0 if depth == len(self.layers) else batch.last + 1 - batch.complete
         self.deferred = int(np.sum(behind))
+        if self.on_tokens is not None:
+            for row in np.flatnonzero(sampled):
+                self.on_tokens(step.request_ids[row], [int(step.exits[row])])
 
     def report(self) -> dict[str, Any]:
         """For the output of the step."""

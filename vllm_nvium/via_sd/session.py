@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_nvium.engine.stats import Reporter
+from vllm_nvium.engine.stats import OnTokens, Reporter
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, extend
@@ -19,6 +19,9 @@ from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
 from vllm_nvium.via_sd.requests import ViaSDRequests
 from vllm_nvium.via_sd.stats import ViaSDCounts
 from vllm_nvium.via_sd.step_view import StepView
+
+# Whose word a token was.
+DRAFTER, SLIM, FULL = 0, 1, 2
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -31,7 +34,13 @@ class Session:
         options: of the engine.
         can_draft_again: see `StepView`; behind a drafter that cannot, the slim verifier goes on
             alone.
+
+    Attributes:
+        on_tokens: told whose word each new token was, `DRAFTER`, `SLIM` or `FULL`. All of them are
+            what the full model says itself, save those that the paper's rule keeps.
     """
+
+    on_tokens: OnTokens | None = None
 
     def __init__(self, options: ViaSDOptions, can_draft_again: bool) -> None:
         self.options = options
@@ -163,6 +172,8 @@ class Session:
         for request_id, tokens in zip(request_ids, sampled, strict=True):
             drafts = self.verified.get(request_id, ())
             request = self.requests.get(request_id)
+            if tokens and self.on_tokens is not None:
+                self.on_tokens(request_id, self._whose(request_id, len(tokens)))
             if not tokens or request is None:
                 continue
             if self.is_decode:
@@ -187,6 +198,16 @@ class Session:
             )
         # Requests that had no turn in this step still wait with their drafts.
         self.requests.forget_drafts(request_ids)
+
+    def _whose(self, request_id: str, count: int) -> list[int]:
+        """Whose word each of the new tokens of a request is: the last is the full model's."""
+        drafts = list(self.verified.get(request_id, ()))[: count - 1]
+        window = self.requests.window(request_id)
+        whose = [DRAFTER] * len(drafts)
+        # vLLM may have replaced a window when the request was preempted.
+        if window is not None and drafts == window.tokens[: len(drafts)]:
+            whose = [DRAFTER if drafted else SLIM for drafted in window.drafted[: len(drafts)]]
+        return [*whose, FULL]
 
     # --- the window -----------------------------------------------------------------------------
 

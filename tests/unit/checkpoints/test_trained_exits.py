@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from vllm_nvium.checkpoints.convert.exits import OWN
-from vllm_nvium.cli import demo
+from vllm_nvium.cli.demo import checkpoint as demo
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -62,8 +62,8 @@ def test_the_demo_puts_them_into_its_model(
         return []
 
     monkeypatch.setattr(demo, "convert", convert)
-    made = demo.prepare("")
+    made = demo.prepare("").nvium
     assert made.parent == tmp_path and "trained" in made.name
-    assert demo.prepare("") == made and asked == [demo.TRAINED_EXITS]
+    assert demo.prepare("").nvium == made and asked == [demo.TRAINED_EXITS]
     # Asked for other exits, it makes untrained ones.
-    assert demo.prepare("", exits=[1, 2]) != made and asked[1] is None
+    assert demo.prepare("", exits=[1, 2]).nvium != made and asked[1] is None

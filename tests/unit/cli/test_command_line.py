@@ -26,6 +26,22 @@ assert not {"torch", "transformers", "vllm"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_a_screen(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            cli.main([name, flag])
+        shown.append(capsys.readouterr().out)
+    assert len(shown[0].splitlines()) <= 24
+    if shown[1]:
+        assert "--help-all" in shown[0]
+        assert len(shown[1].splitlines()) > len(shown[0].splitlines())
+
+
 @pytest.mark.parametrize("words", [[], ["evaluate"], ["--", "--json"]])
 def test_an_unknown_command_stops_the_parser(
     words: list[str], capsys: pytest.CaptureFixture[str]

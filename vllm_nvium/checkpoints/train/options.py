@@ -54,20 +54,19 @@ class TrainOptions:
         "dense checkpoint to start from (folder, hub id, .gguf) or an N-vium one (folder); with "
         "--method scratch a config.json, of an N-vium model or of a dense one (a twin)",
     )
-    out: str = _option("", "folder of the run: checkpoints, history.jsonl, exits/ and model/")
+    out: str = _option("", "folder of the run; makes exits/ and model/ in it")
     text: list[str] = _option(
         [],
         "training text: files, folders, .jsonl, or names of the datasets library",
     )
     validation: list[str] = _option(
         [],
-        "validation texts, never trained on; with --controller the mixture is held at the parent's "
-        "loss on each of them",
+        "never trained on; the mixture is held at the parent's loss on each of them",
     )
     method: Literal["exits", "lora", "full", "scratch"] = _option(
         "exits",
-        "exits: the backbone stays as it is; lora: and low-rank changes of the backbone, merged at "
-        "the end; full: everything; scratch: from random weights, the paper's recipe",
+        "what learns: the exits; lora: and low-rank changes of the backbone, merged at the end; "
+        "full: everything; scratch: from random weights",
     )
     exit_layers: list[int] = _option(
         [],

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo prints, from numbers: colours, marks, the table, and a line of curl."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_nvium.cli.demo.checkpoint import Models
+from vllm_nvium.cli.demo.engine import pieces
+from vllm_nvium.cli.demo.report import (
+    TIERS,
+    Answer,
+    Palette,
+    Result,
+    colours_of,
+    exits_of,
+    painted,
+    same_text,
+    summary,
+)
+from vllm_nvium.cli.demo.runs import runs_of
+from vllm_nvium.cli.demo.server import curl_line
+from vllm_nvium.via_sd.session import DRAFTER, FULL, SLIM
+
+MODELS = Models("m", Path("nvium"), "dense")
+
+
+def answer(sources: list[int], ids: list[int] | None = None, passes: int = 0) -> Answer:
+    words = [f" w{place}" for place in range(len(sources))]
+    return Answer("p", words, ids or list(range(len(sources))), sources, 2.0, passes)
+
+
+def test_marks_and_colours_tell_sources() -> None:
+    exits = exits_of([4, 6], 8)
+    said = answer([0, 0, 2, 1])
+    assert painted(said, exits, Palette(0)) == "[1: w0 w1] w2[2: w3]"
+    assert painted(said, exits, Palette(8)) == ("\x1b[32m w0 w1\x1b[0m w2\x1b[36m w3\x1b[0m")
+    assert painted(said, exits, Palette(24)).startswith("\x1b[38;2;60;200;90m w0 w1\x1b[0m w2")
+    assert painted(said, [], Palette(24)) == " w0 w1 w2 w3"
+
+
+def test_tiers_are_those_of_the_session() -> None:
+    marks = {DRAFTER: "d", SLIM: "s", FULL: ""}
+    assert [source.mark for source in TIERS] == [marks[place] for place in range(3)]
+
+
+def test_colours_end_with_the_line() -> None:
+    said = Answer("p", ["a\n", "\nb"], [1, 2], [0, 0], 1.0, 0)
+    assert painted(said, TIERS, Palette(8)) == "\x1b[32ma\x1b[0m\n\n\x1b[32mb\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_terminal", "depth"),
+    [
+        ({}, True, 8),
+        ({"COLORTERM": "truecolor"}, True, 24),
+        ({"COLORTERM": "truecolor", "NO_COLOR": "1"}, True, 0),
+        ({"TERM": "dumb"}, True, 0),
+        ({"COLORTERM": "truecolor"}, False, 0),
+    ],
+)
+def test_colours_are_for_terminals(
+    environment: dict[str, str], is_terminal: bool, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    assert colours_of(environment).depth == depth
+
+
+def test_the_table() -> None:
+    plain, nvium, via_sd = (Result(run) for run in runs_of(MODELS, None, None))
+    plain.start(8, [])
+    nvium.start(8, [4])
+    via_sd.start(8, [])
+    plain.answers = [Answer("p", ["a"] * 4, [1, 2, 3, 4], [], 2.0, 4)]
+    nvium.answers = [Answer("p", ["a"] * 4, [1, 2, 5, 6], [0, 0, 0, 1], 1.0, 1)]
+    via_sd.answers = [Answer("p", ["a"] * 4, [1, 2, 3, 4], [2, 0, 1, 2], 4.0, 2)]
+    assert summary([plain, nvium, via_sd])[1:] == [
+        ("plain, greedy", "2.0", "1.00x", "100 %", "1.00", "-"),
+        ("N-vium, temperature 0.5", "4.0", "2.00x", "62 %", "0.25", "-"),
+        ("--via-sd, greedy", "1.0", "0.50x", "-", "0.50", "yes"),
+    ]
+    assert nvium.shares() == "4 tokens in 1.0 s: 75 % exit 1, 25 % final head."
+    assert "left after 4 of 8 layers" in nvium.legend(Palette(0))[0]
+    assert plain.legend(Palette(0)) == []
+    assert summary([nvium])[1][2] == "-"
+
+
+def test_the_first_difference_is_named() -> None:
+    plain = [answer([2, 2, 2]), answer([2, 2], [1, 2])]
+    assert same_text(plain, plain) == "yes"
+    assert same_text(plain, [plain[0], answer([2, 2], [1, 3])]) == "no (prompt 2, token 2)"
+    assert same_text(plain, [plain[0], answer([2], [1])]) == "no (prompt 2, token 2)"
+
+
+def test_runs_that_apply() -> None:
+    assert [run.kind for run in runs_of(MODELS, None, None)] == ["plain", "nvium", "via_sd"]
+    assert [run.temperature for run in runs_of(MODELS, None, None)] == [0.0, 0.5, 0.0]
+    assert [run.temperature for run in runs_of(MODELS, 0.5, None)] == [0.5] * 3
+    (alone,) = runs_of(Models("m", Path("nvium"), None), None, "mixture")
+    assert alone.additional_config == {"nvium_sampling": "mixture"}
+
+
+def test_a_character_of_several_tokens_is_the_last_ones() -> None:
+    parts = [b"a", b"\xc3", b"\xa9", b"b\xc3"]
+
+    def decode(ids: list[int]) -> str:
+        return b"".join(parts[i] for i in ids).decode(errors="replace")
+
+    assert pieces(decode, [0, 1, 2, 3]) == ["a", "", "\xe9", "b\N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_the_request_to_try(is_chat: bool, tmp_path: Path) -> None:
+    if is_chat:
+        (tmp_path / "chat_template.jinja").write_text("x")
+    words = shlex.split(curl_line(tmp_path, 9000))
+    path = "chat/completions" if is_chat else "completions"
+    assert words[0] == "curl" and f"http://127.0.0.1:9000/v1/{path}" in words
+    body = json.loads(words[words.index("-d") + 1])
+    assert ("messages" in body) is is_chat and ("prompt" in body) is not is_chat
