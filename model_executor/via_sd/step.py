@@ -78,9 +78,6 @@ class Drafts:
 
     tokens: list[list[int]]
 
-    def __bool__(self) -> bool:
-        return any(self.tokens)
-
     def of(self, windows: Sequence[int]) -> "Drafts":
         """Those of some of the windows, by their positions."""
         return Drafts([self.tokens[i] for i in windows])
