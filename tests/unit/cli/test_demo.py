@@ -83,7 +83,7 @@ def test_the_table() -> None:
         ("--via-sd, greedy", "1.0", "0.50x", "-", "0.50", "yes"),
     ]
     assert nvium.shares() == "4 tokens in 1.0 s: 75 % exit 1, 25 % final head."
-    assert "left after 4 of 8 layers" in nvium.legend(Palette(0))[0]
+    assert "exit 1 (after 4 of 8 layers)" in nvium.legend(Palette(0))[0]
     assert plain.legend(Palette(0)) == []
     assert summary([nvium])[1][2] == "-"
 

@@ -159,10 +159,12 @@ TIERS = (
 def exits_of(exit_layers: Sequence[int], num_layers: int) -> list[Source]:
     """The sources of an N-vium model's tokens."""
     exits = [
-        Source(str(number), f"exit {number}", f"left after {layers} of {num_layers} layers")
+        Source(
+            str(number), f"exit {number}", f"exit {number} (after {layers} of {num_layers} layers)"
+        )
         for number, layers in enumerate(exit_layers, 1)
     ]
-    return [*exits, Source("", "final head", f"all {num_layers} layers")]
+    return [*exits, Source("", "final head", f"final head (all {num_layers} layers)")]
 
 
 def painted(answer: Answer, sources: Sequence[Source], palette: Palette) -> str:
