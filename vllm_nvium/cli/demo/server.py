@@ -42,7 +42,7 @@ def serve(
     command += ["--max-model-len", str(max_model_len)] if max_model_len else []
     environment = environment_for(checkpoint, os.environ)
     if not verbose:
-        environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     say(shlex.join(command))
     say(
         f"Starting ({'not compiled; --compile' if eager else 'compiled; --no-compile'} "
