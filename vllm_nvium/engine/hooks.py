@@ -187,6 +187,8 @@ def is_present(hook: Hook) -> bool:
     """
     if not hook.name:
         return _source(hook.module) is not None
+    if _source(hook.path.replace(":", ".")) is not None:
+        return True  # a module of a package, which nobody may have imported yet
     module = sys.modules.get(hook.module)
     if module is not None and _has_attribute(module, hook.name):
         return True
@@ -195,9 +197,7 @@ def is_present(hook: Hook) -> bool:
     if module is not None and "." not in hook.name and "__getattr__" not in vars(module):
         return False
     source = _source(hook.module)
-    if source is not None and _defines(source, hook.name):
-        return True
-    return _source(hook.path.replace(":", ".")) is not None  # a module of a package
+    return source is not None and _defines(source, hook.name)
 
 
 def is_importable(hook: Hook) -> str:
