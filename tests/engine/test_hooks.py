@@ -42,7 +42,7 @@ OF_OTHERS = {
     *("disable_guard_check", "get_memory_info", "aten", "_buffers", "training"),
     *("zeros_", "mkdtemp", "rmtree", "disk_usage"),
     # outputs and models of transformers
-    *("gradient_checkpointing", "hidden_states", "last_hidden_state"),
+    *("gradient_checkpointing", "hidden_states", "last_hidden_state", "no_init_weights"),
 }
 # Rows whose names stand nowhere in this package: vLLM's own callers of what it overrides or reads.
 CALLERS = {
