@@ -56,7 +56,9 @@ def add_engine_arguments(parser: Any) -> None:
         parser: vLLM's `FlexibleArgumentParser`.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
+
+    # Not from where it is defined, which is another module in 0.33 than in 0.32.
+    from vllm.entrypoints.launchers.run_batch import BaseFrontendArgs
 
     BaseFrontendArgs.add_cli_args(parser)
     AsyncEngineArgs.add_cli_args(parser)

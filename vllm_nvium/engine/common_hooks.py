@@ -64,10 +64,17 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.sampling_params",
         "SamplingParams",
-        "temperature top_p top_k presence_penalty frequency_penalty repetition_penalty "
-        "structured_outputs logprob_token_ids thinking_token_budget seed extra_args",
+        "temperature thinking_token_budget extra_args",
         "the law that a request asks for",
         "requests would be taken for plain ones, or none could be read",
+    ),
+    # Parts of a target or of a parent; the other families have the same.
+    *rows(
+        "vllm.model_executor.models.llama",
+        "",
+        "LlamaForCausalLM.model LlamaModel.layers LlamaModel.embed_tokens",
+        "the layers that are cut or left out, and the unembedding where weights are tied",
+        "neither method finds its way in a model",
     ),
     # The side cache and catch-up passes.
     *rows(

@@ -20,8 +20,11 @@ from vllm_nvium.version import EXACTLY_TESTED_VLLM, TESTED_VLLM
 
 NEVER = (1 << 30, 0)
 LAYERS = ["model_executor", "layers"]
+# Folders of single commands: a name that is missing there turns no method off.
+COMMANDS = ("batch", "checkpoints", "cli")
 # Files of one method in folders of both.
 FILES_OF = {
+    "engine/patches/logits_processors.py": "via_sd",
     "engine/patches/model_loader.py": "via_sd",
     "engine/patches/model_runner_v2.py": "nvium",
     "engine/patches/rejection_sampler.py": "via_sd",
@@ -159,7 +162,7 @@ def _method_of(users: Sequence[str]) -> str:
         parts = user.split("/")
         if user in FILES_OF:
             methods.add(FILES_OF[user])
-        elif parts[0] in ("cli", "checkpoints"):
+        elif parts[0] in COMMANDS:
             methods.add("commands")
         elif "via_sd" in parts:
             methods.add("via_sd")
@@ -184,6 +187,8 @@ def is_present(hook: Hook) -> bool:
     """
     if not hook.name:
         return _source(hook.module) is not None
+    if _source(hook.path.replace(":", ".")) is not None:
+        return True  # a module of a package, which nobody may have imported yet
     module = sys.modules.get(hook.module)
     if module is not None and _has_attribute(module, hook.name):
         return True
@@ -192,9 +197,7 @@ def is_present(hook: Hook) -> bool:
     if module is not None and "." not in hook.name and "__getattr__" not in vars(module):
         return False
     source = _source(hook.module)
-    if source is not None and _defines(source, hook.name):
-        return True
-    return _source(hook.path.replace(":", ".")) is not None  # a module of a package
+    return source is not None and _defines(source, hook.name)
 
 
 def is_importable(hook: Hook) -> str:
@@ -246,7 +249,9 @@ def _defines(source: str, dotted: str) -> bool:
     body = source[start : end.start() if end else None]
     if _statement(body, attribute, "    ") is not None:
         return True
-    return re.search(rf"^\s+self\.{attribute}\s*[:=](?!=)", body, re.MULTILINE) is not None
+    # `self.name = ...`, or the last of several that are assigned at once.
+    assigned = rf"^\s+(?:self\.\w+, )*self\.{attribute}\s*[:=](?!=)"
+    return re.search(assigned, body, re.MULTILINE) is not None
 
 
 def _offers(source: str, name: str) -> bool:

@@ -72,15 +72,15 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.model_executor.models.llama",
         "LlamaModel",
-        "embed_input_ids",
-        "begins the first segment",
+        "embed_input_ids norm",
+        "begins the first segment and ends the last",
         "N-vium models of a Llama cannot be built",
     ),
     *rows(
         "vllm.model_executor.models.llama",
         "LlamaForCausalLM",
-        "compute_logits load_weights",
-        "the final head, and the loading of the parent's weights",
+        "compute_logits logits_processor load_weights",
+        "the final head, what others share with it, and the loading of the parent's weights",
         "N-vium models of a Llama cannot be built",
     ),
     *rows(
@@ -170,8 +170,10 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.sampling_params",
         "SamplingParams",
-        "min_p logit_bias allowed_token_ids bad_words min_tokens logprobs trace_decode_token_ids "
-        "watermarking prompt_logprobs prompt_logprob_token_ids",
+        "top_p top_k min_p presence_penalty frequency_penalty repetition_penalty logit_bias "
+        "allowed_token_ids bad_words min_tokens structured_outputs seed logprobs "
+        "logprob_token_ids trace_decode_token_ids watermarking prompt_logprobs "
+        "prompt_logprob_token_ids",
         "says whether a request may leave early without changing its law",
         "requests would be taken for plain ones",
     ),
@@ -219,13 +221,6 @@ HOOKS: tuple[Hook, ...] = (
         "the side cache is not allocated",
     ),
     *rows(
-        "vllm.model_executor.models.llama",
-        "LlamaAttention",
-        "qkv_proj q_size kv_size attn rotary_emb o_proj",
-        "parts of the attention that is overridden",
-        "Qwen3 models would compute something else",
-    ),
-    *rows(
         "vllm.model_executor.layers.layernorm",
         "RMSNorm",
         "variance_epsilon",
@@ -249,8 +244,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.vllm",
         "VllmConfig",
-        "compilation_config quant_config",
-        "the parts of a model are made with them",
+        "compilation_config",
+        "the segments of a model are compiled by it",
         "no N-vium",
     ),
     *rows(

@@ -15,7 +15,7 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.model",
         "ModelConfig",
-        "hf_text_config max_model_len logprobs_mode get_diff_sampling_param",
+        "hf_text_config max_model_len logprobs_mode",
         "says whether the target can lose layers",
         "no VIA-SD",
     ),
@@ -67,7 +67,8 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch",
         "num_tokens_no_spec num_prompt_tokens token_ids_cpu sampling_metadata generators "
-        "spec_token_ids req_output_token_ids logitsprocs thinking_budget_state_holder",
+        "spec_token_ids req_output_token_ids req_id_to_index logitsprocs "
+        "thinking_budget_state_holder",
         "the tokens that a window starts from, and what its requests ask of the sampler",
         "no VIA-SD",
     ),
@@ -95,6 +96,20 @@ HOOKS: tuple[Hook, ...] = (
         "MinPLogitsProcessor.min_p_count",
         "tell whether a request of the batch asks for them",
         "drafts would be kept that a request forbids",
+    ),
+    *rows(
+        "vllm.v1.sample.logits_processor",
+        "AdapterLogitsProcessor",
+        "req_info",
+        "tells which requests a custom processor applies to",
+        "requests would get drafts whose logits change with every token",
+    ),
+    *rows(
+        "vllm.v1.sample.logits_processor.state",
+        "LogitsProcessors",
+        "all argmax_invariant non_argmax_invariant",
+        "the processors of a batch, made anew for the rows behind drafts",
+        "sampled tokens would follow another law",
     ),
     *rows(
         "vllm.v1.sample.thinking_budget_state",
@@ -139,6 +154,15 @@ HOOKS: tuple[Hook, ...] = (
         "what the full model made of a window; the counts travel to the scheduler as an added "
         "attribute",
         "no metrics of VIA-SD and no measured acceptances",
+    ),
+    *rows(
+        "vllm.v1.outputs",
+        "",
+        "SamplerOutput.sampled_token_ids SamplerOutput.logprobs_tensors "
+        "LogprobsTensors.logprob_token_ids LogprobsTensors.logprobs "
+        "LogprobsTensors.selected_token_ranks",
+        "what was sampled behind drafts, handed on as of a rejection sampler",
+        "no VIA-SD",
     ),
     # VIA-SD: the scheduler and the metrics.
     *rows(
@@ -235,7 +259,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm._custom_ops",
         "",
-        "_supports_onednn create_onednn_scaled_mm onednn_scaled_int8_quant onednn_scaled_mm",
+        "_supports_onednn create_onednn_scaled_mm onednn_scaled_int8_quant onednn_scaled_mm "
+        "CPUDNNLGEMMHandler.handler_tensor",
         "products of eight-bit matrices on CPU",
         "no slim verifier in eight bits on CPU",
     ),
