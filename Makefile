@@ -30,9 +30,17 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed
 	@$(BIN)/vllm-nvium demo --serve $(MODEL) $(ARGS)
 
-# In two processes, each with its own files: engines of one file may share what they have started.
+# Part by part, because engines that a process has had keep memory, and each part in two processes,
+# each with its own files. ARGS, files for instance, are run as they are, in one process.
+ENGINES := tests/engine/nvium tests/engine/via_sd
 test: $(TEST_READY)
-	$(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@if [ -n "$(ARGS)" ]; then exec $(TEST_BIN)/python -m pytest -q $(ARGS); fi; \
+	status=0; \
+	for part in "tests/unit tests/gpu" $(ENGINES) "tests/server" \
+	  "tests/engine $(addprefix --ignore=,$(ENGINES))"; do \
+	  echo "pytest $$part"; \
+	  $(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile $$part || status=1; \
+	done; exit $$status
 
 # Formulas and files: no engine is started, and nothing that takes seconds. Two minutes on two cores.
 test-fast: $(TEST_READY)

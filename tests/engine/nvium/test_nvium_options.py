@@ -190,6 +190,7 @@ KEYWORDS: dict[str, Any] = {
     "nvium_sampling": "mixture",
     "nvium_max_deferred": 4,
     "via_sd": True,
+    "via_sd_slim": "int8",
     "via_sd_mask": "1,2",
     "via_sd_mode": "paper",
     "via_sd_accept": 0.7,

@@ -54,9 +54,7 @@ def test_counts_are_what_happened(engine: TraceEngine, monkeypatch: pytest.Monke
         rows[2] += len(inputs[0])
 
     watched = [
-        layer.register_forward_pre_hook(count_layer)
-        for segment in model.segments
-        for layer in segment.layers
+        layer.register_forward_pre_hook(count_layer) for layer in model.language_model.model.layers
     ]
 
     def count_rows(*args, **kwargs):

@@ -255,7 +255,6 @@ def test_a_bad_option_is_refused_at_start(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"speculative_config": None}, ["--via-sd", DRAFTER, '"method": "ngram"']),
         ({"speculative_config": NGRAM | {"method": "medusa"}}, [DRAFTER, "'medusa'", "ngram"]),
         ({"speculative_config": NO_COUNT}, [DRAFTER, "num_speculative_tokens None", ">= 1"]),
         (

@@ -523,7 +523,8 @@ def test_requests_without_drafts_count_for_the_largest_batch(
     monkeypatch.setattr(ONE_AT_A_TIME, seeded_go_one_at_a_time)
     engine = with_ngrams.engine
     seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True)
-    trace = [Arrival(0, _TEXTS[2][:20], greedy(20)), *[Arrival(0, _TEXTS[1][:20], seeded)] * 2]
+    # The others decode when the first one starts, and still when it ends.
+    trace = [*[Arrival(0, _TEXTS[1][:20], seeded)] * 2, Arrival(6, _TEXTS[2][:20], greedy(12))]
     for most, rounds in ((3, True), (2, False)):
         engine.runner.session.planner = FixedRounds(3, 2, max_batch=most)
         engine.window_rounds.clear()
@@ -576,7 +577,7 @@ def test_windows_tell_what_the_full_model_makes_of_drafts(with_draft_model: Serv
         def plan(self, *args: Any) -> DraftPlan:
             return DraftPlan(3, 2)
 
-        def another_round(self, lengths: Any, done: int, names: Any) -> bool:
+        def another_round(self, lengths: Any, done: int, *args: Any) -> bool:
             return bool(done < 2)
 
         def observe_full_check(self, *args: Any, **options: Any) -> None:

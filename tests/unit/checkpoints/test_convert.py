@@ -57,6 +57,8 @@ def leftovers(folder: Path) -> list[str]:
 @pytest.mark.parametrize("kind", DENSE_KINDS)
 @torch.no_grad()
 def test_hazard_zero_is_the_dense_model(tmp_path: Path, kind: str, tied: bool) -> None:
+    if kind == "gemma2" and not tied:
+        pytest.skip("vLLM's Gemma 2 has one weight for both, and others are refused")
     dense = make_dense(tmp_path / "dense", kind, tie_word_embeddings=tied)
     assert convert(tmp_path / "dense", tmp_path / "out") == []
     model = load(tmp_path / "out")

@@ -132,7 +132,7 @@ def test_a_missing_file() -> None:
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--block-size BLOCK_SIZE context length in training, tokens (default: 512)" in text
     assert "--exit-layers L1,L2,... of a dense start" in text

@@ -143,7 +143,7 @@ def demo_of(model: Path, cache: Path, *words: str) -> str:
 def test_a_dense_model_runs_three_times(dense_checkpoint: Path, tmp_path: Path) -> None:
     shown = demo_of(dense_checkpoint, tmp_path, "--prompt", "w4 w5", "--hazards", "0.5,0.5,0.5")
     assert shown.count("> w4 w5") == 3
-    table = [re.split(r"  +", line.strip()) for line in shown.splitlines()[-6:]]
+    table = [re.split(r"  +", line.strip()) for line in shown.splitlines()[-8:]]
     rows = {row[0].split(",")[0]: row[1:] for row in table if len(row) > 4}
     assert set(rows) >= {"plain", "N-vium", "--via-sd"}, shown
     assert rows["plain"][1:] == ["1.00x", "100 %", "1.00", "-"]
