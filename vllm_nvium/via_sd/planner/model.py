@@ -361,6 +361,8 @@ def _round_transitions(
     survives = np.where(rates.adds_bonus_token > 0, rates.accept_window, 1.0)
     h, bonus = rates.hit_rate[:, None, None], rates.adds_bonus_token[:, None, None]
     has_round = np.where(bonus > 0, 1.0, h * (fits > 0))
+    # A window without a round does not go on.
+    moves = moves * (has_round > 0)[..., None]
     brings = np.stack(
         [
             survives[:, None, None] ** lengths * per_round.accepted[:, fits],
