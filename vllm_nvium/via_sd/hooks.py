@@ -66,7 +66,7 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch",
-        "num_tokens_no_spec num_prompt_tokens token_ids_cpu sampling_metadata generators "
+        "num_tokens_no_spec num_prompt_tokens token_ids_cpu sampling_metadata "
         "spec_token_ids req_output_token_ids req_id_to_index logitsprocs "
         "thinking_budget_state_holder",
         "the tokens that a window starts from, and what its requests ask of the sampler",
