@@ -17,8 +17,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear
 
-# The share of the tokens of a slim verifier of each kind that the target is taken to keep, before any
-# was seen. It only orders the kinds; what is really kept decides how they are used.
+# The share of the tokens of a slim verifier of each kind that the target is taken to keep, before
+# any was seen. It only orders the kinds; what is really kept decides how they are used.
 SURVIVAL = {"int4": 0.95, "fp8": 0.97, "int8": 0.98}
 # Rows of the passes that are timed: a request's newest token, and windows to be verified.
 TIMED_ROWS = (1, 2, 4, 8)
