@@ -5,6 +5,7 @@ they are, is found out by running them.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -232,7 +233,7 @@ class Int8Linear(LowPrecisionLinear):
         return None
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = _int8_in_parts(weight)
+        levels, scales = _in_parts(quantise_int8, weight)
         self._keep(levels=levels, scales=scales.to(torch.bfloat16))
 
     @staticmethod
@@ -261,7 +262,7 @@ class Int8LinearByOneDNN(LowPrecisionLinear):
         return None if custom_ops()._supports_onednn else "vLLM was built without oneDNN"
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = _int8_in_parts(weight)
+        levels, scales = _in_parts(quantise_int8, weight)
         handler = custom_ops().create_onednn_scaled_mm(
             levels.t(), scales, torch.bfloat16, True, False, self.PRIMITIVES
         )
@@ -298,9 +299,8 @@ class FP8Linear(LowPrecisionLinear):
         return None
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        parts = [quantise_fp8(part) for part in weight.split(ROWS_AT_A_TIME)]
-        levels = torch.cat([levels for levels, _ in parts])
-        self._keep(levels=levels, scales=torch.cat([scale for _, scale in parts]).t())
+        levels, scales = _in_parts(quantise_fp8, weight)
+        self._keep(levels=levels, scales=scales.t())
 
     @staticmethod
     def product(
@@ -384,6 +384,9 @@ def custom_ops() -> Any:
     return _custom_ops
 
 
-def _int8_in_parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = [quantise_int8(part) for part in weight.split(ROWS_AT_A_TIME)]
+def _in_parts(
+    quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels and scales of all outputs, a part of them at a time."""
+    parts = [quantise(part) for part in weight.split(ROWS_AT_A_TIME)]
     return torch.cat([levels for levels, _ in parts]), torch.cat([scale for _, scale in parts])
