@@ -66,12 +66,12 @@ class NviumOptions:
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "NviumOptions":
-        """Read and check the keys `nvium_*` of `additional_config`.
+        """Read and check the keys `nvium_*` of `additional_config`; once for each configuration.
 
         Raises:
             UserError: a key is unknown or a value is out of range; one sentence.
         """
-        return cls.from_config(vllm_config.additional_config)
+        return _engine_options(vllm_config.additional_config)
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "NviumOptions":
@@ -129,8 +129,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     """
     extra_args = sampling_params.extra_args
     if is_nvium(vllm_config):
-        engine = _engine_options(vllm_config.additional_config)
-        engine.of_request(extra_args)
+        NviumOptions.from_vllm_config(vllm_config).of_request(extra_args)
         return
     for key, value in picked_of_request(extra_args, is_own).items():
         raise UserError(

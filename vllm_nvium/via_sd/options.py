@@ -253,9 +253,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group "VIA-SD" to vLLM's parser."""
     group = parser.add_argument_group(
         title="VIA-SD",
-        description="Speculative decoding with a slim verifier: beside --speculative-config, which "
-        "names the drafter, the target with some layers skipped checks drafts before the full "
-        "model does.",
+        description="Speculative decoding with a slim verifier, made of the target itself: a copy "
+        "at low precision, or some of its layers. It checks drafts, and drafts on by itself, "
+        "before the full model verifies. --speculative-config may name another drafter.",
     )
     group.add_argument(
         "--via-sd", action="store_true", default=None, help="Use a slim verifier. (default: off)"
@@ -279,8 +279,8 @@ def is_on(additional_config: Any) -> bool:
 
 
 def options_of(vllm_config: "VllmConfig") -> ViaSDOptions | None:
-    """The options of an engine; None when VIA-SD is off."""
-    return ViaSDOptions.from_config(vllm_config.additional_config)
+    """The options of an engine; None when VIA-SD is off. Read once for each configuration."""
+    return _engine_options(vllm_config.additional_config)
 
 
 def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig") -> None:
@@ -289,7 +289,7 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
     Raises:
         UserError: one sentence, sent to the client with status 400.
     """
-    engine = _engine_options(vllm_config.additional_config)
+    engine = options_of(vllm_config)
     if engine is None:
         _refuse_options(sampling_params, vllm_config)
         return

@@ -21,7 +21,8 @@ from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows
 from vllm_nvium.model_executor.via_sd.step import Drafts, SlimDraws, Window
 from vllm_nvium.via_sd.loading import load_with_slim_verifier
 from vllm_nvium.via_sd.options import ViaSDOptions, options_of
-from vllm_nvium.via_sd.sampler import Span, draw_slim, draws_one_at_a_time, sample_spans
+from vllm_nvium.via_sd.row_metadata import Span, draws_one_at_a_time
+from vllm_nvium.via_sd.sampler import draw_slim, sample_spans
 from vllm_nvium.via_sd.session import Session
 
 if TYPE_CHECKING:

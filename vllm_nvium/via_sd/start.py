@@ -135,7 +135,8 @@ def check(vllm_config: "VllmConfig") -> None:
         skipped_layers,
     )
 
-    kind = vllm_config.additional_config[SLIM] = _kind_of_slim(options, model)
+    kind = _kind_of_slim(options, model)
+    checked: dict[str, Any] = {SLIM: kind}
     mask = options.mask or (DEFAULT_MASK if kind == SKIP else None)
     skipped: tuple[int, ...] = ()
     if mask is not None:
@@ -147,7 +148,9 @@ def check(vllm_config: "VllmConfig") -> None:
         if (mask_file := mask_file_of(mask)) is not None:
             _check_weights(mask, mask_file, vllm_config)
         # Workers skip what was checked here: a file may change, and other processes may not see it.
-        vllm_config.additional_config[MASK] = layer_list(skipped)
+        checked[MASK] = layer_list(skipped)
+    # A new mapping, because options that were read are remembered by theirs.
+    vllm_config.additional_config = {**vllm_config.additional_config, **checked}
     if vllm_config.use_v2_model_runner:
         raise UserError(
             f"{V2_SWITCH} is {os.environ.get(V2_SWITCH)!r}, but VIA-SD needs Model Runner V1, "

@@ -4,9 +4,10 @@ measured pass times and acceptance rates. The largest promise wins; what is not 
 and then, at a bounded cost.
 """
 
-from vllm_nvium.via_sd.planner.choose import FixedRounds, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
 from vllm_nvium.via_sd.planner.estimate import COMMON_TRIALS, judge_drafts
 from vllm_nvium.via_sd.planner.estimators import PassTimeEstimator, RateEstimate
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
 from vllm_nvium.via_sd.planner.model import (
     LOSSLESS,
     OFF,
