@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-distillation through a real vLLM engine: a run that was cut gives the file of an unbroken
-one, and a file that was made in another way is refused before an engine starts."""
+"""Self-distillation by batch jobs: a run that was cut gives the file of an unbroken one, and a file
+that was made in another way is refused before an engine starts."""
 
 import json
 import subprocess
-from collections.abc import Callable
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from tiny_models import BOS, EOS, make_nvium
 from vllm_nvium.checkpoints import IGNORED
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import distill
-from vllm_nvium.checkpoints.train.distill import Files, recover, schedule, self_distill
+from vllm_nvium.checkpoints.train.distill import Files, counted, schedule, self_distill
 from vllm_nvium.checkpoints.train.prompts import read_prompts
 from vllm_nvium.errors import UserError
 
@@ -43,41 +41,52 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", refuse)
 
 
+class Batch:
+    """Stands in for `vllm-nvium batch`: answers are made up of a row's seed, and the process can
+    end with another status before it has any.
+
+    Attributes:
+        rows: of all jobs, in their order; jobs: their commands.
+        status: of the next job.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.jobs: list[list[str]] = []
+        self.status = 0
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        self.jobs.append(command)
+        source, out = map(Path, command[command.index("batch") + 1 :][:2])
+        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        if not self.status:
+            self.rows += rows
+            out.write_text("".join(json.dumps(self.answered(row)) + "\n" for row in rows))
+        return subprocess.CompletedProcess(command, self.status)
+
+    @staticmethod
+    def answered(row: dict[str, Any]) -> dict[str, Any]:
+        count = 1 + row["seed"] % row["max_tokens"]
+        choice = {"token_ids": [20 + (row["seed"] + i) % 50 for i in range(count)]}
+        return {"id": "row-0", "error": None, "response": {"body": {"choices": [choice]}}}
+
+
 @pytest.fixture
-def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], dict[str, Any]]:
-    """Replaces the process that samples by one that ends with a status; returns its request."""
-    request: dict[str, Any] = {}
-
-    def end_with(status: int) -> dict[str, Any]:
-        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
-            request.update(json.loads(Path(command[-1]).read_text()))
-            if not status:
-                Path(request["out"]).write_text("")
-            return subprocess.CompletedProcess(command, status)
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return request
-
-    return end_with
+def batch(monkeypatch: pytest.MonkeyPatch) -> Batch:
+    batch = Batch()
+    monkeypatch.setattr(subprocess, "run", batch)
+    return batch
 
 
-def test_resumed_file_equals_unbroken(
-    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = Files(self_distill(dense_checkpoint, tmp_path / "a.jsonl", TOKENS, **OPTIONS))
-    lines = [json.loads(line) for line in whole.out.read_text().splitlines()]
-    assert not whole.partial.exists()
+def samples_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
-    # A process that died while writing the line after the fifth.
-    cut = Files(tmp_path / "b.jsonl")
-    data_written = whole.out.read_bytes()
-    fifth = sum(len(line) for line in data_written.splitlines(keepends=True)[:5])
-    cut.partial.write_bytes(data_written[: fifth + 20])
-    cut.header.write_bytes(whole.header.read_bytes())
-    # Another batch size, so that every sample but the first five is drawn in other company.
-    self_distill(dense_checkpoint, cut.out, TOKENS, **(OPTIONS | {"max_num_seqs": 3}))
-    assert cut.out.read_bytes() == data_written
 
+@pytest.mark.engine
+def test_samples_of_a_real_engine(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """A job that was killed between two blocks of rows goes on, and the file is the same."""
+    out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", TOKENS, **OPTIONS)
+    lines = samples_of(out)
     answers = [line["input_ids"][line["prompt_tokens"] :] for line in lines]
     counts = [len(answer) for answer in answers]
     assert sum(counts) >= TOKENS > sum(counts[:-1])
@@ -88,13 +97,76 @@ def test_resumed_file_equals_unbroken(
     assert {tuple(line["input_ids"][: line["prompt_tokens"]]) for line in lines} == given
     # Seeds differ: the same prompt is answered in different ways.
     assert len({tuple(answer) for answer in answers}) > 0.9 * len(answers)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.header.json"]
 
-    blocks = load_blocks([str(whole.out)], tokenizer, 32, labels=True)
+    blocks = load_blocks([str(out)], tokenizer, 32, labels=True)
     assert len(blocks) == sum(len(line["input_ids"]) for line in lines) // 32
     assert (blocks["labels"][:] == IGNORED).any()
 
+
+def test_a_run_that_was_stopped_goes_on(
+    dense_checkpoint: Path, tmp_path: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = self_distill(dense_checkpoint, tmp_path / "a.jsonl", TOKENS, **OPTIONS)
+    rounds, rows = len(batch.jobs), len(batch.rows)
+    assert rounds > 1, "answers are shorter than they may be"
+    # Each round may be stopped before it has answers, and when they are not noted yet.
+    cut = Files(tmp_path / "b.jsonl")
+    add = distill._append
+    batch.rows.clear()
+    for _ in range(2 * rounds):
+        batch.status = 3
+        with pytest.raises(UserError, match="stopped with status 3 .* the same command goes on"):
+            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
+        batch.status = 0
+        monkeypatch.setattr(distill, "_append", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
+        monkeypatch.setattr(distill, "_append", add)
+        monkeypatch.setattr(Files, "remove_rounds", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # one round further
+            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
+        monkeypatch.undo()
+        monkeypatch.setattr(subprocess, "run", batch)
+        if counted(cut.partial)[1] >= TOKENS:
+            break
+    assert self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS) == cut.out
+    assert cut.out.read_bytes() == whole.read_bytes()
+    assert len(batch.rows) == rows, "no sample is drawn twice"
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {f"{name}.jsonl{more}" for name in "ab" for more in ("", ".header.json")}
     monkeypatch.setattr(subprocess, "run", None)  # a finished file is used as it is
-    assert self_distill(dense_checkpoint, whole.out, TOKENS, **OPTIONS) == whole.out
+    assert self_distill(dense_checkpoint, whole, TOKENS, **OPTIONS) == whole
+
+
+def test_what_a_job_is_asked(dense_checkpoint: Path, tmp_path: Path, batch: Batch) -> None:
+    self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, replicas=2, temperature=0.7, **OPTIONS)
+    [command] = batch.jobs
+    told = dict(zip(command, command[1:], strict=False))
+    assert told["--replicas"] == "2" and told["--max-num-seqs"] == "4"
+    assert told["--max-model-len"] == str(3 + 24)
+    assert told["--generation-config"] == "vllm", "the checkpoint's must not change the sampling"
+    assert "--enforce-eager" in command
+    assert {row["temperature"] for row in batch.rows} == {0.7}
+    assert {row["max_tokens"] for row in batch.rows} == {24}
+
+
+def test_a_sample_without_an_answer(
+    dense_checkpoint: Path, tmp_path: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {"id": "row-7", "error": {"message": "no room"}, "response": None}
+    monkeypatch.setattr(Batch, "answered", staticmethod(lambda row: bad))
+    with pytest.raises(UserError, match=r"row-7 of self-distillation has no answer \(no room\)"):
+        self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_ray_is_needed(
+    dense_checkpoint: Path, tmp_path: Path, no_engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'ray' is not installed: pip install"):
+        self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -114,10 +186,9 @@ def test_resumed_file_equals_unbroken(
 def test_file_of_another_run_is_refused(
     dense_checkpoint: Path,
     tmp_path: Path,
-    child: Callable[[int], dict[str, Any]],
+    batch: Batch,
     change: dict[str, Any],
 ) -> None:
-    child(0)
     out = tmp_path / "a.jsonl"
     options = {"tokens": 10} | OPTIONS
     self_distill(dense_checkpoint, out, **options)
@@ -128,9 +199,8 @@ def test_file_of_another_run_is_refused(
 
 
 def test_samples_of_another_model_are_refused(
-    dense_checkpoint: Path, tmp_path: Path, child: Callable[[int], dict[str, Any]]
+    dense_checkpoint: Path, tmp_path: Path, batch: Batch
 ) -> None:
-    child(0)
     out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
     header = Files(out).header
     header.write_text(header.read_text().replace(str(dense_checkpoint.resolve()), "/other"))
@@ -153,6 +223,7 @@ def test_file_without_header_is_refused(
     [
         ({"tokens": 0}, "tokens of self-distillation is 0"),
         ({"max_num_seqs": 0}, "max_num_seqs of self-distillation is 0"),
+        ({"replicas": 0}, "replicas of self-distillation is 0"),
         ({"temperature": 0.0}, "temperature of self-distillation is 0.0"),
         ({"out": "a.txt"}, "a.txt must end in .jsonl"),
         ({"parent": "missing"}, "missing has no config.json"),
@@ -181,15 +252,6 @@ def test_nvium_parent_is_refused(tmp_path: Path, no_engine: None) -> None:
     make_nvium(tmp_path / "nvium")
     with pytest.raises(UserError, match="is an N-vium checkpoint"):
         self_distill(tmp_path / "nvium", tmp_path / "a.jsonl", 10, **OPTIONS)
-
-
-def test_engine_that_fails(
-    dense_checkpoint: Path, tmp_path: Path, child: Callable[[int], dict[str, Any]]
-) -> None:
-    child(3)
-    with pytest.raises(UserError, match="stopped with status 3 .* the same command goes on"):
-        self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
-    assert not (tmp_path / "a.jsonl").exists()
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -227,26 +289,23 @@ def test_refused_prompt_files(tmp_path: Path, name: str, text: str, sentence: st
         read_prompts([str(tmp_path / name)])
 
 
-def test_prompts_are_rendered(
-    dense_checkpoint: Path, tmp_path: Path, child: Callable[[int], dict[str, Any]]
-) -> None:
-    request = child(0)
+def test_prompts_are_rendered(dense_checkpoint: Path, tmp_path: Path, batch: Batch) -> None:
     self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, prompts=["w5 w6"])
-    assert request["prompt_ids"] == [[5, 6]]  # the tiny template adds nothing
+    assert {tuple(row["prompt"]) for row in batch.rows} == {(5, 6)}  # the template adds nothing
+    batch.rows.clear()
     self_distill(dense_checkpoint, tmp_path / "b.jsonl", 10)
-    assert request["prompt_ids"] == [[BOS]]
+    assert {tuple(row["prompt"]) for row in batch.rows} == {(BOS,)}
 
 
 def test_long_prompts_are_left_out(
     dense_checkpoint: Path,
     tmp_path: Path,
-    child: Callable[[int], dict[str, Any]],
+    batch: Batch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    request = child(0)
     long = " ".join(["w5"] * 500)
     self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, prompts=[long, "w6"])
-    assert request["prompt_ids"] == [[6]]
+    assert {tuple(row["prompt"]) for row in batch.rows} == {(6,)}
     assert "1 of 2 prompts are left out" in caplog.text
 
 
@@ -263,24 +322,3 @@ def test_schedule_repeats_prompts_with_other_seeds() -> None:
     assert len(set(seeds)) == 9
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert not set(seeds) & {seed for _, seed in islice(schedule(prompts, 1), 9)}
-
-
-def test_recover_cuts_an_unfinished_line() -> None:
-    line = b'{"input_ids":[3,4,5],"prompt_tokens":1}\n'
-    for rest in (b"", b'{"inp', line[:-1]):
-        file = BytesIO(line * 2 + rest)
-        assert recover(file) == (2, 4)
-        assert file.getvalue() == line * 2
-        assert file.tell() == len(line) * 2
-
-
-def test_two_processes_do_not_write_one_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import fcntl
-
-    out = tmp_path / "a.jsonl"
-    with Files(out).partial.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert distill.sample({"out": str(out)}) == 1
-    assert "another process is writing" in capsys.readouterr().err

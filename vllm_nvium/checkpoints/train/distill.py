@@ -1,33 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--self-distill N`: text that the dense parent samples of itself through vLLM, so that exits are
-trained on what they will meet. The engine runs in a process of its own and can be interrupted.
+"""`--self-distill N`: text that the dense parent samples of itself, so that exits are trained on
+what they will meet. Samples are answers of batch jobs (`vllm-nvium batch`), which go on after
+anything was killed and run on as many engines as there are.
 """
 
-import fcntl
+import glob
 import hashlib
 import json
 import math
-import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
-from vllm_nvium.console import complain, interactive, say
+from vllm_nvium.console import say
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
 
 BYTES_PER_TOKEN = 8  # of JSON text, with the prompts
-# Samples between two writes, in batches: the engine idles at the end of each, and a process that
-# is killed loses what it has not written.
-BATCHES_PER_WRITE = 4
+# Nobody knows how long answers will be, so samples are drawn in rounds, a batch job each. In all
+# rounds but the first, so many more than the mean length of those before asks for: a round starts
+# an engine, which takes longer than some samples too many.
+SPARE = 1.05
 FEWEST_SAMPLES = 8
 
 
@@ -47,7 +48,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Files:
-    """Where samples are: `partial` becomes `out` when it is complete."""
+    """Where samples are: `partial` has those of all rounds that are done, and becomes `out` when
+    there are enough."""
 
     out: Path
 
@@ -59,8 +61,15 @@ class Files:
     def header(self) -> Path:
         return self.out.with_name(self.out.name + ".header.json")
 
+    def of_round(self, rows: str) -> tuple[Path, Path]:
+        """Input and output of the batch job of a round. Named after what it is asked, so that a
+        round is never taken for that of another run."""
+        name = f"{self.out.stem}.round-{hashlib.sha256(rows.encode()).hexdigest()[:12]}"
+        return self.out.with_name(f"{name}.jsonl"), self.out.with_name(f"{name}.answers.jsonl")
 
-# --- in the caller's process ----------------------------------------------------------------------
+    def remove_rounds(self) -> None:
+        for file in self.out.parent.glob(f"{glob.escape(self.out.stem)}.round-*.jsonl"):
+            file.unlink()
 
 
 def self_distill(
@@ -76,15 +85,16 @@ def self_distill(
     max_num_seqs: int = 64,
     enforce_eager: bool = False,
     dtype: str = "auto",
+    replicas: int = 1,
 ) -> Path:
     """Sample about `tokens` new tokens from a dense model, into a JSONL file.
 
     Each line is `{"input_ids": [...], "prompt_tokens": n}`: a prompt of n tokens and its answer,
     which ends with eos if the model ended it. `text.load_blocks` reads it. Prompts are taken in a
     shuffled order, and again with other seeds when all are used. A run that was stopped goes on
-    behind its last line. Sample i is drawn with a seed made from `(seed, i)`, so the file does not
-    depend on how samples were batched (but for the rounding of matrix products, which differs
-    with the batch).
+    with what it has. Sample i is drawn with a seed made from `(seed, i)`, so the file does not
+    depend on how samples were batched, nor on the replicas (but for the rounding of matrix
+    products, which differs with the batch).
 
     Args:
         parent: folder of the dense checkpoint, with its tokenizer.
@@ -100,16 +110,18 @@ def self_distill(
         max_num_seqs: samples that vLLM computes together.
         enforce_eager: without vLLM's compilation.
         dtype: vLLM's `dtype`.
+        replicas: engines that sample together.
 
     Returns:
         `out`, complete.
 
     Raises:
-        UserError: there is nothing to sample from, `out` was made in another way, or the
-            engine stopped; what was sampled until then is kept.
+        UserError: there is nothing to sample from, `out` was made in another way, Ray is not
+            installed, or a job stopped; what was sampled until then is kept.
     """
     parent, files = Path(parent).expanduser(), Files(Path(out).expanduser())
     counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "max_num_seqs": max_num_seqs}
+    counts["replicas"] = replicas
     _check_arguments(files, temperature, counts)
     context = _context(parent)
     given = [*(prompts or ()), *read_prompts(prompt_files)]
@@ -132,9 +144,13 @@ def self_distill(
     if not files.header.exists():
         text = json.dumps(asdict(header), indent=1) + "\n"
         write_atomically(files.header, lambda beside: beside.write_text(text))
-    engine = {"max_num_seqs": max_num_seqs, "enforce_eager": enforce_eager, "dtype": dtype}
-    request = asdict(header) | {"out": str(files.out), "prompt_ids": ids, "engine": engine}
-    _run_child(request, files)
+    flags = ["--max-num-seqs", str(max_num_seqs), "--dtype", dtype, "--replicas", str(replicas)]
+    # No longer than needed, so that the KV cache holds as many samples as possible.
+    flags += ["--max-model-len", str(max(map(len, ids)) + max_new_tokens)]
+    flags += ["--enforce-eager"] if enforce_eager else []
+    # Sampled as is said here, whatever the checkpoint's generation_config.json would add.
+    flags += ["--generation-config", "vllm"]
+    _sample(files, header, ids, flags)
     return files.out
 
 
@@ -148,6 +164,11 @@ def _check_arguments(files: Files, temperature: float, counts: Mapping[str, int]
         )
     if files.out.suffix != ".jsonl":
         raise UserError(f"Samples are JSONL, and {files.out} must end in .jsonl to be read.")
+    if find_spec("ray") is None:
+        raise UserError(
+            "self-distillation runs batch jobs, and the package 'ray' is not installed: pip "
+            "install 'vllm-nvium[ray]'."
+        )
 
 
 def _context(parent: Path) -> float:
@@ -184,70 +205,47 @@ def _check_header(files: Files, header: Header) -> None:
             )
 
 
-def _run_child(request: Mapping[str, Any], files: Files) -> None:
-    """Sample in a process of its own: it takes the engine's memory with it when it ends."""
-    from vllm_nvium.environment import environment_for
-
-    environment = environment_for(str(request["parent"]), os.environ)
-    # The child is the engine's own process: a second one would only start later and end later.
-    environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    with tempfile.TemporaryDirectory() as folder:
-        # A file, because thousands of prompts are too long for an argument.
-        path = Path(folder) / "request.json"
-        path.write_text(json.dumps(request))
-        status = subprocess.run(
-            [sys.executable, "-m", "vllm_nvium.checkpoints.train.distill", str(path)],
-            env=environment,
-            check=False,
-        ).returncode
-    if status or not files.out.exists():
-        raise UserError(
-            f"Sampling from {request['parent']} stopped with status {status} (its own messages are "
-            f"above): what it sampled is kept in {files.partial}, and the same command goes on."
-        )
+# --- rounds ---------------------------------------------------------------------------------------
 
 
-# --- in the child ---------------------------------------------------------------------------------
-
-
-def sample(request: Mapping[str, Any]) -> int:
-    """Sample what is missing and give the file its name; returns the exit status."""
-    files = Files(Path(request["out"]))
-    with files.partial.open("a+b") as file:
-        try:
-            # An engine whose caller was killed may still be writing.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            complain(f"vllm-nvium: another process is writing {files.partial}; wait for it.")
-            return 1
-        lines, tokens = recover(file)
-        if lines:
-            say(f"Going on behind {tokens} tokens in {files.partial}.")
-        _sample_into(file, request, lines, tokens)
+def _sample(files: Files, header: Header, ids: Sequence[list[int]], flags: Sequence[str]) -> None:
+    """Samples what is missing, and gives the file its name."""
+    lines, tokens = counted(files.partial)
+    if lines:
+        say(f"Going on behind {tokens} tokens in {files.partial}.")
+    while tokens < header.tokens:
+        if lines == 0:
+            count = math.ceil(header.tokens / header.max_new_tokens)
+        else:
+            count = math.ceil(SPARE * (header.tokens - tokens) * lines / tokens)
+        upcoming = schedule(ids, header.seed)
+        samples = list(islice(upcoming, lines, lines + max(count, FEWEST_SAMPLES)))
+        answers = _answers(files, header, samples, flags)
+        new = []
+        for (prompt, _), answer in zip(samples, answers, strict=True):
+            if tokens >= header.tokens:
+                break
+            entry = {"input_ids": [*prompt, *answer], "prompt_tokens": len(prompt)}
+            new.append(json.dumps(entry, separators=(",", ":")) + "\n")
+            lines += 1
+            tokens += len(answer)
+        _append(files.partial, new)
+        # Not before: without them a killed run would draw the round again.
+        files.remove_rounds()
+        say(f"Sampled {tokens} of {header.tokens} tokens.")
+    files.remove_rounds()
     files.partial.rename(files.out)
-    return 0
 
 
-def recover(file: BinaryIO) -> tuple[int, int]:
-    """Cut an unfinished last line off.
-
-    Args:
-        file: opened with `a+b`.
-
-    Returns:
-        lines and new tokens in the file, which stands at its end.
-    """
-    file.seek(0)
-    lines = tokens = end = 0
-    for line in file:
-        if not line.endswith(b"\n"):
-            break
-        entry = json.loads(line)
-        lines += 1
-        tokens += len(entry["input_ids"]) - entry["prompt_tokens"]
-        end += len(line)
-    file.truncate(end)
-    file.seek(end)
+def counted(partial: Path) -> tuple[int, int]:
+    """Samples and their new tokens in a file, which need not be there."""
+    lines = tokens = 0
+    if partial.exists():
+        with partial.open() as file:
+            for line in file:
+                entry = json.loads(line)
+                lines += 1
+                tokens += len(entry["input_ids"]) - entry["prompt_tokens"]
     return lines, tokens
 
 
@@ -263,65 +261,51 @@ def schedule(prompt_ids: Sequence[list[int]], seed: int) -> Iterator[tuple[list[
         index += 1
 
 
-def _sample_into(file: BinaryIO, request: Mapping[str, Any], lines: int, tokens: int) -> None:
-    wanted = request["tokens"]
-    if tokens >= wanted:
-        return
-    llm = _engine(request)
-    upcoming = islice(schedule(request["prompt_ids"], request["seed"]), lines, None)
-    while tokens < wanted:
-        mean = tokens / lines if lines else request["max_new_tokens"]
-        most = BATCHES_PER_WRITE * request["engine"]["max_num_seqs"]
-        count = min(most, max(FEWEST_SAMPLES, math.ceil((wanted - tokens) / mean)))
-        batch = list(islice(upcoming, count))
-        for (prompt, _), answer in zip(batch, _generate(llm, batch, request), strict=True):
-            if tokens >= wanted:  # where the file ends must not depend on the batch
-                break
-            entry = {"input_ids": [*prompt, *answer], "prompt_tokens": len(prompt)}
-            file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-            lines += 1
-            tokens += len(answer)
-        file.flush()
-        os.fsync(file.fileno())
-        say(f"Sampled {tokens} of {wanted} tokens.")
+def _append(partial: Path, lines: Sequence[str]) -> None:
+    """All of a round or nothing: what a round begins with depends on where the last one ended."""
+
+    def write(beside: Path) -> None:
+        with beside.open("w") as file:
+            if partial.exists():
+                with partial.open() as old:
+                    file.writelines(old)
+            file.writelines(lines)
+
+    write_atomically(partial, write)
 
 
-def _engine(request: Mapping[str, Any]) -> Any:
-    from vllm import LLM
-
-    longest = max(map(len, request["prompt_ids"]))
-    return LLM(
-        model=request["parent"],
-        # No longer than needed, so that the KV cache holds as many samples as possible.
-        max_model_len=longest + request["max_new_tokens"],
-        # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
-        enable_chunked_prefill=False,
-        seed=0,
-        disable_log_stats=True,
-        **request["engine"],
-    )
-
-
-def _generate(
-    llm: Any, batch: Sequence[tuple[list[int], int]], request: Mapping[str, Any]
+def _answers(
+    files: Files,
+    header: Header,
+    samples: Sequence[tuple[list[int], int]],
+    flags: Sequence[str],
 ) -> list[list[int]]:
-    """New tokens of each sample."""
-    from vllm import SamplingParams
+    """New tokens of each sample of a round, by a batch job in a process of its own."""
+    asked: dict[str, Any] = {
+        "max_tokens": header.max_new_tokens,
+        "temperature": header.temperature,
+        "return_token_ids": True,
+    }
+    text = "".join(
+        json.dumps({"prompt": prompt, "seed": seed} | asked) + "\n" for prompt, seed in samples
+    )
+    rows, out = files.of_round(text)
+    if not out.exists():
+        write_atomically(rows, lambda beside: beside.write_text(text))
+        command = [sys.executable, "-m", "vllm_nvium.cli", "batch", str(rows), str(out)]
+        command += ["--model", header.parent, *flags]
+        if status := subprocess.run(command, check=False).returncode:
+            raise UserError(
+                f"Sampling from {header.parent} stopped with status {status} (its own messages "
+                "are above): what it sampled is kept, and the same command goes on."
+            )
+    return [_answer(json.loads(line)) for line in out.read_text().splitlines()]
 
-    params = [
-        SamplingParams(
-            temperature=request["temperature"],
-            max_tokens=request["max_new_tokens"],
-            seed=seed,
-            detokenize=False,
+
+def _answer(result: Mapping[str, Any]) -> list[int]:
+    if result["error"] is not None:
+        raise UserError(
+            f"Sample {result['id']} of self-distillation has no answer "
+            f"({result['error']['message']})."
         )
-        for _, seed in batch
-    ]
-    prompts = [{"prompt_token_ids": prompt} for prompt, _ in batch]
-    outputs = llm.generate(prompts, params, use_tqdm=interactive())
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-# vLLM may spawn processes, which import this file again.
-if __name__ == "__main__":
-    sys.exit(sample(json.loads(Path(sys.argv[1]).read_text())))
+    return list(result["response"]["body"]["choices"][0]["token_ids"])

@@ -17,11 +17,12 @@ LEARNING_RATES = {"exits": 1e-3, "lora": 5e-4, "full": 5e-5, "scratch": 6e-4}
 # Share of the steps that first fit every exit's head on its own; see `head_loss`.
 HEAD_LOSS = {"exits": 0.3, "lora": 0.3, "full": 0.2, "scratch": 0.0}
 # What may differ between a run and its continuation.
-NOT_IN_THE_RECORD = ("resume", "save_every", "calibration_tokens")
+NOT_IN_THE_RECORD = ("resume", "save_every", "calibration_tokens", "distill_replicas")
 # Counts and weights below these are refused.
 SMALLEST = {
-    "self_distill": 0, "tokens": 0, "max_text_tokens": 0, "validation_tokens": 1, "block_size": 2,
-    "batch_size": 1, "gradient_accumulation": 1, "weight_decay": 0, "beta": 0, "tolerance": 0,
+    "self_distill": 0, "distill_replicas": 1, "tokens": 0, "max_text_tokens": 0,
+    "validation_tokens": 1, "block_size": 2, "batch_size": 1,
+    "gradient_accumulation": 1, "weight_decay": 0, "beta": 0, "tolerance": 0,
     "lora_rank": 1, "fit_tokens": 0, "adapter_size": 0, "calibration_tokens": 0,
     "evaluate_every": 0, "save_every": 0,
 }  # fmt: skip
@@ -84,6 +85,7 @@ class TrainOptions:
         0, "sample so many tokens from the dense parent (a folder) and train on them too"
     )
     prompts: list[str] = _option([], "files of prompts for --self-distill")
+    distill_replicas: int = _option(1, "engines that sample for --self-distill")
     tokens: int = _option(0, "training tokens in all (default: one pass over the text)")
     max_text_tokens: int = _option(0, "use no more tokens of the text than this (default: all)")
     validation_tokens: int = _option(32768, "use no more of the validation texts in all")
@@ -190,6 +192,11 @@ def _check_ranges(options: TrainOptions) -> None:
     for name, bound in SMALLEST.items():
         if (value := getattr(options, name)) < bound:
             raise UserError(f"{flag_of(name)} is {value}, and it must be at least {bound}.")
+    if options.distill_replicas > 1 and not options.self_distill:
+        raise UserError(
+            f"--distill-replicas is {options.distill_replicas}, but nothing is sampled: add "
+            "--self-distill, or leave it out."
+        )
     if not options.peak_learning_rate > 0:
         raise UserError(
             f"--learning-rate is {options.learning_rate}, and it must be greater than 0."

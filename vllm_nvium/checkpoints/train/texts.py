@@ -71,4 +71,5 @@ def _self_distilled(options: TrainOptions, start: Start, out: Path) -> Path:
         options.self_distill,
         prompt_files=options.prompts,
         seed=options.seed,
+        replicas=options.distill_replicas,
     )
