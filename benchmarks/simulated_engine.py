@@ -6,6 +6,8 @@ for the given rates, which the planner does not know.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from random import Random
 
 from vllm_nvium.via_sd.planner import LOSSLESS, OFF, PAPER, DraftPlan, Planner
@@ -50,6 +52,9 @@ class SimulatedEngine:
         seeded: the number of further requests, which are decoded without drafts.
         noise: relative standard deviation of every time that the planner is told.
         outliers: probability that such a time is `OUTLIER` times too long.
+        confidence: c > 0: the tokens of a lossless window are kept with probabilities of their own,
+            from a beta distribution with mean m = `accept_window` and parameters c m, c (1 - m),
+            and the slim verifier is as sure of each as that. 0: all alike, and it says nothing.
         seed: of tokens and noise.
     """
 
@@ -62,6 +67,7 @@ class SimulatedEngine:
     seeded: int = 0
     noise: float = 0.0
     outliers: float = 0.0
+    confidence: float = 0.0
     seed: int = 0
 
     OUTLIER = 20.0
@@ -115,6 +121,7 @@ class SimulatedEngine:
     def _tiered(self, planner: Planner, plan: DraftPlan) -> None:
         count, most = len(self.requests), plan.num_draft_tokens
         windows, kept = [0] * count, [0] * count
+        chances: list[list[float]] = [[] for _ in range(count)]  # of each token of a window
         plain = {
             i: most * self._hits(request.hit_rate)
             for i, request in enumerate(self.requests)
@@ -142,20 +149,28 @@ class SimulatedEngine:
                 of_round = [each for each in of_round if each[2]]
             if not of_round:
                 break
-            still_open = self._round(planner, of_round, windows, kept, is_first)
+            still_open = self._round(planner, of_round, windows, kept, chances, is_first)
             drafting = len(still_open)
             rounds += 1
             lengths, names = [windows[i] for i in still_open], [self.names[i] for i in still_open]
-            if not planner.another_round(lengths, rounds, names):
+            if self.confidence and not self.paper:
+                survivals = [planner.survival(self.names[i], chances[i]) for i in still_open]
+                goes_on = planner.another_round(lengths, rounds, names, survivals)
+            else:
+                goes_on = planner.another_round(lengths, rounds, names)
+            if not goes_on:
                 break
         self._full_pass(planner, count + sum(windows) + sum(plain.values()))
         for i, num_drafted in plain.items():
             self._check_plain(planner, i, num_drafted, most)
         for i in tiered:
-            planner.observe_full_check(self.names[i], windows[i], kept[i], rounds > 0)
+            known = chances[i] if self.confidence and not self.paper else ()
+            planner.observe_full_check(
+                self.names[i], windows[i], kept[i], rounds > 0, confidences=known
+            )
             self.tokens += 1
             if not self.paper:
-                self.tokens += _expected(windows[i], self.requests[i].accept_window)
+                self.tokens += sum(accumulate(chances[i], mul))
 
     def _round(
         self,
@@ -163,6 +178,7 @@ class SimulatedEngine:
         of_round: list[tuple[int, int, int]],
         windows: list[int],
         kept: list[int],
+        chances: list[list[float]],
         is_first: bool,
     ) -> list[int]:
         """One slim check of (request, drafts wanted, drafts) each; returns the requests whose
@@ -175,7 +191,9 @@ class SimulatedEngine:
             accepted = self._accepted(request.accept_slim, count)
             # Under the paper's rule the slim verifier adds no token behind accepted drafts.
             length = accepted + int(accepted < count or not self.paper)
-            fails = [self.random.random() >= request.accept_window for _ in range(length)]
+            of_tokens = [self._chance(request.accept_window) for _ in range(length)]
+            fails = [self.random.random() >= chance for chance in of_tokens]
+            chances[i] += of_tokens
             escalated = sum(fails) if self.paper else 0
             planner.observe_slim_check(self.names[i], wanted, count, accepted, escalated, is_first)
             if kept[i] == windows[i]:
@@ -186,6 +204,12 @@ class SimulatedEngine:
             if length > 0 and not escalated and windows[i] < self.max_window:
                 going.append(i)
         return going
+
+    def _chance(self, mean: float) -> float:
+        """That the full model keeps a token of a window."""
+        if not self.confidence or self.paper or not 0 < mean < 1:
+            return mean
+        return self.random.betavariate(self.confidence * mean, self.confidence * (1 - mean))
 
     def _draft(self, planner: Planner, num_requests: int, num_draft_tokens: int) -> None:
         if num_draft_tokens:

@@ -177,6 +177,7 @@ def _times(planner: dict[str, Any]) -> str:
 def main() -> None:
     args = parse()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     texts = read_prompts(args.prompts, args.target, args.longest_prompt, args.chat)
     batches = [int(batch) for batch in args.batches.split(",")]
     common = {
@@ -187,10 +188,12 @@ def main() -> None:
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "async_scheduling": False,
+        # Several engines share the machine. On CPU this is only what must be free at the start.
+        "gpu_memory_utilization": 0.1,
     }
     processes: dict[str, EngineProcess] = {}
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
-    lines = [
+    about = [
         f"machine: {machine()}",
         f"target {Path(args.target).name}, {args.dtype}, {mode}, "
         f"prompts {args.prompts.name}, {args.new_tokens} new tokens, temperature "
@@ -206,6 +209,7 @@ def main() -> None:
     try:
         for name, more in engines(args).items():
             processes[name] = EngineProcess(name, args.target, common | more)
+        print(*about, sep="\n", flush=True)
         for batch in batches:
             before = {name: process.via_sd() for name, process in processes.items()}
             found = measure(processes, args, texts, batch)
@@ -214,11 +218,10 @@ def main() -> None:
                 if view := process.via_sd():
                     view["counts"] = difference(view, before[name])
                     views[name] = view
-            lines += rows(found, views, batch)
+            print(*rows(found, views, batch), sep="\n", flush=True)
     finally:
         for process in processes.values():
             process.close()
-    print("\n".join(lines))
     print(json.dumps(views, indent=1))
 
 

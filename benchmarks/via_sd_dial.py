@@ -274,7 +274,7 @@ def main() -> None:
                 construct(target, base, size, asked, held_out)
             made = json.loads(about_target.read_text())
             noted = {"agreement": made["agreement"]}
-            cell = measure(str(target), made["mask"], timed, about, args, noted)
+            cell = measure(str(target), {"mask": made["mask"]}, timed, about, args, noted)
             found += cell
             tqdm.write("\n".join(map(row, cell)), file=sys.stderr)
     found.sort(key=lambda each: (each["cost"], each["asked"]))

@@ -3,7 +3,7 @@
 use of the slim tier and what the planner chooses take turns, batch by batch, and are held
 against the optimum that the pass times and acceptances measured in the same runs allow.
 
-    python benchmarks/via_sd_plans.py TARGET --mask even:0.2 --drafter ngram \\
+    python benchmarks/via_sd_plans.py TARGET --slim int4 --drafter ngram \\
         --prompts humaneval.jsonl gsm8k.jsonl --batches 1,8 --out results.jsonl
 
 Each case (prompts, batch size, rule) starts with a planner that knows nothing; what its first
@@ -189,7 +189,7 @@ class Recorder(Counter):
         self._step += 1
         return self.fixed
 
-    def another_round(self, window_lengths: Any, rounds_done: int, request_ids: Any) -> bool:
+    def another_round(self, _: Any, rounds_done: int, request_ids: Any, *__: Any) -> bool:
         return bool(request_ids) and rounds_done < self.fixed.rounds
 
     def _rounds(self) -> int:
@@ -207,11 +207,13 @@ class Recorder(Counter):
 class Engine:
     """A VIA-SD engine in this process whose plan can be set from outside."""
 
-    def __init__(self, model: str, mask: str, longest: int, batch: int, args: Any) -> None:
+    def __init__(
+        self, model: str, tier: dict[str, str], longest: int, batch: int, args: Any
+    ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        options = {"mask": mask, "window": args.window, "allow_paper_mode": True}
+        options = tier | {"window": args.window, "allow_paper_mode": True}
         self.args = args
         self.worker = Worker(
             model,
@@ -348,8 +350,11 @@ def best_plans(recorder: Recorder, plans: dict[str, DraftPlan], case: Case) -> d
     promise."""
     rates = expected_rates(recorder, case)
     plain = 1 + int(rates[1:, 0].argmax())
-    drafts, rounds = divmod(int(rates[1:, 1:].argmax()), rates.shape[1] - 1)
-    plans["speculative"], plans["tier"] = DraftPlan(plain, 0), DraftPlan(1 + drafts, 1 + rounds)
+    # Without drafts the slim verifier drafts for itself, but not under the paper's rule.
+    least = int(case.mode == "paper")
+    drafts, rounds = divmod(int(rates[least:, 1:].argmax()), rates.shape[1] - 1)
+    plans["speculative"] = DraftPlan(plain, 0)
+    plans["tier"] = DraftPlan(least + drafts, 1 + rounds)
     return promises(recorder, plans, case)
 
 
@@ -361,14 +366,14 @@ def promises(recorder: Recorder, plans: dict[str, DraftPlan], case: Case) -> dic
 
 def _measure_all(
     model: str,
-    mask: str,
+    tier: dict[str, str],
     prompts: dict[str, list[list[int]]],
     cases: list[Case],
     about: dict[str, Any],
     args: Any,
 ) -> list[dict[str, Any]]:
     longest = max(len(ids) for texts in prompts.values() for ids in texts)
-    engine = Engine(model, mask, longest, max(case.batch for case in cases), args)
+    engine = Engine(model, tier, longest, max(case.batch for case in cases), args)
     found = []
     for case in tqdm(cases, desc=about["target"], disable=None, leave=False):
         found.append(about | engine.measure(case, prompts[case.prompts]))
@@ -380,7 +385,7 @@ def _measure_all(
 
 def measure(
     model: str,
-    mask: str,
+    tier: dict[str, str],
     prompts: dict[str, list[list[int]]],
     about: dict[str, Any],
     args: Any,
@@ -389,6 +394,7 @@ def measure(
     """All cases of one target in a process of its own, so that its weights are gone afterwards.
 
     Args:
+        tier: options that make the slim verifier, without `via_sd_`.
         prompts: token ids by the name of their file.
         about: what tells this target's results from others'; of --out those are taken.
         noted: more to keep with the results.
@@ -402,7 +408,7 @@ def measure(
         return known
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         found = pool.submit(
-            _measure_all, model, mask, prompts, todo, about | (noted or {}), args
+            _measure_all, model, tier, prompts, todo, about | (noted or {}), args
         ).result()
     return known + found
 
@@ -564,7 +570,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", type=Path, help="checkpoint (Hugging Face folder)")
-    parser.add_argument("--mask", default="even:0.2", help="--via-sd-mask")
+    parser.add_argument("--mask", help="--via-sd-mask")
+    parser.add_argument("--slim", help="--via-sd-slim (default: int4, or skip beside --mask)")
     add_arguments(parser)
     parser.add_argument(
         "--pass-times", type=pass_times, metavar="FULL:SLIM[:DRAFT]", help="milliseconds, given"
@@ -575,8 +582,10 @@ def main() -> None:
         path.name: read_prompts(path, str(args.target), args.longest_prompt, args.chat)
         for path in args.prompts
     }
-    about = {"target": args.target.name, "mask": args.mask} | about_run(args)
-    found = measure(str(args.target), args.mask, prompts, about, args)
+    tier = {"mask": args.mask, "slim": args.slim or (None if args.mask else "int4")}
+    tier = {name: value for name, value in tier.items() if value is not None}
+    about = {"target": args.target.name} | tier | about_run(args)
+    found = measure(str(args.target), tier, prompts, about, args)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(
         f"greedy, {args.dtype}, decode steps only, runs in turn, ratios of all of them {SPREAD}", ""
