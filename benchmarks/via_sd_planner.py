@@ -38,7 +38,7 @@ from vllm_nvium.via_sd.planner import (
 FULL = 0.02  # seconds of a full pass of one row
 MAX_DRAFTS, MAX_WINDOW = 8, 16
 # Every planner begins with nothing known; what it learns in is counted apart.
-LEARNING, STEPS = 300, 1500
+LEARNING, STEPS = 200, 1000
 
 
 # --- Scenarios ------------------------------------------------------------------------------------
