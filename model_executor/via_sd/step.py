@@ -10,13 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_nvium.model_executor.ops.tiers import (
-    ACCEPT,
-    ESCALATE,
-    Checked,
-    check_lossless,
-    check_paper,
-)
+from vllm_nvium.model_executor.ops.tiers import ACCEPT, ESCALATE, Checked
 
 
 @dataclass(slots=True)
@@ -104,37 +98,6 @@ class SlimDraws:
     shares: torch.Tensor | None = None
 
 
-def check_round(windows: Sequence[Window], drafts: Drafts, draws: SlimDraws) -> Checked:
-    """The slim check of one round, each request by its own rule; the windows are not changed.
-
-    Args:
-        windows: B open windows; drafts: of each of them; draws: of the pass over both.
-    """
-    counts = torch.tensor([len(tokens) for tokens in drafts.tokens])
-    most = int(counts.max())
-    padded = torch.full((len(windows), most), -1)
-    for row, tokens in enumerate(drafts.tokens):
-        padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-    rows = rows_of(counts, most)
-    drawn = draws.tokens[rows]
-    found = check_lossless(padded, counts, drawn)
-    if draws.shares is None:
-        return found
-    paper = check_paper(
-        counts,
-        draws.shares[rows[:, :-1]],
-        drawn,
-        torch.tensor([window.accept for window in windows]),
-        torch.tensor([window.escalate for window in windows]),
-    )
-    is_paper = torch.tensor([window.is_paper for window in windows])
-    return Checked(
-        torch.where(is_paper, paper.accepted, found.accepted),
-        torch.where(is_paper, paper.token, found.token),
-        torch.where(is_paper[:, None], paper.tiers, found.tiers),
-    )
-
-
 def extend(windows: Sequence[Window], drafts: Drafts, draws: SlimDraws, found: Checked) -> None:
     """Adds to each window what its check left, and closes those that are done."""
     accepted, token, tiers = found.accepted.tolist(), found.token.tolist(), found.tiers.tolist()
@@ -168,10 +131,3 @@ def extend(windows: Sequence[Window], drafts: Drafts, draws: SlimDraws, found: C
             and window.stop_tokens.isdisjoint(new)
             and not (window.is_paper and ESCALATE in kinds)
         )
-
-
-def rows_of(counts: torch.Tensor, most: int) -> torch.Tensor:
-    """[B, D + 1] int64: where the rows of each window are among those of a pass; padding repeats
-    the last row of its window."""
-    starts = torch.cumsum(counts + 1, dim=0) - (counts + 1)
-    return starts[:, None] + torch.minimum(torch.arange(most + 1)[None, :], counts[:, None])

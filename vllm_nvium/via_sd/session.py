@@ -13,7 +13,8 @@ import torch
 from vllm_nvium.engine.stats import OnTokens, Reporter
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
-from vllm_nvium.model_executor.via_sd.step import Drafts, Window, check_round, extend
+from vllm_nvium.model_executor.via_sd.policy import check_round, kept_unasked
+from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
 from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
 from vllm_nvium.via_sd.requests import ViaSDRequests
@@ -119,12 +120,8 @@ class Session:
         kept: list[bool] = []
         for request_id, count in zip(request_ids, num_draft_tokens, strict=False):
             window = self.requests.window(request_id)
-            # vLLM may have cut a window short, or replaced it when the request was preempted.
-            drafts = list(self.verified.get(request_id, ()))
-            if window is not None and window.is_paper and drafts == window.tokens[:count]:
-                kept += [tier != ESCALATE for tier in window.tiers[:count]]
-            else:
-                kept += [False] * count
+            drafts = self.verified.get(request_id, ())
+            kept += kept_unasked(window, drafts) if len(drafts) == count else [False] * count
         return kept
 
     def drafting(self, view: StepView) -> list[str]:
