@@ -142,8 +142,10 @@ odd = st.recursive(
     max_leaves=5,
 )
 
+LEVELS = ["none", "summary", "detailed"]
 OWN_KEYS = [
-    "nvium_sampling", "nvium_max_deferred", "nvium_", "nvium_depth", "via_sd", "via_sd_mode",
+    "nvium_sampling", "nvium_max_deferred", "nvium_request_metrics", "nvium_", "nvium_depth",
+    "via_sd", "via_sd_mode", "via_sd_request_metrics",
     "via_sd_accept", "via_sd_escalate", "via_sd_window", "via_sd_rounds", "via_sd_mask",
     "via_sd_max_batch", "via_sd_allow_paper_mode", "via_sd_drafts", "via_sd_", "via_sd_\n",
 ]  # fmt: skip
@@ -154,6 +156,8 @@ SENSIBLE: dict[str, list[Any]] = {
     "via_sd_mode": ["lossless", "paper"],
     "via_sd_accept": [0, 0.5, 0.9, 1],
     "via_sd_escalate": [0, 0.1, 0.3, 1.0],
+    "nvium_request_metrics": LEVELS,
+    "via_sd_request_metrics": LEVELS,
 }
 # What vLLM lets through to the plugin at all.
 passing = st.one_of(
@@ -283,7 +287,7 @@ def requests_with_options(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 # --------------------------------------------------------------------------------- what is expected
 
 
-def wrong_options(kind: str, given: dict[str, Any]) -> list[str]:
+def wrong_options(kind: str, given: dict[str, Any], route: str) -> list[str]:
     """Which options a server has to refuse, said independently of how it reads them."""
     if kind == "plain":
         return list(given)
@@ -294,12 +298,17 @@ def wrong_options(kind: str, given: dict[str, Any]) -> list[str]:
         in_order = given.get("via_sd_escalate", 0.3) <= given.get("via_sd_accept", 0.5)
         if given.get("via_sd_mode") != "paper" or not in_order:
             return thresholds
+    asked = f"{kind}_request_metrics"
+    if not wrong and route == "responses" and given.get(asked, "none") != "none":
+        return [asked]  # such an answer has no place for it
     return wrong
 
 
 def nvium_is_fine(key: str, value: Any) -> bool:
     if key == "nvium_max_deferred":
         return type(value) is int and 0 <= value < 2**31
+    if key == "nvium_request_metrics":
+        return value in LEVELS
     return key == "nvium_sampling" and value in ("routed", "mixture")
 
 
@@ -308,6 +317,8 @@ def via_sd_is_fine(key: str, value: Any) -> bool:
         return value in ("on", "off", "true", "false", "0", "1", 0, 1)
     if key == "via_sd_mode":
         return value in ("lossless", "paper")
+    if key == "via_sd_request_metrics":
+        return value in LEVELS
     is_threshold = key in ("via_sd_accept", "via_sd_escalate")
     return is_threshold and type(value) in (int, float) and 0 <= value <= 1
 
@@ -346,7 +357,7 @@ def test_our_options_are_taken_or_refused_with_a_sentence(
     note(f"{answer.status_code} {answer.text[:600]}")
     beams = body.get("use_beam_search", False)
     given = body["vllm_xargs"]
-    if wrong := list(given) if beams else wrong_options(server.kind, given):
+    if wrong := list(given) if beams else wrong_options(server.kind, given, route):
         check_sentence(answer, wrong)
     else:
         assert answer.status_code == 200 and not is_failure(answer)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of vLLM that both methods override, wrap, replace or read as attributes; see `hooks.py`."""
 
+from vllm_nvium.engine import answer_hooks
 from vllm_nvium.engine.hooks import Hook, rows
 
 HOOKS: tuple[Hook, ...] = (
+    *answer_hooks.HOOKS,
     # Start-up: registration, flags and checks.
     *rows(
         "vllm.config.vllm",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nvium.engine.hooks import Hook
 from vllm_nvium.engine.options import flag, picked
+from vllm_nvium.engine.request_metrics import AnswerFormat
 from vllm_nvium.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Feature:
         samples_as_plain: whether requests of its engines may ask of the sampler what vLLM refuses
             beside a drafter.
         needs_runner_v1: whether it does not run on Model Runner V2; asked of `additional_config`.
+        answers: how an answer tells of its own tokens.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Feature:
     make_stat_logger: Callable[["VllmConfig", Any, bool], Any | None] = _nothing
     samples_as_plain: bool = False
     needs_runner_v1: Callable[[Any], bool] = lambda _: False
+    answers: AnswerFormat | None = None
 
 
 # "module:NAME" of every record, so that a method is imported when it is first needed.
@@ -91,11 +94,27 @@ def features() -> tuple[Feature, ...]:
     return tuple(found)
 
 
+def answer_formats() -> tuple[AnswerFormat, ...]:
+    """Of every method that has one."""
+    return tuple(_formats().values())
+
+
+def answer_format(folder: str) -> AnswerFormat | None:
+    """Of the method in this folder; None if it is switched off."""
+    return _formats().get(folder)
+
+
+@cache
+def _formats() -> dict[str, AnswerFormat]:
+    return {f.folder: f.answers for f in features() if f.answers is not None}
+
+
 def switch_off(reasons: Mapping[str, str]) -> None:
     """Engines with options of these methods (by folder) are refused from now on; others are not."""
     _off.clear()
     _off.update(reasons)
     features.cache_clear()
+    _formats.cache_clear()
 
 
 def _refusing(feature: Feature, reason: str) -> Feature:

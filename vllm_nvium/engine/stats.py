@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vllm_nvium.engine.patches.scheduler import KEY
+from vllm_nvium.engine.request_metrics import KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.metrics.stats import SchedulerStats
 
 LABELS = ("model_name", "engine")
-# An observer of tokens, in the engine's own process: called after a step for each request that got
-# some, with vLLM's id of the request and a number for each of its new tokens, in order. What the
-# numbers mean the method says. The last tokens may be cut off behind a stop.
-OnTokens = Callable[[str, Sequence[int]], None]
 
 
 class Counts:

@@ -7,6 +7,7 @@ from vllm_nvium.engine.feature import Feature
 from vllm_nvium.errors import UserError
 from vllm_nvium.nvium import as_drafter, options
 from vllm_nvium.nvium.hooks import HOOKS
+from vllm_nvium.nvium.request_metrics import FORMAT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,4 +46,5 @@ NVIUM = Feature(
     check_engine_args=as_drafter.refuse_nvium_drafter,
     check=_check,
     make_stat_logger=_make_stat_logger,
+    answers=FORMAT,
 )

@@ -22,6 +22,7 @@ from vllm_nvium.engine.options import (
     read,
     shown,
 )
+from vllm_nvium.engine.request_metrics import NEEDED_LEVEL, Level
 from vllm_nvium.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class NviumOptions:
         exit's head; `mixture` draws from the mixture of all heads.
     max_deferred: how many positions of a sequence may be left incomplete at some depth before a
         catch-up pass is forced; None for no limit.
+    request_metrics: what an answer tells of its own tokens; `detailed` has the exit of each.
     """
 
     sampling: Annotated[
@@ -63,6 +65,15 @@ class NviumOptions:
             per_request=True,
         ),
     ] = None
+    request_metrics: Annotated[
+        Level,
+        Option(
+            needed=NEEDED_LEVEL,
+            help="What an answer tells of its own tokens: 'summary' how many left at each exit and "
+            "how many layers ran, in `metrics`; 'detailed' the exit of each token too.",
+            per_request=True,
+        ),
+    ] = "none"
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "NviumOptions":
@@ -140,6 +151,11 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
 
 
 _engine_options = Remembered(NviumOptions.from_config)
+
+
+def request_metrics_level(extra_args: Any, vllm_config: "VllmConfig") -> Level:
+    """What a request that was checked is to be told of its tokens."""
+    return _engine_options(vllm_config.additional_config).of_request(extra_args).request_metrics
 
 
 def _keys_of(additional_config: Any) -> dict[str, Any]:

@@ -135,6 +135,7 @@ class NviumRequests(RequestTable[RequestInfo]):
             or params.prompt_logprob_token_ids is not None,
             max_deferred=UNLIMITED if options.max_deferred is None else options.max_deferred,
         )
+        self.ask(request_id, options.request_metrics)
         self._order = []
 
     def remove(self, request_id: str) -> None:

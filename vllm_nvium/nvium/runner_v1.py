@@ -47,7 +47,7 @@ class NviumModelRunnerMixin:
             decide_early=model.may_decide_early,
             greedy_margin=model.config.greedy_margin,
         )
-        self.nvium_observer = StepObserver(model.segment_layers)
+        self.nvium_observer = StepObserver(model.segment_layers, self.nvium_requests.asked)
 
     def _nvium_has_custom_processors(self) -> bool:
         """Whether something of the user's own changes logits: named with --logits-processors, or

@@ -84,7 +84,7 @@ class NviumModelState(DefaultModelState):
             decide_early=bool(model.may_decide_early),
             greedy_margin=model.config.greedy_margin,  # type: ignore[union-attr,arg-type]
         )
-        self.observer = StepObserver(model.segment_layers)  # type: ignore[arg-type]
+        self.observer = StepObserver(model.segment_layers, self.requests.asked)  # type: ignore[arg-type]
         self._is_real = False
         self._open_step: Step | None = None
         # The last step, for metrics and tests.

@@ -4,17 +4,17 @@ below is all that /metrics and the log line are made of; `engine/stats.py` carri
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_nvium.engine.request_metrics import Level, TokenNotes
 from vllm_nvium.engine.stats import (
     Counts,
     MethodStatLogger,
     Metric,
-    OnTokens,
     Reporter,
     percent,
     ratio,
@@ -58,20 +58,18 @@ def no_counts(num_segments: int) -> NviumCounts:
     return NviumCounts([0] * num_segments, [0] * num_segments)
 
 
-class StepObserver:
-    """Sums up the steps of a model runner.
+class StepObserver(TokenNotes):
+    """Sums up the steps of a model runner, and notes the exit that each new token left at, from 0;
+    the last is the final head.
 
     Args:
         segment_layers: layers of each segment.
-
-    Attributes:
-        on_tokens: told of the exit that each new token left at, from 0; the last is the final head.
+        asked: of the requests: which want to be told of their tokens.
     """
 
-    on_tokens: OnTokens | None = None
-
-    def __init__(self, segment_layers: Sequence[int]) -> None:
+    def __init__(self, segment_layers: Sequence[int], asked: Mapping[str, Level]) -> None:
         self.layers = np.asarray(segment_layers)
+        super().__init__(asked, "nvium", scale=np.cumsum(self.layers).tolist())
         self.reporter = Reporter(no_counts(len(segment_layers)))
         self.deferred = 0
 
@@ -95,13 +93,14 @@ class StepObserver:
         # At full depth nothing of these requests is left behind.
         behind = 0 if depth == len(self.layers) else batch.last + 1 - batch.complete
         self.deferred = int(np.sum(behind))
-        if self.on_tokens is not None:
+        if self.anybody:
+            layers = int(self.layers[:depth].sum())
             for row in np.flatnonzero(sampled):
-                self.on_tokens(step.request_ids[row], [int(step.exits[row])])
+                self.note(step.request_ids[row], [int(step.exits[row])], layers)
 
     def report(self) -> dict[str, Any]:
         """For the output of the step."""
-        return self.reporter.report(deferred=self.deferred)
+        return self.with_notes(self.reporter.report(deferred=self.deferred))
 
 
 def metrics(num_segments: int) -> tuple[Metric, ...]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_nvium.engine.feature import Feature
 from vllm_nvium.via_sd import options, start
 from vllm_nvium.via_sd.hooks import HOOKS
+from vllm_nvium.via_sd.request_metrics import FORMAT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,4 +39,5 @@ VIA_SD = Feature(
     make_stat_logger=_make_stat_logger,
     samples_as_plain=True,
     needs_runner_v1=options.is_on,
+    answers=FORMAT,
 )

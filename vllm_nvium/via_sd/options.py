@@ -24,6 +24,7 @@ from vllm_nvium.engine.options import (
     read,
     shown,
 )
+from vllm_nvium.engine.request_metrics import NEEDED_LEVEL, OPTION, Level
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd import DEFAULT_WINDOW
 
@@ -61,6 +62,7 @@ class ViaSDOptions:
             acceptances decide, 0 for plain speculative decoding.
         max_batch: the tier is off while more requests than this decode; None for no such bound.
         allow_paper_mode: a request may ask for the paper's rule where the server's is lossless.
+        request_metrics: what an answer tells of its own tokens; `detailed` has the tier of each.
         drafts: most tokens that the drafter proposes at a time, from `--speculative-config`; its
             `num_speculative_tokens` becomes `window`. Not a flag.
     """
@@ -144,6 +146,15 @@ class ViaSDOptions:
         bool,
         Option(needed="a bool", help="Let requests ask for mode 'paper' on a lossless server."),
     ] = False
+    request_metrics: Annotated[
+        Level,
+        Option(
+            needed=NEEDED_LEVEL,
+            help="What an answer tells of its own tokens: 'summary' how many each tier said and "
+            "how often the full model was asked, in `metrics`; 'detailed' each token's tier too.",
+            per_request=True,
+        ),
+    ] = "none"
     drafts: Annotated[
         Annotated[int, Field(ge=0, le=LARGEST_WINDOW)],
         Option(needed=f"an integer in 1..{LARGEST_WINDOW}"),
@@ -215,6 +226,7 @@ class ViaSDRequestOptions:
     mode: str
     accept: float
     escalate: float
+    request_metrics: Level = "none"
 
     @classmethod
     def from_extra_args(
@@ -232,6 +244,7 @@ class ViaSDRequestOptions:
             "mode": engine.mode,
             "accept": engine.accept,
             "escalate": engine.escalate,
+            OPTION: engine.request_metrics,
         }
         values |= read(ViaSDOptions, given, PREFIX, "VIA-SD", of_request=True)
         _check_thresholds("vllm_xargs via_sd_", values["accept"], values["escalate"])
@@ -297,6 +310,13 @@ def validate_request(sampling_params: "SamplingParams", vllm_config: "VllmConfig
 
 
 _engine_options = Remembered(ViaSDOptions.from_config)
+
+
+def request_metrics_level(extra_args: Any, vllm_config: "VllmConfig") -> Level:
+    """What a request that was checked is to be told of its tokens."""
+    engine = _engine_options(vllm_config.additional_config)
+    assert engine is not None
+    return ViaSDRequestOptions.from_extra_args(extra_args, engine).request_metrics
 
 
 def _refuse_options(sampling_params: "SamplingParams", vllm_config: "VllmConfig") -> None:

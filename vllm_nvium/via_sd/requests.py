@@ -55,6 +55,7 @@ class ViaSDRequests(RequestTable[Request]):
         """A new request, or one with an id used before; it may override options of the engine."""
         options = ViaSDRequestOptions.from_extra_args(params.extra_args, engine)
         request = self.requests[request_id] = Request(options, params)
+        self.ask(request_id, options.request_metrics)
         return request
 
     def preempted(self, request_id: str) -> None:

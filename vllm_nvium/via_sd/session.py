@@ -10,38 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_nvium.engine.stats import OnTokens, Reporter
+from vllm_nvium.engine.request_metrics import TokenNotes
+from vllm_nvium.engine.stats import Reporter
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.policy import check_round, kept_unasked
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
 from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.request_metrics import DRAFTER, FULL, SLIM
 from vllm_nvium.via_sd.requests import ViaSDRequests
 from vllm_nvium.via_sd.stats import ViaSDCounts
 from vllm_nvium.via_sd.step_view import StepView
-
-# Whose word a token was.
-DRAFTER, SLIM, FULL = 0, 1, 2
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
-class Session:
-    """See above.
+class Session(TokenNotes):
+    """See above. It notes whose word each new token was, `DRAFTER`, `SLIM` or `FULL`: all of them
+    are what the full model says itself, save those that the paper's rule keeps.
 
     Args:
         options: of the engine.
         can_draft_again: see `StepView`; behind a drafter that cannot, the slim verifier goes on
             alone.
-
-    Attributes:
-        on_tokens: told whose word each new token was, `DRAFTER`, `SLIM` or `FULL`. All of them are
-            what the full model says itself, save those that the paper's rule keeps.
     """
-
-    on_tokens: OnTokens | None = None
 
     def __init__(self, options: ViaSDOptions, can_draft_again: bool) -> None:
         self.options = options
@@ -56,6 +50,7 @@ class Session:
         else:
             self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
         self.requests = ViaSDRequests()
+        super().__init__(self.requests.asked, "via_sd")
         self.reporter = Reporter(ViaSDCounts.zero(options.window))
         self.plan = DraftPlan(options.drafts, 0)
         # Whether the step does nothing but decode; the drafts that it verifies, by request.
@@ -74,7 +69,8 @@ class Session:
     def report(self) -> dict[str, Any]:
         """What is new since the last report."""
         plan = self.plan
-        return self.reporter.report(drafts=plan.num_draft_tokens, rounds=plan.rounds)
+        report = self.reporter.report(drafts=plan.num_draft_tokens, rounds=plan.rounds)
+        return self.with_notes(report)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -169,8 +165,8 @@ class Session:
         for request_id, tokens in zip(request_ids, sampled, strict=True):
             drafts = self.verified.get(request_id, ())
             request = self.requests.get(request_id)
-            if tokens and self.on_tokens is not None:
-                self.on_tokens(request_id, self._whose(request_id, len(tokens)))
+            if tokens and self.wants(request_id):
+                self.note(request_id, *self._whose(request_id, len(tokens)))
             if not tokens or request is None:
                 continue
             if self.is_decode:
@@ -196,15 +192,17 @@ class Session:
         # Requests that had no turn in this step still wait with their drafts.
         self.requests.forget_drafts(request_ids)
 
-    def _whose(self, request_id: str, count: int) -> list[int]:
-        """Whose word each of the new tokens of a request is: the last is the full model's."""
+    def _whose(self, request_id: str, count: int) -> tuple[list[int], int]:
+        """Whose word each of the new tokens of a request is: the last is the full model's. And how
+        many rounds of slim checks were behind them."""
         drafts = list(self.verified.get(request_id, ()))[: count - 1]
         window = self.requests.window(request_id)
-        whose = [DRAFTER] * len(drafts)
+        whose, rounds = [DRAFTER] * len(drafts), 0
         # vLLM may have replaced a window when the request was preempted.
         if window is not None and drafts == window.tokens[: len(drafts)]:
             whose = [DRAFTER if drafted else SLIM for drafted in window.drafted[: len(drafts)]]
-        return [*whose, FULL]
+            rounds = window.rounds
+        return [*whose, FULL], rounds
 
     # --- the window -----------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ def test_values_are_read() -> None:
         ("nvium_max_deferred", np.zeros((2, 2)), ["--nvium-max-deferred", "array"]),
         ("nvium_sampling", np.array(["routed"] * 2), ["--nvium-sampling", "array"]),
         ("nvium_sampling", 0, ["--nvium-sampling", "0"]),
+        ("nvium_request_metrics", "all", ["--nvium-request-metrics", "'all'", "'summary'"]),
+        ("nvium_request_metrics", True, ["--nvium-request-metrics", "True", "'detailed'"]),
         ("nvium_max_defered", 4, ["'nvium_max_defered'", "nvium_max_deferred"]),
     ],
 )
@@ -92,6 +94,9 @@ def test_request_overrides_the_engine() -> None:
     nothing = {"nvium_sampling": None, "nvium_max_deferred": None, "nvium_other": None}
     assert read(nothing, defaults) == NviumOptions("mixture", 8)
     assert read({"nvium_max_deferred": 2**31 - 1}, defaults).max_deferred == 2**31 - 1
+    told = NviumOptions(request_metrics="summary")
+    assert read({}, told).request_metrics == "summary"
+    assert read({"nvium_request_metrics": "none"}, told).request_metrics == "none"
 
 
 def test_null_in_additional_config_is_not_given() -> None:
@@ -189,6 +194,7 @@ def test_flags_on_another_model_are_refused(dense_checkpoint: Path) -> None:
 KEYWORDS: dict[str, Any] = {
     "nvium_sampling": "mixture",
     "nvium_max_deferred": 4,
+    "nvium_request_metrics": "summary",
     "via_sd": True,
     "via_sd_slim": "int8",
     "via_sd_mask": "1,2",
@@ -199,6 +205,7 @@ KEYWORDS: dict[str, Any] = {
     "via_sd_rounds": 2,
     "via_sd_max_batch": 3,
     "via_sd_allow_paper_mode": True,
+    "via_sd_request_metrics": "detailed",
 }
 
 

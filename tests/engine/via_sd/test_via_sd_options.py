@@ -57,6 +57,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "via_sd_rounds": (["2"], 2),
     "via_sd_max_batch": (["3"], 3),
     "via_sd_allow_paper_mode": ([], True),
+    "via_sd_request_metrics": (["summary"], "summary"),
 }
 
 
@@ -67,7 +68,7 @@ def test_every_flag_reaches_additional_config(parser: Any, dense_checkpoint: Pat
     args = from_command_line(parser, dense_checkpoint, *arguments)
     assert args.additional_config == {key: value for key, (_, value) in FLAGS.items()}
     options = ViaSDOptions.from_config(args.additional_config)
-    assert options == ViaSDOptions("int8", "1,2", "paper", 0.7, 0.1, 9, 2, 3, True)
+    assert options == ViaSDOptions("int8", "1,2", "paper", 0.7, 0.1, 9, 2, 3, True, "summary")
     # No option is without a flag, but for the one that --speculative-config sets.
     assert {f"via_sd_{field.name}" for field in fields(ViaSDOptions)} == (
         {*FLAGS, "via_sd_drafts"} - {"via_sd"}
@@ -613,6 +614,8 @@ BAD_OVERRIDES: list[tuple[dict[str, Any], list[str]]] = [
     ({"via_sd_accept": math.nan}, ["'via_sd_accept'", "nan", "0..1"]),
     ({"via_sd_escalate": -math.inf}, ["'via_sd_escalate'", "-inf", "0..1"]),
     ({"via_sd_escalate": 2**63}, ["'via_sd_escalate'", "9223372036854775808", "0..1"]),
+    ({"via_sd_request_metrics": "all"}, ["'via_sd_request_metrics'", "'all'", "'summary'"]),
+    ({"via_sd_request_metrics": 1}, ["'via_sd_request_metrics'", "is 1", "'detailed'"]),
     ({"via_sd_window": 3}, ["'via_sd_window'", "via_sd_mode"]),
     ({"via_sd_": 3}, ["'via_sd_'", "via_sd_mode"]),
 ]
@@ -632,6 +635,9 @@ def test_overrides_are_read() -> None:
     # Null is "not given".
     nothing = dict.fromkeys(("via_sd", "via_sd_mode", "via_sd_accept", "via_sd_window"))
     assert read(nothing, engine) == ViaSDRequestOptions(True, "lossless", 0.5, 0.3)
+    told = ViaSDOptions(request_metrics="summary")
+    assert read({}, told).request_metrics == "summary"
+    assert read({"via_sd_request_metrics": "none"}, told).request_metrics == "none"
     # A server of the paper's mode lets requests ask for the lossless one and back.
     assert read({"via_sd_mode": "lossless"}, ViaSDOptions(mode="paper")).mode == "lossless"
     assert read({}, ViaSDOptions(mode="paper")).mode == "paper"

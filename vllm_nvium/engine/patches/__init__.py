@@ -54,6 +54,8 @@ def all_patches() -> tuple[Patch, ...]:
         engine_args,
         input_processor,
         model_runner_v2,
+        openai_serving,
+        output_processor,
         responses,
         scheduler,
         stat_loggers,
@@ -72,5 +74,7 @@ def all_patches() -> tuple[Patch, ...]:
         stat_loggers,
         worker,
         model_runner_v2,
+        output_processor,
+        openai_serving,
     )
     return tuple(patch for module in modules for patch in module.PATCHES)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_nvium.engine.patches import Patch
-from vllm_nvium.engine.patches.scheduler import KEY
+from vllm_nvium.engine.request_metrics import KEY
 
 
 def _reporting(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 never computed leave the prefix cache: vLLM enters blocks there while it plans a step; under
 --scheduling-policy priority it may then preempt a request of the same step, and takes back the rows
 but not the blocks, and whoever hits one reads what its slots held before. And what a model runner
-reports of a step goes on to the statistics. Only engines of this package are changed."""
+reports of a step goes on to the statistics, and to the outputs of requests that asked for it. Only
+engines of this package are changed."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +12,7 @@ from typing import Any
 
 from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.patches import Patch
-
-# The attribute of vLLM's ModelRunnerOutput, and the key in its scheduler statistics.
-KEY = "vllm_nvium"
+from vllm_nvium.engine.request_metrics import KEY, send, take_notes
 
 
 def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,8 +40,12 @@ def _noting_the_report(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        setattr(self, KEY, getattr(model_runner_output, KEY, None))
-        return original(self, scheduler_output, model_runner_output, *args, **kwargs)
+        report = getattr(model_runner_output, KEY, None)
+        notes = take_notes(report)
+        setattr(self, KEY, report)
+        outputs = original(self, scheduler_output, model_runner_output, *args, **kwargs)
+        send(outputs, notes)
+        return outputs
 
     return update_from_output
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of vLLM on the way of what a request is told of its own tokens, from the scheduler to the
+response; see `hooks.py`. A part of the table of both methods."""
+
+from vllm_nvium.engine.hooks import Hook, rows
+
+NOT_TOLD = "a request that asks is told nothing of its exits or tiers"
+
+HOOKS: tuple[Hook, ...] = (
+    *rows(
+        "vllm.v1.engine",
+        "EngineCoreOutput",
+        "request_id new_token_ids kv_transfer_params",
+        "the last is the free-form field in which notes of a step cross to the API process",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.v1.engine",
+        "EngineCoreOutputs",
+        "outputs",
+        "the outputs of a step that notes are added to",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.v1.engine.output_processor",
+        "RequestState",
+        "make_request_output _new_completion_output detokenizer",
+        "wrapped to take notes of a step, and to add what came of them to what it makes",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.v1.engine.detokenizer",
+        "IncrementalDetokenizer",
+        "num_output_tokens",
+        "how many tokens a request has, behind all stop checks",
+        "values could stand beside the wrong tokens",
+    ),
+    *rows(
+        "vllm.outputs",
+        "RequestOutput",
+        "add outputs",
+        "wrapped: values are merged as tokens are, where a client is slower than the engine",
+        "values of some tokens of a stream would be missing",
+    ),
+    *rows(
+        "vllm.outputs",
+        "CompletionOutput",
+        "index token_ids finish_reason",
+        "what values are added to",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion",
+        "request_output_to_completion_response completion_stream_generator",
+        "wrapped to add values to a response and to its chunks",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.entrypoints.openai.chat_completion.serving",
+        "OpenAIServingChat",
+        "chat_completion_full_generator chat_completion_stream_generator",
+        "wrapped to add values to a response and to its chunks",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionResponse",
+        "choices metrics",
+        "where they are added",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionResponseStreamChoice",
+        "token_ids",
+        "its key tells chunks with tokens from others",
+        NOT_TOLD,
+    ),
+)
