@@ -125,7 +125,14 @@ def test_metrics_are_what_happened(engine: V2Engine, monkeypatch: pytest.MonkeyP
     reports.clear()
     before = list(engine.state.observer.reporter.counts.exit_tokens)
     params = [
-        SamplingParams(temperature=1.0, seed=i, max_tokens=8, ignore_eos=True) for i in range(3)
+        SamplingParams(
+            temperature=1.0,
+            seed=i,
+            max_tokens=8,
+            ignore_eos=True,
+            extra_args={"nvium_request_metrics": "detailed"},
+        )
+        for i in range(3)
     ]
     trace = [Arrival(2 * i, PROMPTS[i], params[i]) for i in range(3)]
     emitted = engine.run(trace)
@@ -133,8 +140,11 @@ def test_metrics_are_what_happened(engine: V2Engine, monkeypatch: pytest.MonkeyP
     for number, arrival in enumerate(trace):
         seen = emitted[str(number)]
         assert len(seen.tokens) == 8
-        for i in range(8):
-            exits[seen.exits[len(arrival.prompt) - 1 + i]] += 1
+        left_at = [seen.exits[len(arrival.prompt) - 1 + i] for i in range(8)]
+        # Each answer is told of its own tokens.
+        assert engine.outputs[str(number)].outputs[0].nvium_token_exits == left_at
+        for exit_ in left_at:
+            exits[exit_] += 1
     told = [report["counts"]["exit_tokens"] for report in reports if report is not None]
     counts = engine.state.observer.reporter.counts.exit_tokens
     assert [b - a for a, b in zip(before, counts, strict=True)] == exits
