@@ -223,7 +223,6 @@ IDEAS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "windows teach about plain drafts": without((estimate, "judge_drafts", lambda *_: (0, 0))),
     "hit rate of later rounds": without((AcceptanceRates, "in_later_rounds", lambda self: self)),
-    "slowdown of the machine": without((estimators.Slowdown, "TOLERANCE", 1e9)),
     "median of pass times": without(
         (
             PassTimeEstimator.__init__,
@@ -234,7 +233,6 @@ IDEAS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "short memory that replaces the long one": without((estimators, "SURPRISE", 1e9)),
     "trials": without((choose, "TRIAL_INTERVAL", dict.fromkeys(choose.TRIAL_INTERVAL, 1 << 40))),
     "trials count for more": without((choose, "TRIAL_FADE", 1.0)),
-    "a larger budget for what may win": without((choose, "OPTIMISM", 0.0)),
     "saved budget": without((choose, "MAX_SAVED_STEPS", 1)),
     "margins": without((choose, "PLAN_MARGIN", 1.0), (choose, "KIND_MARGIN", 1.0)),
     "a new plan when the batch changes": without((Planner, "_is_resized", lambda *_: False)),

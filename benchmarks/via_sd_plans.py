@@ -175,9 +175,6 @@ class Recorder(Counter):
         self.source: Counter = self
         self.forget()
 
-    def at_usual_speed(self, seconds: float) -> float:
-        return seconds  # Runs are timed with the slowdown.
-
     def forget(self) -> None:
         """Drops all times and rates."""
         # Means of all passes: a slow pass counts here as it does in the runs.

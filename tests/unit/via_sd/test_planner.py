@@ -364,20 +364,6 @@ def test_windows_teach_what_plain_drafts_would() -> None:
             assert known.trials == 0
 
 
-def test_slow_moments_of_the_machine_do_not_count_against_what_was_seen_in_them() -> None:
-    """Calls for 4 drafts were timed at the usual speed, calls for 2 at half of it."""
-    planner = Planner(4, 8)
-    planner.observe_full_pass(5, 3.0)  # the first of all is mostly slow
-    for slow, drafts in ((1.0, 4), (2.0, 2)):
-        for _ in range(20):
-            planner.observe_full_pass(5, 0.1 * slow)
-            planner.observe_slim_pass(3, 0.05 * slow)
-            planner.observe_draft_call(1, drafts, 0.02 * drafts * slow)
-    by_drafts = planner.draft_seconds(1)
-    assert by_drafts[2] == pytest.approx(by_drafts[4] / 2, rel=0.15)
-    assert planner._slim.points()[0][1] == pytest.approx(0.05, rel=0.05)
-
-
 def test_drafters_that_are_called_for_no_drafts() -> None:
     """A draft model fills its KV cache in every step, so that plain decoding has a cost, too."""
     planner = Planner(4, 8)
@@ -592,9 +578,8 @@ def test_trials_stay_within_the_budget() -> None:
         assert planner.snapshot()["steps"]["tiered"] > 10, "it is tried all the same"
 
 
-def test_credit_is_for_what_may_win() -> None:
-    """After its first trial, a tier that lost clearly is tried within the budget only. One that may
-    have been unlucky is tried more often."""
+def test_a_tier_that_lost_is_seldom_tried_again() -> None:
+    """After its first trial, a tier that lost clearly is tried within the budget only."""
 
     def tiered_steps(slim: float, agreement: float) -> float:
         found = []
@@ -610,7 +595,6 @@ def test_credit_is_for_what_may_win() -> None:
         return float(np.mean(found))
 
     assert tiered_steps(0.7, 0.79) < 18, "it brings two thirds of plain drafts"
-    assert tiered_steps(0.5, 0.9) > 24, "it brings four fifths"
     assert tiered_steps(0.4, 0.97) > 100, "it wins by 8 %"
 
 

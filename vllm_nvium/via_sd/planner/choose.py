@@ -42,9 +42,8 @@ MIN_TRIALS = 16.0
 TRIAL_INTERVAL = {NONE: 45 * 40, PLAIN: 40, TIERED: 40}
 # The share of what is known about a kind of plan that its next trial keeps.
 TRIAL_FADE = 0.75
-# The trial budget saves up the time of this many steps at most. A kind that would be the best plan
-# if its acceptance rates were this many standard errors better may borrow as much again.
-MAX_SAVED_STEPS, OPTIMISM = 3, 2.0
+# The trial budget saves up the time of this many steps at most.
+MAX_SAVED_STEPS = 3
 
 # The largest array of a forecast has B D L^2 cells, for B requests, D draft tokens and L window
 # lengths. One of MAX_CELLS takes a millisecond or two, so that larger batches are sampled:
@@ -203,7 +202,6 @@ class Planner(Estimates):
     def snapshot(self) -> dict[str, Any]:
         """For logs and benchmarks: estimates, plan and trials, as plain values."""
         return {
-            "slowdown": self._slowdown.current,
             "seconds": {
                 "full": dict(self._full.points()),
                 "slim": dict(self._slim.points()),
@@ -234,8 +232,8 @@ class Planner(Estimates):
             return [NONE, PLAIN]
         return [NONE, PLAIN, TIERED]
 
-    def _situation_of(self, request_ids: Sequence[str], optimism: float = 0.0) -> Situation | None:
-        return self.situation(request_ids, self._num_others, self._sample_size(), optimism)
+    def _situation_of(self, request_ids: Sequence[str]) -> Situation | None:
+        return self.situation(request_ids, self._num_others, self._sample_size())
 
     def _cells_per_request(self) -> int:
         lengths = self.max_window if self.max_rounds > 1 else 1
@@ -289,7 +287,7 @@ class Planner(Estimates):
         elif forecast is not None:
             best = {kind: best_plan(forecast, kind) for kind in kinds}
             self._use_best(forecast, best)
-            trial = self._due_trial(forecast, best, request_ids)
+            trial = self._due_trial(forecast, best)
             if trial is not None:
                 for estimates in (*self._by_rule.values(), *self._requests.values()):
                     for rate in NEEDS[trial]:
@@ -323,27 +321,16 @@ class Planner(Estimates):
 
     # --- trials ---------------------------------------------------------------------------------
 
-    def _due_trial(
-        self, forecast: Forecast, best: dict[str, DraftPlan], request_ids: Sequence[str]
-    ) -> str | None:
+    def _due_trial(self, forecast: Forecast, best: dict[str, DraftPlan]) -> str | None:
         """The kind of plan whose last trial is the oldest, if it is time for one and the budget
         covers it."""
         due = [
             kind
-            for kind in best
+            for kind, plan in best.items()
             if kind != self._used.kind
             and self._step - self._last_trial[kind] >= TRIAL_INTERVAL[kind]
+            and lost_seconds(forecast, plan) <= self._budget_seconds
         ]
-        if not due:
-            return None
-        budget = dict.fromkeys(due, self._budget_seconds)
-        situation = self._situation_of(request_ids, OPTIMISM)
-        assert situation is not None
-        hoped = self._forecast(situation, list(best))
-        for kind in due:
-            if hoped.rates[best_plan(hoped, kind).cell] > self._used_rate:
-                budget[kind] += MAX_SAVED_STEPS * self._used_seconds
-        due = [kind for kind in due if lost_seconds(forecast, best[kind]) <= budget[kind]]
         return min(due, key=self._last_trial.__getitem__, default=None)
 
     def _begin_trial(self, plan: DraftPlan, length: TrialLength) -> None:

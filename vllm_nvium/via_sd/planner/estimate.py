@@ -13,7 +13,6 @@ import numpy as np
 from vllm_nvium.via_sd.planner.estimators import (
     PassTimeEstimator,
     RateEstimate,
-    Slowdown,
     SurvivalByConfidence,
 )
 from vllm_nvium.via_sd.planner.model import (
@@ -111,7 +110,6 @@ class Estimates:
         self.reset_times()
         # Whether the drafter runs even if no draft is wanted.
         self._drafter_always_runs = False
-        self._slowdown = Slowdown()
         self._by_rule: defaultdict[str, RateEstimates] = defaultdict(RateEstimates)
         self._survival = SurvivalByConfidence()
         self._requests: dict[str, RateEstimates] = {}
@@ -145,26 +143,22 @@ class Estimates:
 
     def observe_full_pass(self, rows: int, seconds: float) -> None:
         """A pass of the full model over newest tokens, windows and drafts, without prompts."""
-        self._slowdown.observe(rows, seconds)
-        self._full.observe(rows, self.at_usual_speed(seconds), self._step)
+        self._full.observe(rows, seconds, self._step)
 
     def observe_slim_pass(self, rows: int, seconds: float) -> None:
         """A pass of the slim verifier and its check."""
-        self._slim.observe(rows, self.at_usual_speed(seconds), self._step)
+        self._slim.observe(rows, seconds, self._step)
 
     def observe_draft_call(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
         """A call of the drafter for so many draft tokens of each request. 0 is reported where the
         drafter runs anyway: a draft model has to fill its own KV cache."""
         times = self._draft[num_requests.bit_length()]
-        times.observe(num_draft_tokens, self.at_usual_speed(seconds), self._step)
+        times.observe(num_draft_tokens, seconds, self._step)
         self._drafter_always_runs |= num_draft_tokens == 0
 
     def observe_overhead(self, num_requests: int, seconds: float) -> None:
         """The time of a step that no pass took: scheduling, output."""
-        self._overhead.observe(num_requests, self.at_usual_speed(seconds), self._step)
-
-    def at_usual_speed(self, seconds: float) -> float:
-        return seconds / self._slowdown.current
+        self._overhead.observe(num_requests, seconds, self._step)
 
     def observe_slim_check(
         self,
@@ -267,13 +261,6 @@ class Estimates:
             rule: {rate: self.rate_of_rule(rule, rate) for rate in PRIOR} for rule in self._by_rule
         }
 
-    def standard_error(self, rate: str) -> float:
-        """sqrt(p (1 - p) / n), under the rule that has the most trials of this rate."""
-        trials = {rule: estimates.of[rate].trials for rule, estimates in self._by_rule.items()}
-        rule = max(trials, key=trials.__getitem__, default=LOSSLESS)
-        p, n = self.rate_of_rule(rule, rate), trials.get(rule, 0.0) + PRIOR_TRIALS
-        return float(np.sqrt(p * (1 - p) / n))
-
     def acceptance(self, request_ids: Sequence[str]) -> AcceptanceRates:
         requests = [self._requests.get(request_id) or RateEstimates() for request_id in request_ids]
         common = {
@@ -307,14 +294,13 @@ class Estimates:
         return self.rule_of(request_id) != OFF
 
     def situation(
-        self, request_ids: Sequence[str], num_others: int, sample_size: int, optimism: float = 0.0
+        self, request_ids: Sequence[str], num_others: int, sample_size: int
     ) -> Situation | None:
         """What the plans for these requests are compared by; None before the first full pass.
 
         Args:
             num_others: requests that decode beside them without drafts.
             sample_size: requests that represent all others of the batch.
-            optimism: standard errors by which acceptance rates are taken to be better.
         """
         times = self.step_times(len(request_ids), num_others)
         if times is None:
@@ -323,22 +309,16 @@ class Estimates:
         plain = [name for name in request_ids if not self.has_tier(name)]
         if not tiered:
             tiered, plain = plain, []
-        rates = self._sampled(tiered, sample_size, optimism)
-        drafted = self._sampled(plain, sample_size, optimism) if plain else None
+        rates = self._sampled(tiered, sample_size)
+        drafted = self._sampled(plain, sample_size) if plain else None
         background = BackgroundLoad.of(drafted, self.max_draft_tokens, num_others)
         return Situation(rates, times, background)
 
-    def _sampled(
-        self, request_ids: Sequence[str], sample_size: int, optimism: float
-    ) -> AcceptanceRates:
+    def _sampled(self, request_ids: Sequence[str], sample_size: int) -> AcceptanceRates:
         """Of requests that represent all of these, and each rule by its share of them."""
         ordered = sorted(request_ids, key=self.rule_of)
         sample = ordered[:: -(-len(request_ids) // sample_size)]
-        rates = replace(self.acceptance(sample), weight=len(request_ids) / len(sample))
-        for rate in ("accept_full", "accept_slim", "accept_window") if optimism else ():
-            better = getattr(rates, rate) + optimism * self.standard_error(rate)
-            rates = replace(rates, **{rate: np.minimum(better, 1.0)})
-        return rates
+        return replace(self.acceptance(sample), weight=len(request_ids) / len(sample))
 
     def step_times(self, num_drafting: int, num_others: int) -> StepTimes | None:
         """Of a batch with so many requests that have drafts and so many others. Until a slim pass

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimators of one quantity each: the time of one kind of pass, the machine's slowdown, one rate.
-Outliers must not change them, lasting changes must.
+"""Estimators of one quantity each: the time of one kind of pass, or one rate. Outliers must not
+change them, lasting changes must.
 """
 
 from bisect import bisect
@@ -79,36 +79,6 @@ def _bucket(size: int) -> int:
     half of the samples have one size and half another, the median is right for neither."""
     shift = max(size.bit_length() - 3, 0)
     return size >> shift << shift
-
-
-class Slowdown:
-    """How slow the machine is at present, as a multiple of its usual pass time.
-
-    Measured on the full model's passes, because every step has one. Other passes are recorded
-    without the slowdown: those seen in a slow moment are compared with those seen in a fast one.
-    """
-
-    # Newest passes whose median is the present slowdown.
-    RECENT = 7
-    # Passes of a bucket of sizes whose median is the usual time.
-    USUAL = 101
-    # Smaller deviations are taken for noise: otherwise the usual time would follow the noise.
-    TOLERANCE = 0.1
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=self.RECENT)
-        self._usual: dict[int, deque[float]] = {}
-        self.current = 1.0
-
-    def observe(self, size: int, seconds: float) -> None:
-        """A pass of the full model."""
-        usual = self._usual.setdefault(_bucket(size), deque(maxlen=self.USUAL))
-        if len(usual) >= MIN_SAMPLES:
-            self._recent.append(seconds / max(median_low(usual), 1e-9))
-            slowdown = median_low(self._recent)
-            self.current = 1.0 if abs(slowdown - 1) < self.TOLERANCE else slowdown
-        # Without the slowdown, or a long one would become the usual time.
-        usual.append(seconds / self.current)
 
 
 @dataclass(slots=True)
