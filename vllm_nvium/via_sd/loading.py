@@ -130,9 +130,7 @@ def _refusal(layer: Any, shapes: set[tuple[int, int]]) -> str | None:
     return next((reason + where for reason in reasons if reason), None)
 
 
-def _what_works(
-    device: torch.device, kinds: tuple[str, ...], shapes: set[tuple[int, int]]
-) -> str:
+def _what_works(device: torch.device, kinds: tuple[str, ...], shapes: set[tuple[int, int]]) -> str:
     works = {each.kind for each in layers_for(device.type, kinds) if not _refusal(each, shapes)}
     return f"here {', '.join(sorted(works | {SKIP}))} {'work' if works else 'works'}"
 

@@ -213,8 +213,7 @@ def _is_int8_group(group: Any) -> bool:
     parts = [group.get("weights") or {}, group.get("input_activations") or {}]
     # Eight integer bits are the default.
     return all(
-        part and part.get("num_bits", 8) == 8 and part.get("type", "int") == "int"
-        for part in parts
+        part and part.get("num_bits", 8) == 8 and part.get("type", "int") == "int" for part in parts
     )
 
 

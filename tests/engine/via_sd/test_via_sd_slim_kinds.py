@@ -241,7 +241,9 @@ def test_weights_are_copied_once_when_they_are_loaded(
     # Four weights of each layer, and the unembedding.
     assert [*copied.values()] == [1] * (4 * 4 + 1)
     for times in (2, 3):
-        engine.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "new")})
+        engine.engine.collective_rpc(
+            "reload_weights", kwargs={"weights_path": str(tmp_path / "new")}
+        )
         assert [*copied.values()] == [times] * (4 * 4 + 1)
     engine.scheduler.reset_prefix_cache()
     play(Served(new, engine), crowd(3, size=4))

@@ -279,7 +279,9 @@ def test_a_kernel_that_only_the_first_rank_has_is_refused(monkeypatch: pytest.Mo
     group = Ranks(2, 1, first="Int8Linear")
     monkeypatch.setattr(ranks, "get_tp_group", lambda: group)
     assert _choice_of_first_rank(Int4Linear, [Int4Linear, Int8Linear]) is Int8Linear
-    with pytest.raises(UserError, match="--tensor-parallel-size is 2, but a rank has no kernel Int"):
+    with pytest.raises(
+        UserError, match="--tensor-parallel-size is 2, but a rank has no kernel Int"
+    ):
         _choice_of_first_rank(Int4Linear, [Int4Linear])
     group.first = None
     assert _choice_of_first_rank(Int4Linear, [Int4Linear]) is None
