@@ -27,6 +27,8 @@ TARGET: dict[str, Any] = {
     "bigrams": 0.7,
     "whisper": 0.2,
 }
+# Whole prompts at once: plain vLLM ends on CPU where a seeded request's prompt comes in parts.
+ROOM = {"num_gpu_blocks_override": 30, "max_num_batched_tokens": 512}
 
 
 def arrivals(size: int = 6) -> list[Arrival]:
@@ -77,9 +79,9 @@ def check_copies(engine: ViaSDEngine, meant: dict[str, torch.Tensor]) -> None:
 def test_tokens_are_those_of_plain_decoding(tmp_path: Path, strategy: str) -> None:
     make_dense(tmp_path, "qwen2", seed=1, **TARGET)  # has biases
     meant = quantise_to_int8(tmp_path, strategy)
-    plain = tokens_of(TraceEngine(str(tmp_path), num_gpu_blocks_override=30))
+    plain = tokens_of(TraceEngine(str(tmp_path), **ROOM))
     options = {"slim": "int4", "window": 8, "rounds": 4}
-    engine = ViaSDEngine(str(tmp_path), NGRAM, options, num_gpu_blocks_override=30)
+    engine = ViaSDEngine(str(tmp_path), NGRAM, options, **ROOM)
     assert tokens_of(engine) == plain
     check_copies(engine, meant)
     counts = engine.runner.session.counts
@@ -90,12 +92,12 @@ def test_tokens_are_those_of_plain_decoding(tmp_path: Path, strategy: str) -> No
 def test_what_is_left_to_choose_is_four_bits(tmp_path: Path) -> None:
     make_dense(tmp_path, seed=1, **TARGET)
     quantise_to_int8(tmp_path)
-    engine = ViaSDEngine(str(tmp_path), None, {"rounds": 3}, num_gpu_blocks_override=30)
+    engine = ViaSDEngine(str(tmp_path), None, {"rounds": 3}, **ROOM)
     runner = engine.runner
     assert runner.via_sd.kind == "auto"
     copies = {} if runner.slim is None else runner.slim.layers.layers[0].mlp._modules
     assert not copies or type(copies["down_proj"].low_precision).kind == INT4
-    plain = tokens_of(TraceEngine(str(tmp_path), num_gpu_blocks_override=30))
+    plain = tokens_of(TraceEngine(str(tmp_path), **ROOM))
     assert tokens_of(engine) == plain
 
 
@@ -105,7 +107,7 @@ def test_copies_follow_other_weights(tmp_path: Path) -> None:
     quantise_to_int8(tmp_path / "old")
     meant = quantise_to_int8(tmp_path / "new")
     options = {"slim": "int4", "window": 8, "rounds": 4}
-    engine = ViaSDEngine(str(tmp_path / "old"), NGRAM, options, num_gpu_blocks_override=30)
+    engine = ViaSDEngine(str(tmp_path / "old"), NGRAM, options, **ROOM)
     engine.runner.reload_weights(weights_path=str(tmp_path / "new"))
     check_copies(engine, meant)
 
