@@ -197,7 +197,8 @@ def with_copy(module: nn.Module, low_precision: LowPrecisionLinear) -> nn.Module
     several tensor-parallel ranks, vLLM's own code adds up or gathers what they have computed.
     """
     found = copy.copy(module)
-    found.__dict__["_modules"] = {**module._modules, "low_precision": low_precision}
+    found.__dict__["_modules"] = dict(vars(module)["_modules"])
+    found.low_precision = low_precision
     found.quant_method = _ByCopy()  # type: ignore[assignment]
     return found
 

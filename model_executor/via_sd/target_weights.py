@@ -116,7 +116,7 @@ def product_of_vllm(
         layer.scheme = copy.deepcopy(module.scheme)
         layer.__dict__["_parameters"] = {
             name: None if value is None else nn.Parameter(value.data.clone(), requires_grad=False)
-            for name, value in module._parameters.items()
+            for name, value in vars(module)["_parameters"].items()
         }
     else:
         layer = nn.Module()
