@@ -86,7 +86,7 @@ def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class LowPrecisionLinear(nn.Module):
-    """A copy of a linear layer of vLLM, called as it is: `layer(x)` gives (output, bias).
+    """A copy of the weight of a linear layer.
 
     Attributes:
         kernel: what multiplies, for logs; kind: one of `KINDS`; device_type: where it runs.
@@ -100,14 +100,9 @@ class LowPrecisionLinear(nn.Module):
     levels: torch.Tensor
     scales: torch.Tensor
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        returns_bias: bool = True,
-    ) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.bias, self.returns_bias, self.outputs = bias, returns_bias, weight.shape[0]
+        self.outputs = weight.shape[0]
         self.copy_weight(weight)
 
     @classmethod
@@ -140,12 +135,6 @@ class LowPrecisionLinear(nn.Module):
             return _product(x, self.levels, self.scales, type(self).__name__, self.outputs)
         output = self.product(x.to(torch.bfloat16), self.levels, self.scales, self.outputs)
         return output.to(x.dtype)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        output = self.multiply(x)
-        if self.bias is not None:
-            output = output + self.bias.to(output.dtype)
-        return (output, None) if self.returns_bias else output
 
     def _keep(self, **tensors: torch.Tensor) -> None:
         """As buffers. Compiled code and CUDA graphs read those that they have seen, so that a new

@@ -13,9 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear
+from vllm_nvium.model_executor.via_sd.target_weights import (
+    as_loaded,
+    head_of,
+    input_of,
+    linears_of,
+    product_of_vllm,
+    weight_of,
+)
 
 # The share of the tokens of a slim verifier of each kind that the target is taken to keep, before
 # any was seen. It only orders the kinds; what is really kept decides how they are used.
@@ -87,6 +94,8 @@ class Copies:
         longest: int,
     ) -> None:
         self.of: dict[nn.Module, nn.Module] = {}
+        # Those that were copied since anybody last asked for new copies.
+        self._new: set[nn.Module] = set()
         self.linears, self.head = linears_of(layers), head_of(model)
         self.full, self.timings = time_candidates(self.linears, self.head, candidates)
         self.promises = [
@@ -132,37 +141,29 @@ class Copies:
 
     def install(self) -> None:
         """From here on a layer's copy is made when vLLM processes its weights."""
-        for module in self.linears:
-            _processed_first(module, self._copy_linear)
-        _processed_first(self.head, self._copy_head)
+        for module in self._modules:
+            _processed_first(module, self._copy)
+
+    def forget_what_was_new(self) -> None:
+        """The target is loaded. Weights that are written from here on are newer than the copies."""
+        self._new.clear()
 
     def make_anew(self) -> None:
-        """After weights were written in place. Those that vLLM has packed and freed are copied when
-        it packs them anew."""
+        """After weights were written. Those that vLLM has packed and freed were copied when it
+        packed them."""
         for module in self._modules:
-            if module in self.of and module.weight.numel():
-                (self._copy_head if module is self.head else self._copy_linear)(module)
+            if module in self.of and module not in self._new and as_loaded(module):
+                self._copy(module)
+        self._new.clear()
 
-    def _copy_linear(self, module: Any) -> None:
-        found = self.of.get(module)
-        if found is None:
-            assert self.layer is not None and not module.skip_bias_add
-            found = self.layer(module.weight.data, returns_bias=module.return_bias)
-            self.of[module] = found
-        else:
-            found.copy_weight(module.weight.data)  # type: ignore[operator]
-        found.bias = module.bias
-
-    def _copy_head(self, module: Any) -> None:
-        found = self.of.get(module)
+    def _copy(self, module: Any) -> None:
+        found, weight = self.of.get(module), weight_of(module)
         if found is None:
             assert self.layer is not None
-            # vLLM's unembeddings are called through their method, and looked at by others.
-            found = copy.copy(module)
-            found.quant_method = _Head(self.layer(module.weight.data))
-            self.of[module] = found
+            self.of[module] = with_copy(module, self.layer(weight))
         else:
-            found.quant_method.copy.copy_weight(module.weight.data)  # type: ignore[union-attr]
+            found.low_precision.copy_weight(weight)  # type: ignore[union-attr,operator]
+        self._new.add(module)
 
     def table(self) -> str:
         """For the log: milliseconds by rows, and what each kind promises."""
@@ -179,39 +180,27 @@ class Copies:
         return "\n".join([f"  {'rows':<28}{rows}   promise", *lines])
 
 
-class _Head:
-    """Takes the place of an unembedding's method."""
-
-    def __init__(self, layer: LowPrecisionLinear) -> None:
-        self.copy = layer
+class _ByCopy:
+    """In the place of the method of one of vLLM's layers: multiplies with the copy."""
 
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        logits = self.copy.multiply(x)
-        return logits if bias is None else logits + bias.to(logits.dtype)
+        output: torch.Tensor = layer.low_precision.multiply(x)  # type: ignore[operator,union-attr]
+        return output if bias is None else output + bias.to(output.dtype)
 
 
-def head_of(model: Any) -> Any:
-    """The module of a target whose weight is the unembedding: for tied ones the embedding."""
-    head = getattr(model, "lm_head", None)
-    return model.model.embed_tokens if head is None else head
+def with_copy(module: nn.Module, low_precision: LowPrecisionLinear) -> nn.Module:
+    """A linear layer or an unembedding of vLLM that multiplies with a copy of its weight.
 
-
-def linears_of(layers: Sequence[nn.Module]) -> list[Any]:
-    """The linear layers of decoder layers, which vLLM has as they are, not quantised."""
-    return [
-        module
-        for layer in layers
-        for module in layer.modules()
-        if isinstance(module, LinearBase)
-        and isinstance(module.quant_method, UnquantizedLinearMethod)
-    ]
-
-
-def shapes_of(model: nn.Module, layers: Sequence[nn.Module]) -> set[tuple[int, int]]:
-    """(outputs, inputs) of all weights that are to be copied."""
-    return {tuple(module.weight.shape) for module in [*linears_of(layers), head_of(model)]}
+    All else is the module's own, so that its part of the weight stays a part: where there are
+    several tensor-parallel ranks, vLLM's own code adds up or gathers what they have computed.
+    """
+    found = copy.copy(module)
+    found.__dict__["_modules"] = dict(vars(module)["_modules"])
+    found.low_precision = low_precision
+    found.quant_method = _ByCopy()  # type: ignore[assignment]
+    return found
 
 
 def _processed_first(module: Any, do: Callable[[nn.Module], None]) -> None:
@@ -243,34 +232,26 @@ def time_candidates(
         shape = tuple(module.weight.shape)
         count[shape] = count.get(shape, 0) + 1
         example.setdefault(shape, module)
-    weights = {shape: module.weight.data[:TIMED_OUTPUTS] for shape, module in example.items()}
+    full = {shape: product_of_vllm(module, TIMED_OUTPUTS) for shape, module in example.items()}
+    weights = {shape: weight_of(module, TIMED_OUTPUTS) for shape, module in example.items()}
     # What a part of a weight was timed for is scaled to all of them.
-    scale = {shape: n * shape[0] / min(shape[0], TIMED_OUTPUTS) for shape, n in count.items()}
-    full = {shape: _as_vllm(example[shape], weight) for shape, weight in weights.items()}
-    timings = [Timing(None, _time(full, weights, scale))]
+    scale = {shape: n * shape[0] / weights[shape].shape[0] for shape, n in count.items()}
+    inputs = {shape: input_of(module) for shape, module in example.items()}
+    timings = [Timing(None, _time(full, inputs, scale))]
     for layer in candidates:
         copies = {shape: layer(weight).multiply for shape, weight in weights.items()}
-        timings.append(Timing(layer, _time(copies, weights, scale)))
+        timings.append(Timing(layer, _time(copies, inputs, scale)))
     return timings[0], timings[1:]
-
-
-def _as_vllm(module: Any, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The product with a weight as vLLM's own layer of this kind computes it."""
-    layer = nn.Module()
-    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    method = module.quant_method
-    method.process_weights_after_loading(layer)
-    return lambda x: method.apply(layer, x, None)
 
 
 def _time(
     products: Mapping[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]],
-    weights: Mapping[tuple[int, int], torch.Tensor],
+    ones: Mapping[tuple[int, int], torch.Tensor],
     scale: Mapping[tuple[int, int], float],
 ) -> dict[int, float]:
     found = {}
     for rows in TIMED_ROWS:
-        inputs = {shape: weight.new_ones(rows, shape[1]) for shape, weight in weights.items()}
+        inputs = {shape: row.repeat(rows, 1) for shape, row in ones.items()}
         seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in products}
         for repetition in range(REPETITIONS + 1):
             for shape, product in products.items():

@@ -330,3 +330,43 @@ def hazard_logit(hazard: float) -> float:
     if hazard in (0.0, 1.0):
         return 1e4 if hazard else -1e4
     return math.log(hazard) - math.log1p(-hazard)
+
+
+def quantise_to_int8(path: str | Path, strategy: str = "channel") -> dict[str, torch.Tensor]:
+    """Rewrites a dense checkpoint as compressed-tensors stores one in eight bits, with activations
+    that are rounded as they come.
+
+    Args:
+        strategy: `"channel"` (a scale per output) or `"tensor"` (one per weight).
+
+    Returns:
+        what the weights stand for, float32, by their names.
+    """
+    file = Path(path) / "model.safetensors"
+    tensors, meant = {}, {}
+    for name, weight in load_file(file).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        largest = weight.float().abs().amax(dim=1, keepdim=True)
+        scale = (largest if strategy == "channel" else largest.amax().reshape(1)) / 127
+        levels = (weight.float() / scale).round().to(torch.int8)
+        tensors |= {name: levels, f"{name}_scale": scale}
+        meant[name] = levels.float() * scale
+    save_file(tensors, file, {"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": strategy, "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((Path(path) / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (Path(path) / "config.json").write_text(json.dumps(config))
+    return meant

@@ -348,9 +348,17 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.parallel",
         "ParallelConfig",
-        "worker_cls pipeline_parallel_size prefill_context_parallel_size",
+        "worker_cls pipeline_parallel_size prefill_context_parallel_size "
+        "decode_context_parallel_size",
         "the class of the worker, and what is refused",
         "neither method starts on Model Runner V1",
+    ),
+    *rows(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator",
+        "world_size rank_in_group broadcast broadcast_object",
+        "ranks have to agree on what decides which layers and collectives run next",
+        "tensor-parallel ranks would wait for each other for ever",
     ),
     *rows(
         "vllm.config.cache",

@@ -29,7 +29,6 @@ FILES_OF = {
     "engine/patches/model_runner_v2.py": "nvium",
     "engine/patches/rejection_sampler.py": "via_sd",
     "model_executor/layers/low_precision_linear.py": "via_sd",
-    "model_executor/ranks.py": "nvium",
 }
 
 

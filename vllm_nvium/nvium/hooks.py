@@ -228,13 +228,6 @@ HOOKS: tuple[Hook, ...] = (
         "exits are not normed",
     ),
     *rows(
-        "vllm.distributed.parallel_state",
-        "GroupCoordinator",
-        "world_size",
-        "whether the ranks have to agree on who leaves",
-        "ranks would go to different depths",
-    ),
-    *rows(
         "vllm.compilation.decorators",
         "",
         "_try_load_aot_compiled_fn",
@@ -251,7 +244,7 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.parallel",
         "ParallelConfig",
-        "data_parallel_index decode_context_parallel_size enable_dbo ubatch_size",
+        "data_parallel_index enable_dbo ubatch_size",
         "draws of data-parallel engines differ, and what splits a batch is refused",
         "no N-vium",
     ),

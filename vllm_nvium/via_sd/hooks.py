@@ -251,9 +251,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *rows(
         "vllm.model_executor.layers.linear",
-        "LinearBase",
-        "skip_bias_add return_bias",
-        "how a layer answers that stands in the place of another",
+        "",
+        "LinearBase.quant_method RowParallelLinear.output_partition_sizes",
+        "replaced in a layer that multiplies with a copy of its weight; layers that are fused",
         "no slim verifier at low precision",
     ),
     *rows(
@@ -274,9 +274,16 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.parallel",
         "ParallelConfig",
-        "tensor_parallel_size",
-        "refused: ranks would choose rounds by their own clocks",
-        "ranks would wait for each other for ever",
+        "local_world_size",
+        "ranks of one machine share the memory that copies need",
+        "copies that do not fit would end a start without a word",
+    ),
+    *rows(
+        "vllm.model_executor.kernels.linear.base",
+        "Params",
+        "weight_scale",
+        "what the weights of a target in eight bits stand for",
+        "no int4 slim verifier of a target in eight bits",
     ),
     *rows(
         "vllm.config.scheduler",

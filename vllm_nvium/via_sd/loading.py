@@ -14,10 +14,12 @@ from torch import nn
 
 from vllm_nvium.engine.patches.model_loader import loaded_model_is_shown
 from vllm_nvium.errors import UserError
-from vllm_nvium.model_executor.layers.low_precision_linear import KINDS, layers_for
+from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear, layers_for
+from vllm_nvium.model_executor.ranks import is_first_rank, number_of_ranks, told_by_first_rank
 from vllm_nvium.model_executor.via_sd.mask import skipped_layers
 from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
-from vllm_nvium.model_executor.via_sd.slim_quantised import Copies, shapes_of
+from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
+from vllm_nvium.model_executor.via_sd.target_weights import cheaper_kinds, shapes_of
 from vllm_nvium.via_sd.options import AUTO, DEFAULT_MASK, SKIP, ViaSDOptions
 
 logger = logging.getLogger("vllm.via_sd")
@@ -51,7 +53,7 @@ def load_with_slim_verifier(
 
     def show(model: nn.Module) -> None:
         layers = [layer for i, layer in enumerate(model.model.layers) if i not in skipped]
-        made.append(_copies_of(model, layers, options, runner.device))
+        made.append(_copies_of(model, layers, options, runner))
 
     with loaded_model_is_shown(runner.model_config, show):
         load()
@@ -64,61 +66,84 @@ def load_with_slim_verifier(
     [copies] = made
     if copies.kind is None:
         return None
+    copies.forget_what_was_new()
     model = runner.get_model()
-    # A patch tells models whose weights were written in place.
+    # A patch tells models whose weights were written.
     model.weights_changed = copies.make_anew
     return SlimVerifier(model, skipped, config, copies.of, copies.kind)
 
 
 def _copies_of(
-    model: nn.Module, layers: list[nn.Module], options: ViaSDOptions, device: torch.device
+    model: nn.Module, layers: list[nn.Module], options: ViaSDOptions, runner: Any
 ) -> Copies:
-    start, kind = time.perf_counter(), options.kind
-    shapes = shapes_of(model, layers)
-    found = layers_for(device.type, KINDS if kind == AUTO else (kind,))
+    start, kind, device = time.perf_counter(), options.kind, runner.device
+    shapes, kinds = shapes_of(model, layers), cheaper_kinds(layers)
+    found = layers_for(device.type, kinds if kind == AUTO else (kind,))
     refusals = {each: reason for each in found if (reason := _refusal(each, shapes))}
     candidates = [each for each in found if each not in refusals]
     if kind != AUTO and not candidates:
         why = next(iter(refusals.values()), "this machine has no kernel for it")
-        raise UserError(f"--via-sd-slim is {kind!r}, but {why}; {_what_works(device, shapes)}.")
+        works = _what_works(device, kinds, shapes)
+        raise UserError(f"--via-sd-slim is {kind!r}, but {why}; {works}.")
     copies = Copies(model, layers, candidates, options.window)
     seconds = time.perf_counter() - start
-    logger.info(
-        "Slim verifier: milliseconds of all linear layers in a pass, and tokens per time of plain "
-        "decoding that each kind promises (timed in %.1f s)\n%s",
-        seconds,
-        copies.table(),
-    )
     if kind != AUTO:
         copies.take(kind)
+    copies.layer = _choice_of_first_rank(copies.layer, candidates)
+    if is_first_rank():
+        logger.info(
+            "Slim verifier: milliseconds of all linear layers in a pass, and tokens per time of "
+            "plain decoding that each kind promises (timed in %.1f s)\n%s",
+            seconds,
+            copies.table(),
+        )
     if copies.kind is None:
         logger.warning(
             "VIA-SD: no kind of copy is cheaper here than the target itself, so the slim tier is "
             "off and drafts go straight to the target; --via-sd-slim skip leaves layers out instead"
         )
         return copies
-    _check_memory(copies, device)
+    _check_memory(copies, runner)
     copies.install()
     return copies
+
+
+def _choice_of_first_rank(
+    own: type[LowPrecisionLinear] | None, candidates: list[type[LowPrecisionLinear]]
+) -> type[LowPrecisionLinear] | None:
+    """What rank 0 has chosen by its own clock: parts of one weight are copied in one way."""
+    name = told_by_first_rank(None if own is None else own.__name__)
+    chosen = {each.__name__: each for each in candidates}
+    if name is not None and name not in chosen:
+        raise UserError(
+            f"--tensor-parallel-size is {number_of_ranks()}, but a rank has no kernel {name}, "
+            "which the first rank has chosen for --via-sd-slim; give --via-sd-slim skip."
+        )
+    return None if name is None else chosen[name]
 
 
 def _refusal(layer: Any, shapes: set[tuple[int, int]]) -> str | None:
     """Of the first weight that it cannot take."""
     reasons = (layer.refusal(*shape) for shape in sorted(shapes))
-    return next((reason for reason in reasons if reason), None)
+    ranks = number_of_ranks()
+    where = f" in the parts of {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    return next((reason + where for reason in reasons if reason), None)
 
 
-def _what_works(device: torch.device, shapes: set[tuple[int, int]]) -> str:
-    works = {each.kind for each in layers_for(device.type) if not _refusal(each, shapes)}
+def _what_works(device: torch.device, kinds: tuple[str, ...], shapes: set[tuple[int, int]]) -> str:
+    works = {each.kind for each in layers_for(device.type, kinds) if not _refusal(each, shapes)}
     return f"here {', '.join(sorted(works | {SKIP}))} {'work' if works else 'works'}"
 
 
-def _check_memory(copies: Copies, device: torch.device) -> None:
-    if device.type == "cpu":
+def _check_memory(copies: Copies, runner: Any) -> None:
+    needed, weights = copies.num_bytes, copies.num_bytes_copied
+    if runner.device.type == "cpu":
+        # Ranks of one machine have one memory.
+        sharing = runner.vllm_config.parallel_config.local_world_size
+        needed, weights = needed * sharing, weights * sharing
         free = psutil.virtual_memory().available
     else:
         free = torch.accelerator.get_memory_info()[0]
-    needed, weights = copies.num_bytes, copies.num_bytes_copied
     if needed > free:
         raise UserError(
             f"--via-sd-slim is {copies.kind!r}, whose copies need {needed / GIB:.2f} GiB, but "

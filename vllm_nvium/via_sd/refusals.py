@@ -43,9 +43,9 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set it to 1",
     ),
     Unsupported(
-        "--tensor-parallel-size",
-        lambda c: above_one(c.parallel_config.tensor_parallel_size),
-        "each process would choose the rounds of a VIA-SD window by its own clock",
+        "--decode-context-parallel-size",
+        lambda c: above_one(c.parallel_config.decode_context_parallel_size),
+        "the slim verifier of VIA-SD needs the whole KV cache of a sequence in one place",
         "set it to 1",
     ),
     Unsupported(

@@ -14,6 +14,7 @@ import torch
 
 from vllm_nvium.engine.patches.logits_processors import as_without_speculation
 from vllm_nvium.engine.stats import KEY
+from vllm_nvium.model_executor.ranks import told_by_first_rank
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.drafting import DraftAgain, drafts_again
 from vllm_nvium.model_executor.via_sd.slim import SlimPass
@@ -34,7 +35,7 @@ else:
 
 class V1StepView:
     """A `StepView` of Model Runner V1. It reads the runner when it is asked, and is made anew for
-    every step.
+    every step, before anything is sampled.
 
     Args:
         runner: vLLM's, with a slim pass.
@@ -82,7 +83,10 @@ class V1StepView:
         self, windows: Sequence[Window], drafts: Drafts, logits: torch.Tensor
     ) -> SlimDraws:
         runner = self.runner
-        return draw_slim(runner.sampler, logits, self.batch, runner.requests, windows, drafts)
+        draws = draw_slim(runner.sampler, logits, self.batch, runner.requests, windows, drafts)
+        # Every rank has the same logits, but nothing says that unlike processors draw alike. All of
+        # them draw, so that generators stay in step.
+        return told_by_first_rank(draws)
 
     def draft_again(
         self,
@@ -93,7 +97,7 @@ class V1StepView:
         count: int,
     ) -> Drafts:
         assert self._again is not None
-        return self._again(windows, going, hidden, rows, count)
+        return told_by_first_rank(self._again(windows, going, hidden, rows, count))
 
 
 class ViaSDModelRunnerMixin(Runner):
@@ -101,6 +105,8 @@ class ViaSDModelRunnerMixin(Runner):
 
     session: Session
     slim: SlimPass | None = None
+    # Of the present step.
+    _view: V1StepView
     # vLLM's own: what the drafter answered, which the next step verifies.
     _draft_token_ids: Any
 
@@ -212,7 +218,7 @@ class ViaSDModelRunnerMixin(Runner):
         self, scheduler_output: "SchedulerOutput", sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> Any:
         start = time.perf_counter()
-        request_ids, drafts = self.session.plan_drafts(V1StepView(self))
+        request_ids, drafts = self.session.plan_drafts(self._view)
         self._has_drafted = True
         # Other drafters must see every token, to learn from it or for their own KV cache.
         method = self.speculative_config.method
@@ -231,6 +237,8 @@ class ViaSDModelRunnerMixin(Runner):
         session = self.session
         self._has_drafted, session.draft_seconds = False, 0.0
         is_step = self.execute_model_state is not None
+        if is_step:
+            self._view = V1StepView(self)
         # Some drafters answer inside the call, before this step's outcome can be told.
         asked, session.asked = session.asked, {}
         output = super().sample_tokens(*args, **kwargs)
@@ -248,7 +256,7 @@ class ViaSDModelRunnerMixin(Runner):
         """Takes back drafts that must not be verified: of requests whose sampling cannot look
         ahead, and the zeros, a whole window of them, that vLLM puts where the drafter did not fit
         into the context."""
-        left_out = [not self._has_drafted or one for one in V1StepView(self).one_at_a_time]
+        left_out = [not self._has_drafted or one for one in self._view.one_at_a_time]
         found: Any = self._draft_token_ids  # type: ignore[has-type]
         if not any(left_out) or found is None:
             return
@@ -262,8 +270,8 @@ class ViaSDModelRunnerMixin(Runner):
         """Rounds of slim checks on this step's drafts; what comes of them becomes the drafts, as if
         vLLM's drafter had answered with it."""
         ids = self.input_batch.req_ids
-        drafts = self._plain_drafts()
-        windows = self.session.grow(V1StepView(self), drafts)
+        drafts = told_by_first_rank(self._plain_drafts())
+        windows = self.session.grow(self._view, drafts)
         if not windows:
             return
         checked = [window for window in windows if window.rounds > 0]

@@ -16,6 +16,7 @@ from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.policy import check_round, kept_unasked
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
+from vllm_nvium.via_sd.first_rank import PlansOfFirstRank, shared
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
 from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
 from vllm_nvium.via_sd.request_metrics import DRAFTER, FULL, SLIM
@@ -39,16 +40,16 @@ class Session(TokenNotes):
 
     def __init__(self, options: ViaSDOptions, can_draft_again: bool) -> None:
         self.options = options
-        self.planner: Planner | FixedRounds
-        if options.rounds == AUTO:
-            self.planner = Planner(
+        self.planner: Planner | FixedRounds | PlansOfFirstRank = shared(
+            Planner(
                 options.drafts,
                 options.window,
                 drafts_again=can_draft_again,
                 max_batch=options.max_batch,
             )
-        else:
-            self.planner = FixedRounds(options.drafts, int(options.rounds), options.max_batch)
+            if options.rounds == AUTO
+            else FixedRounds(options.drafts, int(options.rounds), options.max_batch)
+        )
         self.requests = ViaSDRequests()
         super().__init__(self.requests.asked, "via_sd")
         self.reporter = Reporter(ViaSDCounts.zero(options.window))
@@ -268,7 +269,7 @@ class Session(TokenNotes):
     def leave_tier_off(self) -> None:
         """There is no slim verifier: drafts go straight to the full model."""
         options = self.options
-        self.planner = (
+        self.planner = shared(
             Planner(options.drafts, options.window, max_rounds=0)
             if options.rounds == AUTO
             else FixedRounds(options.drafts, 0)

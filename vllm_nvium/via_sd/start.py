@@ -173,14 +173,23 @@ def _kind_of_slim(options: ViaSDOptions, model: Any) -> str:
     """What `--via-sd-slim` comes to for this target.
 
     Raises:
-        UserError: copies of weights are asked for that are quantised already.
+        UserError: copies are asked for of weights that have no more bits already.
     """
-    if options.kind == SKIP or model.quantization is None:
-        return options.kind
-    if options.kind != AUTO:
+    kind = options.kind
+    if kind == SKIP or model.quantization is None:
+        return kind
+    if _is_int8(model):
+        if kind not in (AUTO, "int4"):
+            raise UserError(
+                f"--via-sd-slim is {kind!r}, but the weights of {model.model} have eight bits "
+                f"already ({model.quantization}); give int4, which has fewer, or skip."
+            )
+        return kind
+    if kind != AUTO:
         raise UserError(
-            f"--via-sd-slim is {options.kind!r}, but the weights of {model.model} are quantised "
-            f"already ({model.quantization}); give skip."
+            f"--via-sd-slim is {kind!r}, but the weights of {model.model} are quantised already "
+            f"({model.quantization}), and int4 copies are made of compressed-tensors weights in "
+            "eight bits only; give skip."
         )
     logger.info(
         "VIA-SD: the weights of %s are quantised already (%s), so the slim verifier skips layers",
@@ -188,6 +197,24 @@ def _kind_of_slim(options: ViaSDOptions, model: Any) -> str:
         model.quantization,
     )
     return SKIP
+
+
+def _is_int8(model: Any) -> bool:
+    """Whether all quantised layers have integer weights and activations in eight bits, as
+    compressed-tensors stores them, and nothing is turned around them."""
+    if model.quantization != "compressed-tensors":
+        return False
+    config = getattr(model.hf_config, "quantization_config", None) or {}
+    groups = [*config.get("config_groups", {}).values()]
+    return bool(groups) and not config.get("transform_config") and all(map(_is_int8_group, groups))
+
+
+def _is_int8_group(group: Any) -> bool:
+    parts = [group.get("weights") or {}, group.get("input_activations") or {}]
+    # Eight integer bits are the default.
+    return all(
+        part and part.get("num_bits", 8) == 8 and part.get("type", "int") == "int" for part in parts
+    )
 
 
 def _as_given(engine_args: Any) -> Any:

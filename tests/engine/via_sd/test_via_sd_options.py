@@ -275,7 +275,10 @@ def test_a_bad_option_is_refused_at_start(
             [DRAFTER, "num_speculative_tokens_per_batch_size", "remove it"],
         ),
         ({"pipeline_parallel_size": 2}, ["--pipeline-parallel-size is 2", "set it to 1"]),
-        ({"tensor_parallel_size": 2}, ["--tensor-parallel-size is 2", "set it to 1"]),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            ["--decode-context-parallel-size is 2", "KV cache", "set it to 1"],
+        ),
         # Also where vLLM has no room for a window in each request of a batch.
         *(
             ({"enable_lora": True, "max_num_batched_tokens": tokens}, ["--enable-lora is True"])
@@ -365,11 +368,52 @@ def test_what_the_slim_verifier_is_by_default(dense_checkpoint: Path) -> None:
         assert found is not None and (found.kind, found.mask) == (kind, mask), given
 
 
-def test_weights_that_are_quantised_already(dense_checkpoint: Path) -> None:
-    model = SimpleNamespace(quantization="gptq", model="folder/of-a-model")
-    assert _kind_of_slim(ViaSDOptions(), model) == "skip"
-    with pytest.raises(UserError, match="--via-sd-slim is 'int4', but the weights of folder/of-a-"):
-        _kind_of_slim(ViaSDOptions(slim="int4"), model)
+EIGHT = {"num_bits": 8, "type": "int"}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "config", "is_int8"),
+    [
+        ("gptq", {"bits": 8}, False),
+        ("compressed-tensors", {}, False),
+        ("compressed-tensors", [{"weights": EIGHT, "input_activations": EIGHT}], True),
+        ("compressed-tensors", [{"weights": {}, "input_activations": EIGHT}], False),
+        ("compressed-tensors", [{"weights": EIGHT, "input_activations": None}], False),
+        (
+            "compressed-tensors",
+            [{"weights": EIGHT | {"type": "float"}, "input_activations": EIGHT}],
+            False,
+        ),
+        (
+            "compressed-tensors",
+            [
+                {"weights": EIGHT, "input_activations": EIGHT},
+                {"weights": EIGHT | {"num_bits": 4}, "input_activations": EIGHT},
+            ],
+            False,
+        ),
+        ("quark", [{"weights": EIGHT, "input_activations": EIGHT}], False),
+    ],
+)
+def test_weights_that_are_quantised_already(quantization: str, config: Any, is_int8: bool) -> None:
+    """Integers of eight bits leave room for copies of four."""
+    if isinstance(config, list):
+        config = {"config_groups": {str(n): group for n, group in enumerate(config)}}
+    model = SimpleNamespace(
+        quantization=quantization,
+        model="folder/of-a-model",
+        hf_config=SimpleNamespace(quantization_config=config),
+    )
+    assert _kind_of_slim(ViaSDOptions(), model) == ("auto" if is_int8 else "skip")
+    refused = ("int8",) if is_int8 else ("int4", "int8")
+    for kind in refused:
+        words = f"--via-sd-slim is '{kind}', but the weights of folder/of-a-model .* already"
+        with pytest.raises(UserError, match=words):
+            _kind_of_slim(ViaSDOptions(slim=kind), model)
+    if is_int8:
+        assert _kind_of_slim(ViaSDOptions(slim="int4"), model) == "int4"
+        config["transform_config"] = {"config_groups": {}}
+        assert _kind_of_slim(ViaSDOptions(), model) == "skip"
 
 
 def test_log_probabilities_that_the_papers_rule_has_not(dense_checkpoint: Path) -> None:

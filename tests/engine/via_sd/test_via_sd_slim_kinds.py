@@ -4,6 +4,7 @@ of plain decoding whatever it says, and it says what its weights stand for."""
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from via_sd_engine import NGRAM, ViaSDEngine, slim_logits
 from tiny_models import make_dense, make_eagle
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.layers.low_precision_linear import Int4Linear, Int8Linear
+from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
 from vllm_nvium.via_sd import loading
 
 KINDS = {"int4": Int4Linear, "int8": Int8Linear}
@@ -115,7 +117,8 @@ def test_attention_and_norms_are_the_targets_own(served: Served) -> None:
     for own, slim in zip(model.layers, runner.slim.layers.layers, strict=True):
         assert slim.self_attn.attn is own.self_attn.attn
         assert slim.input_layernorm is own.input_layernorm
-        assert type(slim.mlp.down_proj) is KINDS[runner.via_sd.kind]
+        assert type(slim.mlp.down_proj.low_precision) is KINDS[runner.via_sd.kind]
+        assert "low_precision" not in dict(own.mlp.down_proj.named_children())
         assert slim.self_attn.qkv_proj.bias is own.self_attn.qkv_proj.bias
     assert runner.slim.layers.embed_tokens is model.embed_tokens
 
@@ -218,6 +221,37 @@ def test_other_weights_are_copied_when_they_are_loaded(tmp_path: Path) -> None:
     assert check_slim_tokens(engine, at_low_precision(new, "int8"), new) > 100
     counts = engine.runner.session.counts
     assert counts.accepted / counts.window_tokens > 0.75
+
+
+def test_weights_are_copied_once_when_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through vLLM's worker, which tells of written weights after each was processed."""
+    make_dense(tmp_path / "old", seed=1, **TARGET)
+    new = make_dense(tmp_path / "new", seed=2, **TARGET)
+    copied, copy_one = Counter(), Copies._copy
+
+    def count(self: Copies, module: Any) -> None:
+        copied[module] += 1
+        copy_one(self, module)
+
+    monkeypatch.setattr(Copies, "_copy", count)
+    options = {"slim": "int8", "window": WINDOW, "rounds": 6}
+    engine = ViaSDEngine(str(tmp_path / "old"), NGRAM, options, num_gpu_blocks_override=20)
+    # Four weights of each layer, and the unembedding.
+    assert [*copied.values()] == [1] * (4 * 4 + 1)
+    for times in (2, 3):
+        engine.engine.collective_rpc(
+            "reload_weights", kwargs={"weights_path": str(tmp_path / "new")}
+        )
+        assert [*copied.values()] == [times] * (4 * 4 + 1)
+    engine.scheduler.reset_prefix_cache()
+    play(Served(new, engine), crowd(3, size=4))
+    assert check_slim_tokens(engine, at_low_precision(new, "int8"), new) > 100
+    # Told that weights were written, with none processed: those that are there are copied anew.
+    left = [m for m in copied if m.weight is not None and m.weight.numel()]
+    engine.runner.get_model().weights_changed()
+    assert [copied[module] for module in left] == [4] * len(left)
 
 
 def test_eagle_is_followed_by_the_slim_verifier_alone(tmp_path: Path) -> None:

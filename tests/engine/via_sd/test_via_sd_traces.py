@@ -516,6 +516,30 @@ def seeded_go_one_at_a_time(batch: Any, params: Any) -> list[bool]:
 ONE_AT_A_TIME = "vllm_nvium.via_sd.runner_v1.draws_one_at_a_time"
 
 
+def test_who_goes_one_token_at_a_time_is_asked_once_a_step(
+    with_ngrams: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked, steps = with_ngrams.engine, 0, 0
+
+    def nobody(batch: Any, params: Any) -> list[bool]:
+        nonlocal asked
+        asked += 1
+        return [False] * len(params)
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    monkeypatch.setattr(ONE_AT_A_TIME, nobody)
+    engine.set_rounds(3, 2, WINDOW)
+    engine.after_step, engine.window_rounds = count, []
+    try:
+        play(with_ngrams, crowd(3, size=3))
+    finally:
+        engine.after_step = None
+    assert engine.window_rounds and 0 < asked <= steps
+
+
 def test_requests_without_drafts_count_for_the_largest_batch(
     with_ngrams: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
