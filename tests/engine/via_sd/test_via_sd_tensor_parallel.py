@@ -176,7 +176,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# A minute each; NVIUM_TENSOR_PARALLEL=all runs the others too.
+USUAL = ("skip", "int4")
+others = pytest.mark.skipif(
+    os.environ.get("NVIUM_TENSOR_PARALLEL") != "all",
+    reason="takes long: NVIUM_TENSOR_PARALLEL=all runs it",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=others) for name in CASES]
+)
 def test_two_ranks_give_the_tokens_of_plain_decoding(
     target: Path, plain: Any, tmp_path: Path, name: str
 ) -> None:
@@ -198,6 +208,7 @@ def test_two_ranks_give_the_tokens_of_plain_decoding(
     assert first["layers"] == layers.get(name, 4)
 
 
+@others
 def test_one_rank_and_two_with_a_draft_model(target: Path, plain: Any, tmp_path: Path) -> None:
     """It runs inside a window, on both ranks; under the paper's rule draws have noise of the
     process."""
@@ -217,6 +228,7 @@ def test_one_rank_and_two_with_a_draft_model(target: Path, plain: Any, tmp_path:
         assert found["ranks"][0]["slim_passes"] > 10
 
 
+@others
 def test_ranks_agree_under_the_papers_rule(target: Path, tmp_path: Path) -> None:
     """Tokens that are drawn again have noise of the process, and the rule's text is its own."""
     options = via_sd(slim="skip", mask="1", mode="paper", accept=0.6, escalate=0.2)
