@@ -85,6 +85,15 @@ def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # --- Layers ---------------------------------------------------------------------------------------
 
 
+def bounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype. In float16, whose largest number a rounded weight may exceed where the
+    weight itself does not, every value becomes a finite one, at most half of the largest."""
+    if dtype != torch.float16:
+        return x.to(dtype)
+    most = torch.finfo(dtype).max / 2
+    return x.float().nan_to_num(0.0).clamp(-most, most).to(dtype)
+
+
 class LowPrecisionLinear(nn.Module):
     """A copy of the weight of a linear layer.
 
@@ -134,7 +143,7 @@ class LowPrecisionLinear(nn.Module):
             # rounded what attention had not written yet.
             return _product(x, self.levels, self.scales, type(self).__name__, self.outputs)
         output = self.product(x.to(torch.bfloat16), self.levels, self.scales, self.outputs)
-        return output.to(x.dtype)
+        return bounded(output, x.dtype)
 
     def _keep(self, **tensors: torch.Tensor) -> None:
         """As buffers. Compiled code and CUDA graphs read those that they have seen, so that a new
@@ -321,7 +330,7 @@ def _product(
 ) -> torch.Tensor:
     """`LowPrecisionLinear.multiply` of a class by its name."""
     [cls] = [each for each in LAYERS if each.__name__ == layer]
-    return cls.product(x.to(torch.bfloat16), levels, scales, outputs).to(x.dtype)
+    return bounded(cls.product(x.to(torch.bfloat16), levels, scales, outputs), x.dtype)
 
 
 @_product.register_fake

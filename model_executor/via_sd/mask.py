@@ -174,7 +174,7 @@ def _even(spec: str, ratio_text: str, num_layers: int) -> tuple[int, ...]:
 def _from_list(spec: str, text: str, num_layers: int) -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             raise UserError(

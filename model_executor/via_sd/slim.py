@@ -14,6 +14,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_nvium.model_executor.layer_slice import make_slice
+from vllm_nvium.model_executor.layers.low_precision_linear import bounded
 from vllm_nvium.model_executor.rows import Rows, common_attention_metadata
 
 
@@ -79,6 +80,8 @@ class SlimVerifier:
             for i, layer in enumerate(inner.layers)
             if i not in self.skipped
         ]
+        if vllm_config.model_config.dtype == torch.float16:
+            kept = [FiniteInputs(layer) for layer in kept]
         class_name = f"Slim{type(inner).__name__}_{kind}_{'_'.join(map(str, self.skipped))}"
         self.layers = of_layers(inner, kept, class_name, vllm_config)
         self._head = with_copies(model, copies, below=("lm_head", "model", "embed_tokens"))
@@ -118,6 +121,32 @@ class SlimVerifier:
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
             self.layers(token_ids, token_ids.clone(), None, None)
+
+
+class FiniteInputs(nn.Module):
+    """A decoder layer whose inputs are finite numbers, so that its K/V are.
+
+    Layers left out or rounded may overflow float16 where the target does not. K/V of tokens that
+    do not stay, or of a request that is aborted, lie in their blocks until somebody writes there,
+    and attention multiplies what it does not look at by 0, which a NaN survives: it would end up in
+    the text of whoever gets the block.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        hidden_states = bounded(hidden_states, hidden_states.dtype)
+        if residual is not None:
+            residual = bounded(residual, residual.dtype)
+        return self.layer(positions, hidden_states, residual, **kwargs)
 
 
 def with_copies(

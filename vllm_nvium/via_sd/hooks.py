@@ -175,6 +175,20 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
+        "update_draft_token_ids requests",
+        "overridden to give no drafts to a conversation that goes on",
+        "its next turn would read tokens behind the end of the last",
+    ),
+    *rows(
+        "vllm.v1.request",
+        "Request",
+        "resumable spec_token_ids",
+        "tells conversations that go on from other requests",
+        "a conversation could not be told from other requests",
+    ),
+    *rows(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
         "dynamic_sd_lookup scheduler_config",
         "a table of draft counts, so that new requests are not padded with drafts that nobody made",
         "seeds would draw other tokens where a prompt is cached",

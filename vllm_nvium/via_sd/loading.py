@@ -43,12 +43,12 @@ def load_with_slim_verifier(
     """
     config, num_layers = runner.vllm_config, runner.model_config.hf_text_config.num_hidden_layers
     kind = options.kind
+    mask = options.mask or (DEFAULT_MASK if kind == SKIP else None)
+    skipped = () if mask is None else skipped_layers(mask, num_layers)
     # Without rounds nobody asks the slim verifier: copies would lie there for nothing.
     if kind == SKIP or options.rounds == 0:
         load()
-        skipped = skipped_layers(options.mask or DEFAULT_MASK, num_layers)
         return SlimVerifier(runner.get_model(), skipped, config)
-    skipped = () if options.mask is None else skipped_layers(options.mask, num_layers)
     made: list[Copies] = []
 
     def show(model: nn.Module) -> None:
@@ -70,7 +70,8 @@ def load_with_slim_verifier(
     model = runner.get_model()
     # A patch tells models whose weights were written.
     model.weights_changed = copies.make_anew
-    return SlimVerifier(model, skipped, config, copies.of, copies.kind)
+    assert copies.layer is not None
+    return SlimVerifier(model, skipped, config, copies.of, copies.layer.__name__)
 
 
 def _copies_of(

@@ -27,6 +27,16 @@ class ViaSDScheduler(Scheduler):
             most = self.scheduler_config.max_num_seqs
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (most + 1)
 
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """A conversation that goes on (`resumable`) has no drafts: where its turn ends inside what
+        was verified, vLLM 0.32 takes tokens behind the end for computed, and the next turn reads
+        other text than without drafts."""
+        super().update_draft_token_ids(draft_token_ids)
+        for name in draft_token_ids.req_ids:
+            request = self.requests.get(name)
+            if request is not None and request.resumable:
+                request.spec_token_ids = []
+
     @property
     def num_lookahead_tokens(self) -> int:
         # `num_spec_tokens` is the window: start-up makes it vLLM's num_speculative_tokens.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from vllm_nvium.engine.options import shown
 from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.options import (
     AUTO,
@@ -311,6 +312,11 @@ def _check_weights(spec: str, mask: "MaskFile", vllm_config: "VllmConfig") -> No
 def _with_short_flags(engine_args: Any) -> dict[str, Any]:
     """`--speculative-config` with what `--spec-method`, `--spec-model` and `--spec-tokens` add."""
     given = engine_args.speculative_config or {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise UserError(
+            f"--speculative-config is {shown(given)}; it must be a JSON object, as "
+            '\'{"method": "ngram", "num_speculative_tokens": 4}\'.'
+        )
     # As vLLM reads them.
     spec = {key.replace("-", "_"): value for key, value in given.items()}
     for name, key in SHORT_FLAGS.items():

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a slim pass, a turn of a conversation and a part of new weights leave behind changes nothing
+for what comes after them."""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from trace_engine import Arrival, TraceEngine
+from via_sd_engine import NGRAM, ViaSDEngine
+from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from tiny_models import make_dense
+from vllm_nvium.model_executor.layers.low_precision_linear import bounded
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "intermediate_size": 128, "bigrams": 0.7}
+
+
+def greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+# --- K/V of tokens that nobody verified -----------------------------------------------------------
+
+
+def make_overflowing(path: Path) -> None:
+    """A target in float16 one of whose outputs is a difference of two equal large numbers. Rounded
+    weights do not cancel, and their result is too large for float16."""
+    make_dense(path, seed=1, dtype=torch.float16, whisper=0.5, **SIZES)
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    gate, up, down = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    weights[up] = weights[gate].clone()
+    weights[gate][1] = weights[gate][0]
+    weights[up][1] = weights[up][0]
+    weights[down][0] = 0
+    weights[down][0, 0], weights[down][0, 1] = 30000.0, -30000.0
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def caches(engine: TraceEngine) -> list[torch.Tensor]:
+    layers = engine.runner.compilation_config.static_forward_context.values()
+    return [layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")]
+
+
+def test_a_slim_pass_that_overflows_leaves_numbers(tmp_path: Path) -> None:
+    """Two requests are aborted while their windows wait. Their blocks go to requests without the
+    tier, which must not read a NaN there."""
+    make_overflowing(tmp_path)
+    texts = [[random.Random(i).randrange(3, 64) for _ in range(20)] for i in range(5)]
+
+    def trace(off: dict[str, Any] | None) -> list[Arrival]:
+        first = [Arrival(3 * i, texts[i], greedy(30), abort_after=7) for i in range(2)]
+        rest = [Arrival(3 * i, texts[i], greedy(30, extra_args=off)) for i in range(2, 5)]
+        return first + rest
+
+    common = {"dtype": "float16", "num_gpu_blocks_override": 12}
+    plain = TraceEngine(str(tmp_path), **common)
+    plain.run(trace(None))
+    engine = ViaSDEngine(
+        str(tmp_path), NGRAM, {"slim": "int4", "rounds": 4, "window": 12}, **common
+    )
+    engine.run(trace({"via_sd": "off"}))
+    assert engine.runner.session.counts.slim_passes > 5
+    assert all(cache.isfinite().all() for cache in caches(engine))
+    for name in ("2", "3", "4"):
+        assert engine.emitted[name].tokens == plain.emitted[name].tokens
+    late = [Arrival(0, [5, 6, 7, 8] * 10, greedy(100))]
+    plain.run(late)
+    late[0].params.extra_args = {"via_sd": "off"}
+    engine.run(late)
+    assert engine.emitted["0"].tokens == plain.emitted["0"].tokens
+
+
+# --- weights that come in parts -------------------------------------------------------------------
+
+
+@dataclass
+class Nothing:
+    pass
+
+
+@dataclass
+class Part:
+    names: list[str]
+    path: str
+
+
+class FromFile(WeightTransferEngine):
+    """As a trainer sends weights, but out of a file. Start and finish are those of vLLM's own."""
+
+    init_info_cls, update_info_cls = Nothing, Part
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: Any) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: Any) -> None:
+        weights = load_file(update_info.path)
+        self.model.load_weights((name, weights[name]) for name in update_info.names)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_weights_that_come_in_parts(tmp_path: Path) -> None:
+    from vllm.config.weight_transfer import WeightTransferConfig
+
+    WeightTransferEngineFactory.register_engine("file", FromFile)
+    make_dense(tmp_path / "old", seed=1, whisper=0.2, **SIZES)
+    make_dense(tmp_path / "new", seed=2, whisper=0.2, **SIZES)
+    file = tmp_path / "new" / "model.safetensors"
+    names = sorted(load_file(file))
+    common = {
+        "num_gpu_blocks_override": 50,
+        "weight_transfer_config": WeightTransferConfig(backend="file"),
+    }
+    arrival = Arrival(0, [random.Random(0).randrange(3, 64) for _ in range(35)], greedy(30))
+
+    def answer_of(engine: TraceEngine, update: bool) -> list[int]:
+        if update:
+            worker = engine.engine.engine_core.engine_core.model_executor.driver_worker.worker
+            worker.start_weight_update()
+            for first in range(0, len(names), 8):
+                worker.update_weights({"names": names[first : first + 8], "path": str(file)})
+            worker.finish_weight_update()
+            engine.scheduler.reset_prefix_cache()
+        engine.run([arrival])
+        return engine.emitted["0"].tokens
+
+    want = answer_of(TraceEngine(str(tmp_path / "new"), num_gpu_blocks_override=50), update=False)
+    options = {"slim": "int8", "rounds": 4, "window": 12}
+    engine = ViaSDEngine(str(tmp_path / "old"), NGRAM, options, **common)
+    assert answer_of(engine, update=True) == want
+    # The copies are those of the new weights: a copy of other weights would keep next to nothing.
+    counts = engine.runner.session.counts
+    assert counts.accepted > 0.8 * counts.window_tokens > 5
+
+
+# --- conversations that go on ---------------------------------------------------------------------
+
+REPEATED = ([random.Random(0).randrange(3, 64) for _ in range(17)] * 8)[:120]
+TURNS = [REPEATED[:40], REPEATED[3:20], REPEATED[50:70], REPEATED[5:25]]
+
+
+async def converse(model: str, params: dict[str, Any], engine: dict[str, Any]) -> list[Any]:
+    """What is answered to each turn, and why the answer ended."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.engine.protocol import StreamingInput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=model,
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            max_num_seqs=4,
+            num_gpu_blocks_override=200,
+            async_scheduling=False,
+            gpu_memory_utilization=0.3,
+            **engine,
+        )
+    )
+
+    async def turns() -> AsyncIterator[StreamingInput]:
+        for turn in TURNS:
+            yield StreamingInput(prompt={"prompt_token_ids": list(turn)}, sampling_params=None)
+
+    found: list[Any] = []
+    tokens: list[int] = []
+    sampling = SamplingParams(
+        temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA, **params
+    )
+    try:
+        async for output in llm.generate(turns(), sampling, request_id="a"):
+            tokens += output.outputs[0].token_ids
+            if output.outputs[0].finish_reason:
+                found.append((tokens, output.outputs[0].finish_reason))
+                tokens = []
+    finally:
+        llm.shutdown()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("params", "rounds"),
+    [({"max_tokens": 30, "stop_token_ids": list(range(3, 64, 7))}, 6), ({"max_tokens": 13}, 0)],
+)
+def test_turns_of_a_conversation(params: dict[str, Any], rounds: int, tmp_path: Path) -> None:
+    make_dense(
+        tmp_path, seed=1, max_position_embeddings=2048, **(SIZES | {"bigrams": 0.4, "whisper": 0.5})
+    )
+    plain = asyncio.run(converse(str(tmp_path), params, {}))
+    options = {"via_sd": True, "via_sd_slim": "int8", "via_sd_window": 12, "via_sd_rounds": rounds}
+    engine = {"speculative_config": NGRAM, "additional_config": options}
+    assert len(plain) == len(TURNS)
+    assert asyncio.run(converse(str(tmp_path), params, engine)) == plain
+
+
+def test_layers_get_finite_inputs_in_float16_only() -> None:
+    """Other dtypes have room enough, and pay nothing."""
+    large = torch.tensor([3e38, -3e38, torch.inf, -torch.inf, torch.nan, 1.0])
+    assert bounded(large, torch.float16).tolist() == [
+        32752.0,
+        -32752.0,
+        32752.0,
+        -32752.0,
+        0.0,
+        1.0,
+    ]
+    assert bounded(large, torch.bfloat16)[:4].tolist() == large[:4].bfloat16().tolist()
+    assert bounded(large, torch.float32) is large
