@@ -539,6 +539,12 @@ def test_a_kv_connector_is_refused(dense_checkpoint: Path) -> None:
     assert "--kv-transfer-config is ExampleConnector" in message and "remove it" in message
 
 
+@pytest.mark.parametrize("spec", ["ngram", ["ngram"], {1: 2}])
+def test_a_drafter_that_is_no_json_object_is_refused(dense_checkpoint: Path, spec: Any) -> None:
+    with pytest.raises(UserError, match=r"--speculative-config is .*; it must be a JSON object"):
+        arguments(dense_checkpoint, speculative_config=spec).create_engine_config()
+
+
 def test_the_drafters_keys_may_have_dashes_as_vllms_may(dense_checkpoint: Path) -> None:
     spec = {key.replace("_", "-"): value for key, value in NGRAM.items()}
     config = arguments(dense_checkpoint, speculative_config=spec).create_engine_config()

@@ -254,6 +254,13 @@ def test_weights_are_copied_once_when_they_are_loaded(
     assert [copied[module] for module in left] == [4] * len(left)
 
 
+def test_without_rounds_no_layers_are_left_out(tmp_path: Path) -> None:
+    """The usual mask needs three layers, and nobody gave one."""
+    make_dense(tmp_path, num_hidden_layers=2, **TARGET)
+    engine = ViaSDEngine(str(tmp_path), NGRAM, {"rounds": 0, "window": WINDOW})
+    assert engine.runner.slim.skipped == ()
+
+
 def test_eagle_is_followed_by_the_slim_verifier_alone(tmp_path: Path) -> None:
     """Drafters that answer once per window: more rounds are the slim verifier's own."""
     reference = make_dense(tmp_path / "target", seed=1, **TARGET)

@@ -102,6 +102,7 @@ def test_a_list_is_short() -> None:
         ("8", 8, "names layer 8, and the target's 8 layers are 0 to 7"),
         ("3-99999999999", 8, "names layer 99999999999, and the target's 8"),
         ("-1", 8, "'-1' is neither a layer nor a range"),
+        ("1" * 5000, 8, "is neither a layer nor a range"),
         ("3,,5", 8, "'' is neither a layer nor a range"),
         ("3,", 8, "'' is neither a layer nor a range"),
         ("5-3", 8, "'5-3' is neither a layer nor a range"),
