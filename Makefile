@@ -44,7 +44,7 @@ test: $(TEST_READY)
 
 # Formulas and files: no engine is started, and nothing that takes seconds. Two minutes on two cores.
 test-fast: $(TEST_READY)
-	$(TEST_BIN)/python -m pytest -q tests/unit -m "not slow" $(ARGS)
+	$(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit -m "not slow" $(ARGS)
 
 # Hours. ARGS="--tokens 20000 --seed 3" for less, or other crowds.
 soak-exactness: $(VENV)/.installed-test
