@@ -26,6 +26,8 @@ class EngineProcess:
         self, name: str, model: str, engine_args: dict[str, Any], checkout: Path | None = None
     ) -> None:
         self.name = name
+        # Several engines share the machine. On CPU this is only what must be free at the start.
+        engine_args = {"gpu_memory_utilization": 0.2} | engine_args
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
         command = [sys.executable, str(Path(__file__)), "--model", model]
@@ -39,6 +41,7 @@ class EngineProcess:
             # tells its own worker processes 5): here they would spin on the next engine's turn.
             "KMP_BLOCKTIME": "1",
         }
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if checkout is not None:
             environment["PYTHONPATH"] = str(checkout.resolve())
         self.process = subprocess.Popen(

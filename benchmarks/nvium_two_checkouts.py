@@ -7,7 +7,6 @@ of a change that shall make steps cheaper, or must not make them dearer.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -59,10 +58,7 @@ def main() -> None:
         "enforce_eager": args.enforce_eager,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
-        # Two engines share the machine. On CPU this is only what must be free at the start.
-        "gpu_memory_utilization": 0.3,
     }
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     bench = Bench(args, engine_args)
     bench.depths = [1.0] * 64  # how deep steps go does not count here
     try:

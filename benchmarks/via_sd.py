@@ -177,7 +177,6 @@ def _times(planner: dict[str, Any]) -> str:
 def main() -> None:
     args = parse()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     texts = read_prompts(args.prompts, args.target, args.longest_prompt, args.chat)
     batches = [int(batch) for batch in args.batches.split(",")]
     common = {
@@ -188,8 +187,6 @@ def main() -> None:
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "async_scheduling": False,
-        # Several engines share the machine. On CPU this is only what must be free at the start.
-        "gpu_memory_utilization": 0.1,
     }
     processes: dict[str, EngineProcess] = {}
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from vllm_nvium.via_sd.planner import (
     AcceptanceRates,
     DraftPlan,
+    FixedRounds,
     PassTimeEstimator,
     Planner,
     choose,
@@ -58,7 +59,7 @@ class Scenario:
         slow: share of the time in which the machine is twice as slow.
         turn: the step at which the slim tier and the drafter change to `agree_after` and
             `accept_after`.
-        off: the share of requests without the tier.
+        paper: the paper's rule instead of the lossless one.
     """
 
     accept: float
@@ -120,13 +121,12 @@ def spread(rate: float, by: float, random: Random) -> float:
 
 
 def new_request(scenario: Scenario, random: Random) -> RequestRates:
-    shift = replace(scenario)
-    accept = spread(shift.accept, scenario.spread, random)
-    agree = spread(shift.agree, scenario.spread, random)
+    accept = spread(scenario.accept, scenario.spread, random)
+    agree = spread(scenario.agree, scenario.spread, random)
     return RequestRates(accept, accept, agree, scenario.hits, scenario.later_hits)
 
 
-def run(scenario: Scenario, planner: Planner, seed: int) -> tuple[float, float]:
+def run(scenario: Scenario, planner: Planner | FixedRounds, seed: int) -> tuple[float, float]:
     """Tokens per second in full passes, while the planner learns and afterwards."""
     random = Random(seed)
     speed = [1.0]
@@ -169,20 +169,7 @@ def run(scenario: Scenario, planner: Planner, seed: int) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
-class FixedPlan(Planner):
-    """Always the same plan, with all of its rounds."""
-
-    def __init__(self, plan: DraftPlan) -> None:
-        super().__init__(MAX_DRAFTS, MAX_WINDOW)
-        self.fixed = plan
-
-    def plan(self, *_: Any) -> DraftPlan:
-        return self.fixed
-
-    def another_round(self, _: Any, rounds_done: int, request_ids: Any, *__: Any) -> bool:
-        return bool(request_ids) and rounds_done < self.fixed.rounds
-
-
+# Plans with all of their rounds, whatever is observed.
 FIXED = [
     *(DraftPlan(drafts, 0) for drafts in (0, 1, 2, 3, 4, 6, 8)),
     *(DraftPlan(drafts, rounds) for drafts in (0, 1, 2, 4) for rounds in (1, 2, 3, 4, 6, 10)),
@@ -247,7 +234,8 @@ def measure(task: tuple[str, str, int]) -> tuple[float, float]:
 
 def measure_fixed(task: tuple[str, int, int]) -> float:
     scenario, plan, seed = task
-    return run(SCENARIOS[scenario], FixedPlan(FIXED[plan]), seed)[1]
+    fixed = FixedRounds(FIXED[plan].num_draft_tokens, FIXED[plan].rounds)
+    return run(SCENARIOS[scenario], fixed, seed)[1]
 
 
 def error(values: list[float]) -> float:

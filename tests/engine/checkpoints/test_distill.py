@@ -84,7 +84,7 @@ def samples_of(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.engine
 def test_samples_of_a_real_engine(dense_checkpoint: Path, tmp_path: Path) -> None:
-    """A job that was killed between two blocks of rows goes on, and the file is the same."""
+    """Through a real batch job: prompts, lengths and ends of the samples."""
     out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", TOKENS, **OPTIONS)
     lines = samples_of(out)
     answers = [line["input_ids"][line["prompt_tokens"] :] for line in lines]

@@ -21,6 +21,7 @@ from vllm_nvium.via_sd.planner import (
     AcceptanceRates,
     BackgroundLoad,
     DraftPlan,
+    FixedRounds,
     PassTimeCurve,
     PassTimeEstimator,
     Planner,
@@ -44,22 +45,6 @@ DRAFTERS = {
 }
 SLIM_COSTS = (0.3, 0.4, 0.55, 0.7)
 AGREEMENTS = (0.8, 0.9, 0.95, 0.98)
-
-
-class FixedPlan(Planner):
-    """Always the same plan, with all of its rounds."""
-
-    def __init__(self, plan: DraftPlan, max_window: int) -> None:
-        super().__init__(max(plan.num_draft_tokens, 1), max_window)
-        self.fixed = plan
-
-    def plan(self, request_ids: Sequence[str], num_decoding: int = 0) -> DraftPlan:
-        return self.fixed
-
-    def another_round(
-        self, window_lengths: Sequence[int], rounds_done: int, request_ids: Sequence[str]
-    ) -> bool:
-        return bool(request_ids) and rounds_done < self.fixed.rounds
 
 
 def flat(seconds: float) -> PassTimeCurve:
@@ -168,7 +153,7 @@ def test_forecasts_against_a_simulation(
     slim, full = PassTimeCurve([1.0, 17.0], [0.3, 0.5]), PassTimeCurve([1.0, 33.0], [1.0, 1.6])
     engine = SimulatedEngine(requests, lambda n, d: 0.1 * d, slim, full, 12, paper)
     steps = 12000
-    rate = engine.run(FixedPlan(plan, 12), steps)
+    rate = engine.run(FixedRounds(plan.num_draft_tokens, plan.rounds), steps)
     times = StepTimes(np.arange(plan.num_draft_tokens + 1) * 0.1, slim, full)
     rates = acceptance(requests, paper)
     forecast = forecast_plans(rates, times, 12, 12, with_tier=plan.rounds > 0)
@@ -185,7 +170,7 @@ def test_requests_without_the_tier_wait_for_it(plan: DraftPlan) -> None:
     both = [plain[0], *tiered, plain[1]]
     engine = SimulatedEngine(both, lambda n, d: 0.1 * d, slim, full, 12, seeded=3)
     steps = 12000
-    rate = engine.run(FixedPlan(plan, 12), steps)
+    rate = engine.run(FixedRounds(plan.num_draft_tokens, plan.rounds), steps)
     times = StepTimes(np.arange(plan.num_draft_tokens + 1) * 0.1, slim, full)
     background = BackgroundLoad.of(acceptance(plain), plan.num_draft_tokens, 3)
     rates = acceptance(tiered)

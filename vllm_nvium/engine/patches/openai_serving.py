@@ -12,19 +12,18 @@ from typing import Any
 
 from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.patches import Patch
-from vllm_nvium.engine.request_metrics import AnswerFormat
+from vllm_nvium.engine.request_metrics import AnswerFormat, Level
 
 EVENT = "data: "
 
 
-def _asked_format(serving: Any, request: Any) -> AnswerFormat | None:
-    """How to answer this request; None where it does not ask to be told anything."""
+def _asked(serving: Any, request: Any) -> tuple[AnswerFormat | None, Level]:
+    """How to answer this request, and what it asks for; None where it asks for nothing."""
     vllm_config = serving.engine_client.vllm_config
     method = running(vllm_config)
     form = None if method is None else method.answers
-    if form is None or form.level(request.vllm_xargs, vllm_config) == "none":
-        return None
-    return form
+    level: Level = "none" if form is None else form.level(request.vllm_xargs, vllm_config)
+    return (None if level == "none" else form), level
 
 
 def _add(form: AnswerFormat, response: Any, outputs: Iterable[Any], is_single: bool) -> None:
@@ -111,10 +110,9 @@ def _streamed(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        form = _asked_format(self, request)
+        form, level = _asked(self, request)
         if form is None:
             return original(self, request, *args, **kwargs)
-        level = form.level(request.vllm_xargs, self.engine_client.vllm_config)
         stream = _Stream(form, request.n or 1)
         given = signature.bind(self, request, *args, **kwargs)
         given.arguments["result_generator"] = _Watched(
@@ -137,7 +135,8 @@ def _completion(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
     ) -> Any:
         response = original(self, final_res_batch, request, *args, **kwargs)
-        if (form := _asked_format(self, request)) is not None:
+        form, _ = _asked(self, request)
+        if form is not None:
             outputs = [output for result in final_res_batch for output in result.outputs]
             _add(form, response, outputs, is_single=len(outputs) == 1)
         return response
@@ -150,7 +149,8 @@ def _chat(original: Callable[..., Any]) -> Callable[..., Any]:
     async def chat_completion_full_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if (form := _asked_format(self, request)) is None:
+        form, _ = _asked(self, request)
+        if form is None:
             return await original(self, request, result_generator, *args, **kwargs)
         watched = _Watched(result_generator)
         response = await original(self, request, watched, *args, **kwargs)

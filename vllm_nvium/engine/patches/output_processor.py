@@ -81,12 +81,7 @@ PATCHES = tuple(
         until="vLLM lets a model runner add a value for each token to the output of a request",
     )
     for module, owner, method, wrap in (
-        (
-            "vllm.v1.engine.output_processor",
-            "RequestState",
-            "make_request_output",
-            _taking_the_note,
-        ),
+        (PROCESSOR, "RequestState", "make_request_output", _taking_the_note),
         (PROCESSOR, "RequestState", "_new_completion_output", _describing),
         ("vllm.outputs", "RequestOutput", "add", _merging),
     )
