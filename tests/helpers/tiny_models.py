@@ -162,8 +162,8 @@ def make_dense(
 
 
 def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int = 7) -> None:
-    """Write a random EAGLE or EAGLE-3 head of one layer for a Llama `target` to `path`. An EAGLE
-    head says mostly what follows from the token alone, as targets made with `bigrams` do.
+    """Write a random EAGLE or EAGLE-3 head of one layer for a Llama `target` to `path`. It says
+    mostly what follows from the token alone, as targets made with `bigrams` do.
 
     Args:
         method: `"eagle"` (reads the target's last states) or `"eagle3"` (states of three layers).
@@ -174,7 +174,7 @@ def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int
     hidden = config.hidden_size
     states = {"eagle": 1, "eagle3": 3}[method]
     inputs = hidden * (states + (method == "eagle"))
-    tensors = {"fc.weight": 0.1 * torch.randn(hidden, inputs)}
+    tensors = {"fc.weight": 0.02 * torch.randn(hidden, inputs)}
     if method == "eagle":
         tensors["fc.weight"] = torch.eye(hidden, inputs)
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -186,6 +186,7 @@ def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int
         for name in ("q_proj", "k_proj", "v_proj"):  # embedding and state side by side
             weight = layer[f"self_attn.{name}.weight"]
             layer[f"self_attn.{name}.weight"] = torch.cat([weight, weight], dim=1)
+        _attend_to_the_own_token(layer)
         layer["hidden_norm.weight"] = torch.ones(hidden)
         tensors |= {f"midlayer.{name}": tensor for name, tensor in layer.items()}
         tensors["norm.weight"] = torch.ones(hidden)
@@ -195,6 +196,19 @@ def make_eagle(path: str | Path, method: str, target: PreTrainedModel, seed: int
     Path(path).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     save_file({k: v.contiguous() for k, v in tensors.items()}, Path(path) / "model.safetensors")
+
+
+def _attend_to_the_own_token(layer: dict[str, torch.Tensor], rank: int = 16) -> None:
+    """Lets the first head of an EAGLE-3 layer, whose residual stream has states and no embeddings,
+    put the first columns of the token's own embedding there, and weakens everything else."""
+    chosen = torch.eye(rank)
+    for name, factor in (("q_proj", 3.0), ("k_proj", 3.0), ("v_proj", 1.0)):
+        rows = layer[f"self_attn.{name}.weight"]
+        rows[: 2 * rank] = 0.0
+        rows[:rank, :rank] = factor * chosen
+    layer["self_attn.o_proj.weight"] *= 0.1
+    layer["self_attn.o_proj.weight"][:rank, :rank] = 4.0 * chosen
+    layer["mlp.down_proj.weight"] *= 0.1
 
 
 def make_mimo(path: str | Path, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

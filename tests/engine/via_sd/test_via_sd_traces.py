@@ -419,7 +419,7 @@ def test_drafters_that_answer_once(
     engine = ViaSDEngine(str(path), drafter, options, num_gpu_blocks_override=20, **remote)
     served = Served(reference, engine)
     play(served, crowd(2, size=5))  # `auto` begins without drafts
-    counts, checked = engine.runner.session.counts, 0
+    checked = 0
     for drafts, rounds in ((3, 1), (4, 0), (1, 1)):
         engine.set_rounds(drafts, rounds)
         engine.asked.clear()
@@ -434,7 +434,8 @@ def test_drafters_that_answer_once(
         assert max(len(asked.drafts) for asked in engine.asked) == drafts
         # Each window is the drafts that its check kept and a token of the slim verifier's.
         kept = [len(window.tokens) - 1 for window in engine.handed]
-        assert happened["slim_accepted"] == sum(kept) < happened["slim_drafted"]
+        assert 10 < happened["slim_accepted"] == sum(kept) < happened["slim_drafted"]
+        assert 10 < happened["accepted"] < happened["window_tokens"]
         opened = {tuple(asked.prefix): asked.drafts for asked in engine.asked}
         for count, window in zip(kept, engine.handed, strict=True):
             its = opened[tuple(window.prefix)]
@@ -444,8 +445,6 @@ def test_drafters_that_answer_once(
         # The last window of a text, and those of preempted requests, may go unread.
         assert len(kept) // 2 < happened["windows"] <= len(kept)
     assert checked > 100
-    assert counts.slim_accepted > 10
-    assert 0 < counts.accepted < counts.window_tokens
 
 
 def check_slim_tokens(engine: ViaSDEngine, reference: PreTrainedModel) -> int:
