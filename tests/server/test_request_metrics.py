@@ -248,6 +248,33 @@ def test_the_responses_api_refuses_it(server: Server, stream: bool) -> None:
     assert fine.status_code == 200, fine.text
 
 
+def test_a_batch_of_chats(server: Server) -> None:
+    """One answer for each conversation of a request."""
+    chats = [messages(), [{"role": "user", "content": "w40 w41 w40 w41"}], messages()]
+    answer = server.ask("chat/completions/batch", messages=chats, return_token_ids=True)
+    alone = server.ask("chat/completions", messages=chats[1])["choices"][0]
+    assert [len(c[server.field]) for c in answer["choices"]] == [24] * 3
+    assert answer["choices"][1][server.field] == alone[server.field] or server.sums == "via_sd"
+    assert server.sums not in (answer["metrics"] or {})
+    [single] = (one := server.ask("chat/completions/batch", messages=chats[:1]))["choices"]
+    server.check_sums(one["metrics"], single[server.field])
+    plain = server.post("chat/completions/batch", messages=chats)
+    assert plain.status_code == 200 and server.field not in plain.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generate_from_tokens_refuses_it(server: Server, stream: bool) -> None:
+    url = server.url.replace("/v1", "/inference/v1/generate")
+    sampling = {"max_tokens": 3, "temperature": 0}
+    body = {"model": "tiny", "token_ids": [5, 9, 17], "sampling_params": sampling}
+    fine = httpx.post(url, json=body, timeout=120)
+    assert fine.status_code == 200, fine.text
+    sampling["extra_args"] = {server.option: "detailed"}
+    answer = httpx.post(url, json=body | {"stream": stream}, timeout=120)
+    assert answer.status_code == 400, answer.text
+    assert "/inference/v1/generate has no place" in answer.json()["error"]["message"]
+
+
 def test_many_streams_at_once(server: Server) -> None:
     """More than the engine runs at a time in which parts may be joined before they are sent."""
 

@@ -64,6 +64,20 @@ HOOKS: tuple[Hook, ...] = (
         NOT_TOLD,
     ),
     *rows(
+        "vllm.entrypoints.openai.chat_completion.batch_serving",
+        "OpenAIServingChatBatch",
+        "chat_completion_full_generator_batch",
+        "wrapped to add values to the answers of a batch of chats",
+        NOT_TOLD,
+    ),
+    *rows(
+        "vllm.entrypoints.scale_out.token_in_token_out.serving",
+        "ServingTokens",
+        "serve_tokens",
+        "wrapped to refuse what its answers have no place for",
+        "what a request asks to be told of its tokens is dropped without a word",
+    ),
+    *rows(
         "vllm.entrypoints.openai.completion.protocol",
         "CompletionResponse",
         "choices metrics",

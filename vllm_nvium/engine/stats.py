@@ -6,7 +6,7 @@ free-form field of vLLM's scheduler statistics: both methods refuse KV connector
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -29,18 +29,19 @@ class Counts:
 
     def empty(self) -> Self:
         """Nothing yet, with lists of the same lengths."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return type(self)(
             **{key: [0] * len(v) if isinstance(v, list) else 0 for key, v in values.items()}
         )
 
     def add(self, other: Self, sign: int = 1) -> None:
-        for entry in fields(self):
-            mine, more = getattr(self, entry.name), getattr(other, entry.name)
-            if isinstance(mine, list):
+        for name in self.__dataclass_fields__:
+            more = getattr(other, name)
+            if isinstance(more, list):
+                mine = getattr(self, name)
                 mine[:] = [a + sign * b for a, b in zip(mine, more, strict=True)]
-            else:
-                setattr(self, entry.name, mine + sign * more)
+            elif more:
+                setattr(self, name, getattr(self, name) + sign * more)
 
 
 C = TypeVar("C", bound=Counts)
@@ -55,7 +56,7 @@ class Reporter(Generic[C]):
     def __init__(self, counts: C) -> None:
         self.counts = counts
         self._reported = counts.empty()
-        self._names = [entry.name for entry in fields(counts)]
+        self._names = tuple(counts.__dataclass_fields__)
 
     def report(self, **now: float) -> dict[str, Any]:
         """Plain values.
@@ -138,7 +139,8 @@ class Metric:
                     bound[0].observe(value)
             return
         for metric, count in zip(bound, found if self.label else [found], strict=True):
-            metric.inc(count)
+            if count:
+                metric.inc(count)
 
 
 class MethodStatLogger(AggregateStatLoggerBase):

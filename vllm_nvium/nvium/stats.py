@@ -3,6 +3,7 @@
 below is all that /metrics and the log line are made of; `engine/stats.py` carries them.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,8 +69,8 @@ class StepObserver(TokenNotes):
     """
 
     def __init__(self, segment_layers: Sequence[int], asked: Mapping[str, Level]) -> None:
-        self.layers = np.asarray(segment_layers)
-        super().__init__(asked, "nvium", scale=np.cumsum(self.layers).tolist())
+        self.layers = list(segment_layers)
+        super().__init__(asked, "nvium", scale=list(itertools.accumulate(self.layers)))
         self.reporter = Reporter(no_counts(len(segment_layers)))
         self.deferred = 0
 
@@ -79,24 +80,28 @@ class StepObserver(TokenNotes):
         Args:
             sampled: [R] bool, requests that get a token from it.
         """
+        # Plain numbers, because a step has few segments, and an array's every operation takes
+        # microseconds.
         counts, batch, depth = self.reporter.counts, step.batch, step.depth
-        exits = np.bincount(step.exits[sampled], minlength=len(self.layers))
-        counts.exit_tokens = [a + int(b) for a, b in zip(counts.exit_tokens, exits, strict=True)]
+        for left_at, tokens in enumerate(np.bincount(step.exits[sampled]).tolist()):
+            counts.exit_tokens[left_at] += tokens
         counts.step_depths[depth - 1] += 1
         counts.forced_steps += step.is_forced
-        rows_run = np.asarray(step.rows_run)
-        caught_up = rows_run - batch.num_rows
-        counts.caught_up_rows += int(caught_up.sum())
-        counts.caught_up_passes += int(np.count_nonzero(caught_up))
-        counts.row_layers += int(rows_run @ self.layers[:depth])
-        counts.dense_row_layers += batch.num_rows * int(self.layers.sum())
+        for rows, layers in zip(step.rows_run, self.layers, strict=False):
+            caught_up = rows - batch.num_rows
+            counts.caught_up_rows += caught_up
+            counts.caught_up_passes += caught_up > 0
+            counts.row_layers += rows * layers
+        counts.dense_row_layers += batch.num_rows * sum(self.layers)
         # At full depth nothing of these requests is left behind.
-        behind = 0 if depth == len(self.layers) else batch.last + 1 - batch.complete
-        self.deferred = int(np.sum(behind))
+        self.deferred = 0
+        if depth < len(self.layers):
+            self.deferred = int((batch.last + 1 - batch.complete).sum())
         if self.anybody:
-            layers = int(self.layers[:depth].sum())
-            for row in np.flatnonzero(sampled):
-                self.note(step.request_ids[row], [int(step.exits[row])], layers)
+            layers = sum(self.layers[:depth])
+            exits = step.exits.tolist()
+            for row in np.flatnonzero(sampled).tolist():
+                self.note(step.request_ids[row], [exits[row]], layers)
 
     def report(self) -> dict[str, Any]:
         """For the output of the step."""

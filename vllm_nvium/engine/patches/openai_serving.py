@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`OpenAIServingCompletion` and `OpenAIServingChat` of vLLM's server: what an output tells of its
-tokens stands in the response too. vLLM makes responses field by field, whole ones and chunks, and
-has no place where one could be added; all its models take extra fields."""
+"""`OpenAIServingCompletion`, `OpenAIServingChat` and `OpenAIServingChatBatch` of vLLM: what an
+output tells of its tokens stands in the response too. vLLM makes responses field by field, whole
+ones and chunks, and has no place where one could be added; all their models take extra fields."""
 
 import functools
 import inspect
@@ -163,9 +163,27 @@ def _chat(original: Callable[..., Any]) -> Callable[..., Any]:
     return chat_completion_full_generator
 
 
+def _chats(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def chat_completion_full_generator_batch(
+        self: Any, request: Any, generators: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        form, _ = _asked(self, request)
+        if form is None:
+            return await original(self, request, generators, *args, **kwargs)
+        watched = [_Watched(results) for results in generators]
+        response = await original(self, request, watched, *args, **kwargs)
+        if hasattr(response, "choices"):
+            outputs = [output for results in watched for output in results.last.outputs]
+            _add(form, response, outputs, is_single=len(outputs) == 1)
+        return response
+
+    return chat_completion_full_generator_batch
+
+
 PATCHES = tuple(
     Patch(
-        f"vllm.entrypoints.openai.{module}.serving",
+        f"vllm.entrypoints.openai.{module}",
         owner,
         method,
         wrap,
@@ -174,13 +192,24 @@ PATCHES = tuple(
     )
     for module, owner, method, wrap in (
         (
-            "completion",
+            "completion.serving",
             "OpenAIServingCompletion",
             "request_output_to_completion_response",
             _completion,
         ),
-        ("completion", "OpenAIServingCompletion", "completion_stream_generator", _streamed),
-        ("chat_completion", "OpenAIServingChat", "chat_completion_full_generator", _chat),
-        ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator", _streamed),
+        ("completion.serving", "OpenAIServingCompletion", "completion_stream_generator", _streamed),
+        ("chat_completion.serving", "OpenAIServingChat", "chat_completion_full_generator", _chat),
+        (
+            "chat_completion.serving",
+            "OpenAIServingChat",
+            "chat_completion_stream_generator",
+            _streamed,
+        ),
+        (
+            "chat_completion.batch_serving",
+            "OpenAIServingChatBatch",
+            "chat_completion_full_generator_batch",
+            _chats,
+        ),
     )
 )
