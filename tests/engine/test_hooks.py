@@ -29,7 +29,7 @@ from vllm_nvium.version import EXACTLY_TESTED_VLLM, TESTED_VLLM
 PACKAGE = Path(plugin.__file__).parent
 VLLM = Path(vllm.__file__).parent
 TABLES = (
-    "engine/answer_hooks.py",
+    "engine/request_hooks.py",
     "engine/common_hooks.py",
     "nvium/hooks.py",
     "via_sd/hooks.py",

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of vLLM that both methods override, wrap, replace or read as attributes; see `hooks.py`."""
 
-from vllm_nvium.engine import answer_hooks
+from vllm_nvium.engine import request_hooks
 from vllm_nvium.engine.hooks import Hook, rows
 
 HOOKS: tuple[Hook, ...] = (
-    *answer_hooks.HOOKS,
+    *request_hooks.HOOKS,
     # Start-up: registration, flags and checks.
     *rows(
         "vllm.config.vllm",
@@ -174,42 +174,7 @@ HOOKS: tuple[Hook, ...] = (
         "overridden to build the GPU runner",
         "no N-vium on GPUs with Model Runner V1",
     ),
-    # Requests, of both methods.
-    *rows(
-        "vllm.entrypoints.openai.responses.serving",
-        "OpenAIServingResponses",
-        "_generate_with_builtin_tools",
-        "wrapped to check per-request overrides before a streamed response has begun",
-        "a bad override of a streamed response would be answered with 200 and an error event",
-    ),
-    *rows(
-        "vllm.entrypoints.openai.completion.protocol",
-        "CompletionRequest",
-        "to_beam_search_params",
-        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
-        "they are dropped without a word",
-    ),
-    *rows(
-        "vllm.entrypoints.openai.chat_completion.protocol",
-        "ChatCompletionRequest",
-        "to_beam_search_params",
-        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
-        "they are dropped without a word",
-    ),
-    *rows(
-        "vllm.entrypoints.speech_to_text.transcription.protocol",
-        "TranscriptionRequest",
-        "to_beam_search_params",
-        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
-        "they are dropped without a word",
-    ),
-    *rows(
-        "vllm.entrypoints.speech_to_text.translation.protocol",
-        "TranslationRequest",
-        "to_beam_search_params",
-        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
-        "they are dropped without a word",
-    ),
+    # Steps and their statistics, of both methods.
     *rows(
         "vllm.v1.worker.cpu_model_runner",
         "CPUModelRunner",
@@ -408,19 +373,5 @@ HOOKS: tuple[Hook, ...] = (
         "get_supported_archs register_model",
         "the N-vium architecture is entered there",
         "no N-vium",
-    ),
-    *rows(
-        "vllm.entrypoints.openai.completion.protocol",
-        "CompletionRequest",
-        "vllm_xargs",
-        "per-request overrides, which a beam search would drop",
-        "they are dropped without a word",
-    ),
-    *rows(
-        "vllm.entrypoints.generate.base.serving",
-        "GenerateBaseServing",
-        "engine_client",
-        "has the configuration that overrides of a streamed response are checked with",
-        "a bad override of a streamed response would be answered with 200 and an error event",
     ),
 )

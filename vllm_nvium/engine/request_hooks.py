@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of vLLM on the way of what a request is told of its own tokens, from the scheduler to the
-response; see `hooks.py`. A part of the table of both methods."""
+"""Names of vLLM on the way of a request from HTTP to the engine and back: how its options are
+checked, and what it is told of its own tokens. A part of the table of both methods, see `hooks.py`.
+"""
 
 from vllm_nvium.engine.hooks import Hook, rows
 
@@ -90,5 +91,55 @@ HOOKS: tuple[Hook, ...] = (
         "token_ids",
         "its key tells chunks with tokens from others",
         NOT_TOLD,
+    ),
+    # What a request asks for, before its answer begins.
+    *rows(
+        "vllm.entrypoints.openai.responses.serving",
+        "OpenAIServingResponses",
+        "_generate_with_builtin_tools",
+        "wrapped to check per-request overrides before a streamed response has begun",
+        "a bad override of a streamed response would be answered with 200 and an error event",
+    ),
+    *rows(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest",
+        "to_beam_search_params",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
+        "they are dropped without a word",
+    ),
+    *rows(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest",
+        "to_beam_search_params",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
+        "they are dropped without a word",
+    ),
+    *rows(
+        "vllm.entrypoints.speech_to_text.transcription.protocol",
+        "TranscriptionRequest",
+        "to_beam_search_params",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
+        "they are dropped without a word",
+    ),
+    *rows(
+        "vllm.entrypoints.speech_to_text.translation.protocol",
+        "TranslationRequest",
+        "to_beam_search_params",
+        "wrapped to refuse a beam search with options of N-vium or of VIA-SD",
+        "they are dropped without a word",
+    ),
+    *rows(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest",
+        "vllm_xargs",
+        "per-request overrides, which a beam search would drop",
+        "they are dropped without a word",
+    ),
+    *rows(
+        "vllm.entrypoints.generate.base.serving",
+        "GenerateBaseServing",
+        "engine_client",
+        "has the configuration that overrides of a streamed response are checked with",
+        "a bad override of a streamed response would be answered with 200 and an error event",
     ),
 )
