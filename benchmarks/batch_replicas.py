@@ -33,11 +33,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("model")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with prompt")
-    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument(
+        "--rows", type=int, default=384, help="of few rows the last ones leave engines idle"
+    )
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--max-num-seqs", type=int, default=16, help="of each engine")
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -62,6 +65,7 @@ def engine(args: argparse.Namespace) -> None:
         args.model,
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
+        dtype=args.dtype,
         enforce_eager=True,
         gpu_memory_utilization=0.3,
     )
@@ -118,7 +122,7 @@ def job_rate(args: argparse.Namespace, rows: list[dict[str, Any]], folder: Path)
     command = [sys.executable, "-m", "vllm_nvium.cli", "batch", str(source), str(output)]
     command += ["--model", args.model, "--replicas", str(args.replicas), "--enforce-eager"]
     command += ["--max-num-seqs", str(args.max_num_seqs), "--gpu-memory-utilization", "0.3"]
-    command += ["--max-model-len", str(args.max_model_len)]
+    command += ["--max-model-len", str(args.max_model_len), "--dtype", args.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = RATE.findall(done.stdout)
     if done.returncode or not found or len(output.read_text().splitlines()) != len(rows):

@@ -17,8 +17,8 @@ from vllm_nvium.errors import UserError
 # Rows that are read, answered and written together: a job that is killed loses what it has of
 # blocks that are not complete, and each block costs Ray some milliseconds.
 FEWEST_ROWS, USUAL_ROWS, MOST_ROWS = 1, 16, 128
-# So that a small job, too, has something for every replica.
-BLOCKS_PER_REPLICA = 8
+# So that replicas of a small job, too, end together.
+BLOCKS_PER_REPLICA = 32
 # Above, blocks grow.
 MANY_BLOCKS = 8192
 

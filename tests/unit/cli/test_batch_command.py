@@ -131,7 +131,7 @@ def test_without_ray_the_command_says_what_to_install(
 
 def test_small_jobs_have_a_block_for_every_replica_and_large_ones_few_blocks() -> None:
     assert rows_per_block(1, 4) == 1
-    assert rows_per_block(200, 2) == 13
+    assert rows_per_block(200, 2) == 4
     assert rows_per_block(10_000, 8) == 16
     assert rows_per_block(1_000_000, 8) == 122
     assert rows_per_block(10**9, 8) == 128
