@@ -16,7 +16,7 @@ from vllm import SamplingParams
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival, TraceEngine, play_against_reference
-from trace_strategies import TEXTS, VOCABULARY, hazard, traces
+from trace_strategies import TEXTS, VOCABULARY, hazard, nvium_traces
 
 from tiny_models import dense_config, make_nvium
 
@@ -55,7 +55,7 @@ def forced(seed: int, max_tokens: int) -> SamplingParams:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    trace=traces(),
+    trace=nvium_traces(),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
     resets=st.sampled_from([(), (), (15,), (40, 41)]),
     chunk=st.sampled_from([0, 0, 1, 7]),

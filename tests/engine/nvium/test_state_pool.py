@@ -19,7 +19,7 @@ from trace_engine import (
     patch_thresholds,
     play_against_reference,
 )
-from trace_strategies import TEXTS, hazard, traces
+from trace_strategies import TEXTS, hazard, nvium_traces
 from vllm import SamplingParams
 
 from tiny_models import make_nvium
@@ -75,7 +75,7 @@ def served(request, tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    trace=traces(),
+    trace=nvium_traces(),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
 )
 def test_traces(served, trace, hazards):

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival, TraceEngine, play_against_reference
-from trace_strategies import TEXTS, VOCABULARY, hazard, traces
+from trace_strategies import TEXTS, VOCABULARY, hazard, nvium_traces
 
 from tiny_models import make_nvium
 from vllm_nvium.model_executor.nvium.completion import IN_FLIGHT, CatchUpError
@@ -38,7 +38,7 @@ def served(tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    trace=traces(),
+    trace=nvium_traces(),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
     resets=st.sampled_from([(), (), (15,), (40, 41)]),
     chunk=st.sampled_from([0, 0, 1, 7]),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from test_via_sd_traces import MANY, Look, Served, crowd, greedy, play, traces
+from test_via_sd_traces import MANY, Look, Served, crowd, greedy, play, via_sd_traces
 from trace_engine import Arrival
 from via_sd_engine import NGRAM, ViaSDEngine, slim_logits
 
@@ -79,7 +79,7 @@ def served(
 
 @MANY
 @given(
-    trace=traces(), drafts=st.integers(0, 4), rounds=st.sampled_from([1, 3, 12, "auto"]),
+    trace=via_sd_traces(), drafts=st.integers(0, 4), rounds=st.sampled_from([1, 3, 12, "auto"]),
     window=st.sampled_from([1, 5, WINDOW]),
 )  # fmt: skip
 def test_tokens_are_greedy_decodings(served, trace, drafts, rounds, window) -> None:

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from trace_engine import Arrival
+from trace_strategies import arrivals, long_texts, traces
 from via_sd_engine import (
     NGRAM,
     TIE,
@@ -51,7 +52,7 @@ DRAFT: dict[str, Any] = {
     **TARGET, "num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 3,
     "num_key_value_heads": 3, "seed": 5,
 }  # fmt: skip
-_TEXTS = [[random.Random(t).randrange(3, VOCABULARY) for _ in range(120)] for t in range(2)]
+_TEXTS = long_texts(VOCABULARY)
 # A text that repeats itself, for n-grams.
 _TEXTS.append((_TEXTS[0][:17] * 8)[:120])
 
@@ -98,10 +99,7 @@ def papers(accept: float = 0.5, escalate: float = 0.3) -> dict[str, Any]:
 
 
 @st.composite
-def arrivals(draw: st.DrawFn) -> Arrival:
-    text = draw(st.sampled_from(_TEXTS))
-    length = draw(st.integers(1, 110))
-    tail = draw(st.lists(st.integers(3, VOCABULARY - 1), max_size=3))
+def params(draw: st.DrawFn) -> SamplingParams:
     kind = draw(
         st.sampled_from(
             ["greedy"] * 5 + ["paper"] * 3 + ["off", "sampled", "seeded", "paper drawn"]
@@ -112,33 +110,16 @@ def arrivals(draw: st.DrawFn) -> Arrival:
         extra_args = papers(
             *draw(st.sampled_from([(0.5, 0.3), (0.9, 0.1), (0.2, 0.2), (1.0, 1.0)]))
         )
-    params = SamplingParams(
+    return SamplingParams(
         temperature=0.0 if kind in ("greedy", "off", "paper") else 1.0,
         seed=7 if kind == "seeded" else None,
-        max_tokens=draw(st.one_of(st.integers(1, 8), st.integers(30, 70))),
         ignore_eos=draw(st.sampled_from([True, True, False])),
         extra_args=extra_args,
     )
-    return Arrival(
-        step=draw(st.integers(0, 12)),
-        prompt=text[:length] + tail,
-        params=params,
-        abort_after=draw(st.sampled_from([None, None, None, 1, 5, 20])),
-    )
 
 
-@st.composite
-def traces(draw: st.DrawFn, max_size: int = 7) -> list[Arrival]:
-    """Arrivals, some of which go on from what an earlier one has got."""
-    size = draw(st.integers(1, max_size))
-    trace = draw(st.lists(arrivals(), min_size=size, max_size=size))
-    for number, arrival in enumerate(trace):
-        earlier = [i for i in range(number) if trace[i].continues is None]
-        if earlier and draw(st.booleans()):
-            arrival.continues = draw(st.sampled_from(earlier))
-            arrival.step = trace[arrival.continues].step + draw(st.integers(10, 40))
-            arrival.prompt = draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=3))
-    return trace
+def via_sd_traces() -> st.SearchStrategy[list[Arrival]]:
+    return traces(arrivals(params(), _TEXTS, VOCABULARY), VOCABULARY)
 
 
 rounds = st.sampled_from([1, 2, 3, "auto"])
@@ -188,14 +169,14 @@ MANY = settings(
 
 
 @MANY
-@given(trace=traces(), drafts=st.integers(1, 4), rounds=rounds, window=windows)
+@given(trace=via_sd_traces(), drafts=st.integers(1, 4), rounds=rounds, window=windows)
 def test_tokens_with_ngrams_are_greedy_decodings(with_ngrams, trace, drafts, rounds, window):
     with_ngrams.engine.set_rounds(min(drafts, window), rounds, window)
     play(with_ngrams, trace)
 
 
 @MANY
-@given(trace=traces(), drafts=st.integers(1, 4), rounds=rounds, window=windows)
+@given(trace=via_sd_traces(), drafts=st.integers(1, 4), rounds=rounds, window=windows)
 def test_tokens_with_a_draft_model_are_greedy_decodings(
     with_draft_model, trace, drafts, rounds, window
 ):

@@ -18,7 +18,7 @@ from trace_engine import (
     patch_thresholds,
     play_against_reference,
 )
-from trace_strategies import arrivals, hazard
+from trace_strategies import arrivals, hazard, nvium_params
 from vllm import SamplingParams
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -95,7 +95,7 @@ def engine(request: Any, model: tuple[str, NviumForCausalLM]) -> Iterator[V2Engi
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    trace=st.lists(arrivals(top_k=False), min_size=1, max_size=6),
+    trace=st.lists(arrivals(nvium_params(top_k=False)), min_size=1, max_size=6),
     hazards=st.tuples(hazard, hazard, hazard).map(list),
 )
 def test_traces(
