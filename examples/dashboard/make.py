@@ -20,7 +20,8 @@ FILE = Path(__file__).with_name("vllm-nvium.json")
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 # What a server's samples are chosen by; a rate is over what Grafana holds for a good time.
 CHOSEN = 'model_name=~"$model"'
-SHARE, PER_SECOND, PLAIN, SECONDS = "percentunit", "ops", "none", "s"
+# A second has tokens, rows and passes: Grafana's own rates ("ops/s") name something else.
+SHARE, PER_SECOND, PLAIN, SECONDS = "percentunit", "suffix:/s", "none", "s"
 WIDTH, HEIGHT = 8, 7
 
 
@@ -44,7 +45,12 @@ def now(name: str, how: str = "sum") -> str:
 
 
 def panel(
-    title: str, text: str, unit: str, queries: Sequence[tuple[str, str]], stacked: bool = False
+    title: str,
+    text: str,
+    unit: str,
+    queries: Sequence[tuple[str, str]],
+    stacked: bool = False,
+    of_one: bool = False,
 ) -> timeseries.Panel:
     """Lines over time.
 
@@ -52,11 +58,14 @@ def panel(
         text: shown beside the title; unit: Grafana's name of one.
         queries: legend and PromQL.
         stacked: as shares of their sum.
+        of_one: from 0 to 1 whatever the values are, and further only where they are.
     """
     made = timeseries.Panel().title(title).description(text).unit(unit).datasource(SOURCE)
     made = made.span(WIDTH).height(HEIGHT).min(0).fill_opacity(40 if stacked else 5)
     if stacked:
         made = made.stacking(StackingConfig().mode(StackingMode.PERCENT))
+    if of_one:
+        made = made.axis_soft_max(1)
     for place, (legend, query) in enumerate(queries):
         target = prometheus.Dataquery().expr(query).legend_format(legend).datasource(SOURCE)
         made = made.with_target(target.ref_id("ABCDEF"[place]))
@@ -115,6 +124,7 @@ NVIUM = (
         "Layers run over those that a dense model runs for the same rows: what the exits save.",
         SHARE,
         [("of a dense model's", ratio("nvium_row_layers_total", "nvium_dense_row_layers_total"))],
+        of_one=True,
     ),
     panel(
         "Deferred positions",
@@ -153,7 +163,8 @@ VIA_SD = (
     ),
     panel(
         "Acceptance",
-        "Of drafts by the slim verifier, and of windows by the full model.",
+        "Of drafts by the slim verifier, and of windows by the full model. Empty while the plan "
+        "has no rounds.",
         SHARE,
         [
             (
@@ -165,6 +176,7 @@ VIA_SD = (
                 ratio("via_sd_accepted_tokens_total", "via_sd_window_tokens_total"),
             ),
         ],
+        of_one=True,
     ),
     panel(
         "Passes",
@@ -178,7 +190,7 @@ VIA_SD = (
     ),
     panel(
         "Window length",
-        "Tokens of a window that the full model verified.",
+        "Tokens of a window that the full model verified. Plain drafts, without rounds, are none.",
         PLAIN,
         [
             ("mean", ratio("via_sd_window_length_sum", "via_sd_window_length_count")),
