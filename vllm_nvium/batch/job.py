@@ -52,7 +52,7 @@ def run(job: Job, tell: Callable[[str], None]) -> Progress:
         UserError: something given cannot be used, or the job stopped; results that were written
             are kept, and the same job goes on.
     """
-    digest = inputs.digest_of(job.source)
+    digest, state = inputs.digest_of(job.source)
     about = {"INPUT (its SHA-256)": digest, **job.engine.about, "row seeds": job.seed}
     folder = journal.folder_of(job.output)
     with journal.on_disk(folder):
@@ -61,6 +61,7 @@ def run(job: Job, tell: Callable[[str], None]) -> Progress:
     try:
         with journal.on_disk(folder):
             lines = _lines(job, folder)
+            inputs.check_unchanged(job.source, state)
             written = journal.Journal(folder, lines.rows)
         if written.done < lines.rows:
             journal.refuse_existing(job.output)
