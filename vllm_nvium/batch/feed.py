@@ -46,9 +46,7 @@ class Rows(Datasource):
         return ReadTask(read, about, ROW)
 
 
-def _read(
-    path: str, offset: int, indices: range, done: list[int], state: State
-) -> list[pa.Table]:
+def _read(path: str, offset: int, indices: range, done: list[int], state: State) -> list[pa.Table]:
     rows = [row for row in read_block(Path(path), offset, indices, state) if row[0] not in done]
     return [pa.table({"index": [i for i, _ in rows], "text": [t for _, t in rows]}, ROW)]
 

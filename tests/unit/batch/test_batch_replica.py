@@ -18,21 +18,15 @@ async def _never(request: Any) -> Any:
     raise AssertionError(f"the engine was given {request}")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"max_tokens": "many"}, "max_tokens: Input should be a valid integer, unable to parse"),
-        ({"stream_options": {"include_usage": True}}, "Stream options can only be defined when"),
-    ],
-)
-def test_what_vllm_refuses_is_one_sentence(fields: dict[str, Any], message: str) -> None:
+def test_what_vllm_refuses_is_one_sentence() -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     replica: Any = object.__new__(Replica)
     replica._handlers, replica._seed = {COMPLETION: (CompletionRequest, _never)}, 0
-    replica.llm = SimpleNamespace(engine=SimpleNamespace(errored=False))
-    text = json.dumps({"custom_id": "a", "prompt": "w3", **fields}).encode()
+    engine = SimpleNamespace(engine=SimpleNamespace(errored=False), shutdown=lambda: None)
+    replica.llm = engine
+    text = json.dumps({"custom_id": "a", "prompt": "w3", "max_tokens": "many"}).encode()
     result = asyncio.run(replica._result(0, text))
     found = result["error"]["message"]
-    assert found.startswith(message) and found.endswith(".") and "\n" not in found
+    assert found.startswith("max_tokens: Input should be a valid integer, unable to parse") and found.endswith(".") and "\n" not in found
     assert result["custom_id"] == "a" and result["response"]["status_code"] == 400
