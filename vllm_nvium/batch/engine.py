@@ -3,6 +3,7 @@
 results depend on. vLLM's parser knows the flags of this package once its plugins are loaded."""
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -150,7 +151,8 @@ def quiet() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | list | dict) else str(value)
+    """As JSON has it; of vLLM's own records, as those of LoRA modules, what they look like."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from vllm_nvium.batch.inputs import Lines, read_block
+from vllm_nvium.batch.inputs import Lines, State, read_block
 
 ROW = pa.schema({"index": pa.int64(), "text": pa.binary()})
 
@@ -39,15 +39,15 @@ class Rows(Datasource):
         lines = self._lines
         indices = lines.indices(number)
         done = [index for index in indices if self._has(index)]
-        read = partial(_read, str(lines.path), lines.offsets[number], indices, done)
+        read = partial(_read, str(lines.path), lines.offsets[number], indices, done, lines.state)
         about = BlockMetadata(
             num_rows=len(indices) - len(done), size_bytes=None, input_files=None, exec_stats=None
         )
         return ReadTask(read, about, ROW)
 
 
-def _read(path: str, offset: int, indices: range, done: list[int]) -> list[pa.Table]:
-    rows = [row for row in read_block(Path(path), offset, indices) if row[0] not in done]
+def _read(path: str, offset: int, indices: range, done: list[int], state: State) -> list[pa.Table]:
+    rows = [row for row in read_block(Path(path), offset, indices, state) if row[0] not in done]
     return [pa.table({"index": [i for i, _ in rows], "text": [t for _, t in rows]}, ROW)]
 
 

@@ -52,14 +52,19 @@ def run(job: Job, tell: Callable[[str], None]) -> Progress:
         UserError: something given cannot be used, or the job stopped; results that were written
             are kept, and the same job goes on.
     """
-    digest = inputs.digest_of(job.source)
+    digest, state = inputs.digest_of(job.source)
     about = {"INPUT (its SHA-256)": digest, **job.engine.about, "row seeds": job.seed}
     folder = journal.folder_of(job.output)
-    lock = journal.claim(folder, about, job.output)
+    with journal.on_disk(folder):
+        lock = journal.claim(folder, about, job.output)
     written = None
     try:
-        lines = _lines(job, folder)
-        written = journal.Journal(folder, lines.rows)
+        with journal.on_disk(folder):
+            lines = _lines(job, folder)
+            inputs.check_unchanged(job.source, state)
+            written = journal.Journal(folder, lines.rows)
+        if written.done < lines.rows:
+            journal.refuse_existing(job.output)
         progress = Progress(lines.rows, written.done, tell)
         if written.done:
             tell(f"{written.done} of {lines.rows} rows have their result already.")
@@ -97,7 +102,8 @@ def rows_per_block(rows: int, replicas: int) -> int:
 def _answer(job: Job, lines: inputs.Lines, written: journal.Journal, progress: Progress) -> None:
     for table in results(job.engine, job.cluster, lines, written.has, job.seed):
         indices, rows = table["index"].to_pylist(), table["result"].to_pylist()
-        new = written.add(zip(indices, rows, strict=True))
+        with journal.on_disk(written.folder):
+            new = written.add(zip(indices, rows, strict=True))
         parsed = [json.loads(row) for row in rows]
         progress.add(
             new,

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,8 +37,8 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
         UserError: the folder or the output belongs to another job, or is in use.
     """
     mine = json.loads(json.dumps(about))
-    if not folder.exists() and output.exists():
-        raise UserError(f"OUTPUT {output} exists already: move it away, or give another name.")
+    if not has_results(folder):
+        refuse_existing(output)
     if folder.is_dir() and not (folder / LOCK).exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there and is not the folder of a job: move it away.")
     folder.mkdir(exist_ok=True)
@@ -45,7 +46,11 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"another process is running the job of {output}: wait for it.") from None
+        raise _in_use(output) from None
+    # Whoever had the job has removed its folder since the lock was opened.
+    if not _is_there(lock, folder / LOCK):
+        lock.close()
+        raise _in_use(output)
     manifest = folder / MANIFEST
     if has_results(folder):
         _check_same(json.loads(manifest.read_text()), mine, folder)
@@ -56,6 +61,43 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
     text = json.dumps(mine, indent=1) + "\n"
     write_atomically(manifest, lambda path: path.write_text(text))
     return lock
+
+
+def refuse_existing(output: Path) -> None:
+    """Nothing is written over what a job that is not complete cannot have made.
+
+    Raises:
+        UserError: the output is there.
+    """
+    if output.exists():
+        raise UserError(f"OUTPUT {output} exists already: move it away, or give another name.")
+
+
+def _in_use(output: Path) -> UserError:
+    return UserError(f"another process is running the job of {output}: wait for it.")
+
+
+def _is_there(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def on_disk(folder: Path) -> Iterator[None]:
+    """While something is read from the folder of a job or written into it.
+
+    Raises:
+        UserError: the disk is full, or the folder is closed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"results cannot be kept in {folder} ({error.strerror or error}): when that is mended, "
+            "the same command goes on."
+        ) from error
 
 
 def has_results(folder: Path) -> bool:
@@ -134,10 +176,18 @@ class Journal:
         return reader.readline().partition(b"\t")[2].rstrip(b"\n")
 
     def close(self) -> None:
-        for file in (self._file, *self._readers):
+        # What could not be written cannot be now, either.
+        with suppress(OSError):
+            self._file.close()
+        for file in self._readers:
             file.close()
 
 
 def remove(folder: Path) -> None:
-    """Forget a job whose output is there, or that has no results."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Forget a job whose output is there, or that has no results: at once, because half a folder
+    would be taken for a job that is to go on."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

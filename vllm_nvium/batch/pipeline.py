@@ -106,6 +106,8 @@ def results(
             answer = _processor(engine, cluster, lines.block, batches, seed, Attempts(counts))
             yield from answer(rows).iter_batches(batch_size=None, batch_format="pyarrow")
         except RayError as error:
+            if isinstance(cause := getattr(error, "cause", None), UserError):
+                raise UserError(str(cause)) from None
             raise UserError(
                 f"a replica stopped ({_last_line(error)}): --engine-logs shows what it printed, "
                 "and the same command goes on."

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
 from vllm_nvium.batch.attempts import ALONE_FROM, MOST, Attempts
@@ -22,6 +23,7 @@ from vllm_nvium.batch.rows import (
     COMPLETION,
     Row,
     check_known,
+    first_of,
     name_of,
     read_fields,
     read_row,
@@ -157,7 +159,11 @@ class Replica(vLLMEngineStageUDF):
         if handler is None:
             raise UserError(f"the model has no {row.url}, because it does not generate text.")
         check_known(row.body, frozenset(request_class.model_fields))
-        return await handler(request_class.model_validate(row.body))
+        try:
+            request = request_class.model_validate(row.body)
+        except ValidationError as error:
+            raise UserError(f"{first_of(error)}.") from None
+        return await handler(request)
 
     def _counts(self) -> str:
         """What the engine counted, as JSON, once a second; empty in between."""

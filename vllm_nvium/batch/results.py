@@ -2,14 +2,16 @@
 """What a batch job writes for each row: a line of OpenAI's batch output, or in Parquet the same
 with what is mostly asked for in columns of its own."""
 
+import filecmp
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_nvium.batch.inputs import PARQUET_SUFFIX
-from vllm_nvium.batch.journal import Journal
+from vllm_nvium.batch.journal import Journal, refuse_existing
 from vllm_nvium.files import write_atomically
 
 ROWS_PER_GROUP = 4096
@@ -75,7 +77,14 @@ def write_output(journal: Journal, rows: int, output: Path) -> None:
         write(lines, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        # A job that was killed behind this may have put it there, and nobody else.
+        if output.exists() and not filecmp.cmp(path, output, shallow=False):
+            refuse_existing(output)
 
+    # What a job that was killed here has left.
+    stale = re.compile(rf"\.{re.escape(output.name)}\.\d+\.partial")
+    for path in filter(lambda path: stale.fullmatch(path.name), output.parent.iterdir()):
+        path.unlink(missing_ok=True)
     write_atomically(output, write_and_sync)
 
 
@@ -121,12 +130,17 @@ def _columns(result: dict[str, Any]) -> dict[str, Any]:
     usage = body.get("usage") or {}
     message = choice.get("message") or {}
     return {
-        "custom_id": result["custom_id"],
+        "custom_id": _text(result["custom_id"]),
         "status_code": response["status_code"],
-        "text": choice.get("text", message.get("content")),
+        "text": _text(choice.get("text", message.get("content"))),
         "finish_reason": choice.get("finish_reason"),
         "prompt_tokens": usage.get("prompt_tokens"),
         "completion_tokens": usage.get("completion_tokens"),
-        "error": error and error["message"],
+        "error": error and _text(error["message"]),
         "response": json.dumps(body),
     }
+
+
+def _text(value: str | None) -> str | None:
+    """Text with lone surrogates spelt out, which Parquet refuses."""
+    return value and value.encode(errors="backslashreplace").decode()

@@ -114,13 +114,19 @@ def _batch_line(fields: Mapping[str, Any]) -> Row:
     try:
         line = BatchLine.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{where}: {first['msg']}. A line of a batch file has custom_id, method POST, a url "
+            f"{first_of(error)}. A line of a batch file has custom_id, method POST, a url "
             f"({CHAT} or {COMPLETION}) and a body."
         ) from None
     return Row(line.custom_id, line.url, line.body)
+
+
+def first_of(error: ValidationError) -> str:
+    """The first thing that is wrong, and where, without the point."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").split("\n")[0].rstrip(".")
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {message}" if where else message
 
 
 def _plain_row(fields: Mapping[str, Any]) -> Row:

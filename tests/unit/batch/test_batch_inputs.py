@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from vllm_nvium.batch.inputs import check_suffix, digest_of, parquet_to_lines, scan
+from vllm_nvium.batch.inputs import (
+    check_suffix,
+    check_unchanged,
+    digest_of,
+    parquet_to_lines,
+    scan,
+)
+from vllm_nvium.batch.rows import read_fields
 from vllm_nvium.errors import UserError
 
 
@@ -67,3 +74,48 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must end in"):
         check_suffix("INPUT", tmp_path / "rows.csv")
     check_suffix("OUTPUT", tmp_path / "rows.parquet")
+
+
+def test_text_of_parquet_that_is_not_marked_as_such(tmp_path: Path) -> None:
+    """Some writers mark no column as text; what is none is an error of its row."""
+    names = pa.array([b"a", b"b", b"c"], pa.binary())
+    prompts = pa.Array.from_buffers(
+        pa.string(), 3, pa.array([b"w3", b"w\xff", b"w5"], pa.binary()).buffers()
+    )
+    stops = pa.array([[b"w6"], None, [b"w7"]], pa.list_(pa.binary()))
+    table = pa.table({"custom_id": names, "prompt": prompts, "stop": stops})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    parquet_to_lines(tmp_path / "rows.parquet", tmp_path / "rows.jsonl")
+    first, second, third = (tmp_path / "rows.jsonl").read_bytes().splitlines()
+    assert read_fields(first) == {"custom_id": "a", "prompt": "w3", "stop": ["w6"]}
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_fields(second)
+    assert read_fields(third) == {"custom_id": "c", "prompt": "w5", "stop": ["w7"]}
+
+
+def test_dates_beyond_pythons_are_one_sentence(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["w3"], "day": pa.array([2**30], pa.int32()).cast(pa.date32())})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        parquet_to_lines(tmp_path / "rows.parquet", tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, change: str) -> None:
+    """Its rows would be answered as those of the file that it was."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "w3"}\n{"prompt": "w4"}\n')
+    _, state = digest_of(path)
+    found = scan(path, 1)
+    check_unchanged(path, state)
+    if change == "append":
+        with path.open("a") as file:
+            file.write('{"prompt": "w5"}\n')
+    else:
+        path.unlink()
+    if change == "replace":
+        path.write_text('{"prompt": "w5"}\n{"prompt": "w4"}\n')
+    with pytest.raises(UserError, match="was changed while the job ran"):
+        list(found.read(0))
+    with pytest.raises(UserError, match="was changed while the job ran"):
+        check_unchanged(path, state)

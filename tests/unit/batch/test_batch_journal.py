@@ -2,7 +2,9 @@
 """The folder of a job: what was written is found again whatever was cut off, nothing is written
 twice, and another job's folder is refused."""
 
+import fcntl
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from vllm_nvium.batch.journal import Journal, claim, folder_of, has_results, remove
+from vllm_nvium.batch.journal import Journal, claim, folder_of, has_results, on_disk, remove
 from vllm_nvium.batch.results import answered, encoded, failed, tokens_of, write_output
 from vllm_nvium.errors import UserError
 
@@ -144,3 +146,111 @@ def test_the_output_is_in_the_order_of_the_input(tmp_path: Path, name: str) -> N
 def test_tokens_are_those_that_were_generated() -> None:
     assert tokens_of(answered(0, None, BODY)) == 1
     assert tokens_of(failed(0, None, "bad.")) == 0
+
+
+def test_an_output_that_came_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """A job without results, whose folder may be all that a killed one has left, is refused at
+    once; one that is complete, when it would write."""
+    output = tmp_path / "out.jsonl"
+    end(*begin(output))
+    output.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        begin(output, {"--model": "n"})
+    output.unlink()
+    journal, lock = begin(output, rows=1)
+    journal.add([(0, result(0))])
+    output.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        write_output(journal, 1, output)
+    assert output.read_text() == "mine" and journal.has(0)
+    assert sorted(tmp_path.iterdir()) == [output, folder_of(output)]
+    end(journal, lock)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_job_that_was_killed_while_it_wrote_its_output_writes_it(
+    tmp_path: Path, name: str
+) -> None:
+    output, other = tmp_path / name, tmp_path / f".{name}.b{Path(name).suffix}.7.partial"
+    partial = tmp_path / f".{name}.4711.partial"
+    partial.write_text("half")
+    other.write_text("of another job")
+    for _ in range(2):  # before the output had its name, and after
+        journal, lock = begin(output, rows=1)
+        journal.add([(0, encoded(answered(0, "a", BODY)))])
+        write_output(journal, 1, output)
+        end(journal, lock)
+        assert output.exists() and other.exists() and not partial.exists()
+
+
+def test_a_folder_goes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of it, there is no folder that could be taken for a job's."""
+    output = tmp_path / "out.jsonl"
+    journal, lock = begin(output)
+    journal.add([(0, result(0))])
+    end(journal, lock)
+
+    def killed(path: Path, **_: Any) -> None:
+        if path.exists():
+            (path / "lock").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", killed)
+        remove(folder_of(output))
+    assert not folder_of(output).exists()
+    end(*begin(output))
+    remove(folder_of(output))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_folder_that_is_gone_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has ended its job between this one's look and its lock."""
+    output = tmp_path / "out.jsonl"
+    journal, lock = begin(output)
+
+    def ends_first(*args: Any) -> None:
+        end(journal, lock)
+        remove(folder_of(output))
+        monkeypatch.undo()
+        fcntl.flock(*args)
+
+    monkeypatch.setattr("fcntl.flock", ends_first)
+    with pytest.raises(UserError, match="another process"):
+        begin(output)
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    journal, lock = begin(output)
+    journal.add([(1, result(1))])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+    try:
+        with pytest.raises(UserError, match="results cannot be kept in"), on_disk(journal.folder):
+            journal.add([(0, b"{" + b" " * 99 + b"}")])
+        end(journal, lock)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal, lock = begin(output)
+    assert journal.done == 1 and journal.result(1) == result(1)
+    end(journal, lock)
+
+
+def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    folder_of(output).write_text("mine")
+    with pytest.raises(UserError, match="results cannot be kept in"), on_disk(folder_of(output)):
+        begin(output)
+
+
+def test_what_parquet_has_no_text_for_is_spelt_out(tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    journal, lock = begin(output, rows=1)
+    journal.add([(0, encoded(failed(0, "a\ud800", "bad \udfff.")))])
+    write_output(journal, 1, output)
+    end(journal, lock)
+    [row] = parquet.read_table(output).to_pylist()
+    assert row["custom_id"] == "a\\ud800" and row["error"] == "bad \\udfff."

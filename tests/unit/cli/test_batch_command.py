@@ -4,6 +4,7 @@ nothing behind."""
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,13 @@ def test_small_jobs_have_a_block_for_every_replica_and_large_ones_few_blocks() -
     assert rows_per_block(10_000, 8) == 16
     assert rows_per_block(1_000_000, 8) == 122
     assert rows_per_block(10**9, 8) == 128
+
+
+def test_adapters_can_be_written_down(
+    parser: argparse.ArgumentParser, tmp_path: Path, dense_checkpoint: Path
+) -> None:
+    """What a job depends on goes into a file, and vLLM's parser makes records of these."""
+    model = ["--model", str(dense_checkpoint)]
+    args = arguments(parser, tmp_path, *model, "--lora-modules", "a=b")
+    engine = engine_of(args, arguments(parser, tmp_path, *model))
+    assert "name='a', path='b'" in json.dumps(engine.about)

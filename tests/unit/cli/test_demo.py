@@ -3,8 +3,14 @@
 
 import json
 import shlex
+import signal
+import socket
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +28,8 @@ from vllm_nvium.cli.demo.report import (
     summary,
 )
 from vllm_nvium.cli.demo.runs import runs_of
-from vllm_nvium.cli.demo.server import curl_line
+from vllm_nvium.cli.demo.server import HOST, check_port, curl_line, is_up, serve
+from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.session import DRAFTER, FULL, SLIM
 
 MODELS = Models("m", Path("nvium"), "dense")
@@ -121,3 +128,63 @@ def test_the_request_to_try(is_chat: bool, tmp_path: Path) -> None:
     assert words[0] == "curl" and f"http://127.0.0.1:9000/v1/{path}" in words
     body = json.loads(words[words.index("-d") + 1])
     assert ("messages" in body) is is_chat and ("prompt" in body) is not is_chat
+
+
+def test_an_empty_template_is_none(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
+    assert "/v1/completions" in curl_line(tmp_path, 9000)
+
+
+def test_the_port_of_another_program_is_refused() -> None:
+    """Its answers would be taken for those of the server that is being started."""
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port is {port}"):
+            check_port(port)
+    check_port(port)
+    with pytest.raises(UserError, match="--port is 65536, and it must be at most"):
+        check_port(65536)
+
+
+def test_a_server_is_found_although_the_environment_names_a_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with (
+        HTTPServer((HOST, 0), Healthy) as server,
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"]) as process,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert is_up(process, server.server_port)
+        finally:
+            process.kill()
+            server.shutdown()
+
+
+def test_a_server_that_does_not_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Any = {"port": 9000, "eager": True, "sampling": None, "max_model_len": None}
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError, match="vLLM is not installed"):
+        serve(tmp_path, **given, verbose=False)
+    vllm = tmp_path / "vllm"
+    vllm.write_text("#!/bin/sh\nexit 3\n")
+    vllm.chmod(0o700)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(UserError, match="the server ended with status 3 before it answered"):
+            serve(tmp_path, **given, verbose=False)
+    finally:
+        signal.signal(signal.SIGTERM, handler)

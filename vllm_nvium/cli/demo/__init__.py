@@ -11,7 +11,7 @@ from vllm_nvium.cli.common import check_at_least
 from vllm_nvium.cli.demo.checkpoint import Models, prepare
 from vllm_nvium.cli.demo.report import Answer, Palette, Result, colours_of, show_answer, summary
 from vllm_nvium.cli.demo.runs import Run, answers_of, runs_of
-from vllm_nvium.cli.demo.server import serve
+from vllm_nvium.cli.demo.server import check_port, serve
 from vllm_nvium.console import comma_separated, say, table
 from vllm_nvium.engine.hooks import vllm_distribution
 from vllm_nvium.environment import environment_for
@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     check_at_least(args, max_tokens=1, port=1)
     if args.temperature is not None and not args.temperature >= 0:
         raise UserError(f"--temperature is {args.temperature}, and it must be at least 0.")
+    if args.serve:
+        check_port(args.port)
     started = time.perf_counter()
     models = prepare(args.model, args.exits, args.hazards)
     if args.prepare_only:

@@ -22,7 +22,9 @@ def _asked(serving: Any, request: Any) -> tuple[AnswerFormat | None, Level]:
     vllm_config = serving.engine_client.vllm_config
     method = running(vllm_config)
     form = None if method is None else method.answers
-    level: Level = "none" if form is None else form.level(request.vllm_xargs, vllm_config)
+    # A batch of chats has no such field, and the attribute only where a client gives it.
+    asked = getattr(request, "vllm_xargs", None)
+    level: Level = "none" if form is None else form.level(asked, vllm_config)
     return (None if level == "none" else form), level
 
 
