@@ -80,7 +80,7 @@ def messages() -> list[dict[str, str]]:
 @pytest.fixture(scope="module", params=["nvium", "via_sd"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
-    more: list[str] = ["--max-model-len", "256"]
+    more: list[str] = ["--max-model-len", "256", "--enable-scale-out"]
     if request.param == "nvium":
         path: Path = request.getfixturevalue("nvium_checkpoint")
         exits = len(json.loads((path / "config.json").read_text())["exit_layers"]) + 1

@@ -4,6 +4,7 @@ Data's LLM processor, and come back as they are done. The same on one machine an
 
 import logging
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from vllm_nvium.batch.replica import Replica
 from vllm_nvium.errors import UserError
 
 STAGE = "vLLMEngineStage"
+# The line of a stack trace that names the exception.
+RAISED = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def _processor(
 
 
 def _last_line(error: BaseException) -> str:
-    """What an error says that carries another process's stack trace."""
+    """What an error says that carries another process's stack trace, and advice of Ray's behind."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__
+    raised = [line for line in lines if RAISED.match(line)]
+    return (raised or lines or [type(error).__name__])[-1].rstrip(".")
