@@ -118,7 +118,6 @@ def examples(share: float) -> settings:
     """So many of the requests that go to one server."""
     return settings(
         max_examples=max(1, round(REQUESTS * share / len(KINDS))),
-        deadline=None,
         database=None,
         # A server that has ended fails every request: shrinking would end with any.
         phases=[Phase.explicit, Phase.generate],

@@ -51,7 +51,6 @@ def forced(seed: int, max_tokens: int) -> SamplingParams:
 
 @settings(
     max_examples=int(os.environ.get("NVIUM_TRACES", "40")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

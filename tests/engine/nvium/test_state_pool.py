@@ -71,7 +71,6 @@ def served(request, tmp_path_factory):
 
 @settings(
     max_examples=int(os.environ.get("NVIUM_POOL_TRACES", "60")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -34,7 +34,6 @@ def served(tmp_path_factory):
 
 @settings(
     max_examples=int(os.environ.get("NVIUM_TRACES", "220")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -163,7 +163,6 @@ def play(served: Served, trace: list[Arrival]) -> list[int]:
 EXAMPLES = max(int(os.environ.get("NVIUM_TRACES", "220")) // 10, 5)
 MANY = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

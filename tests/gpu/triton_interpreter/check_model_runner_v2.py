@@ -91,7 +91,6 @@ def engine(request: Any, model: tuple[str, NviumForCausalLM]) -> Iterator[V2Engi
 
 @settings(
     max_examples=int(os.environ.get("NVIUM_V2_TRACES", "12")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -21,7 +21,6 @@ from vllm_nvium.batch.rows import read_fields
 from vllm_nvium.errors import UserError
 
 
-@settings(deadline=None)  # it waits for the disk
 @given(
     st.lists(st.sampled_from([b"", b"  ", b"\r", b"{}", b'{"a": 1}', b"x" * 70]), min_size=1),
     st.integers(1, 5),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -49,7 +49,6 @@ def test_a_job_finds_what_it_wrote(tmp_path: Path) -> None:
     end(journal, lock)
 
 
-@settings(deadline=None)  # it waits for the disk
 @given(st.data())
 def test_whatever_is_cut_off_only_what_is_whole_counts(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

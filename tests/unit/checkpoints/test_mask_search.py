@@ -274,7 +274,7 @@ def test_random_share(share: float, expected: int) -> None:
     assert Counter(sources(trials)[10:])["random"] == expected
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(4, 12), st.booleans(), st.integers(0, 3), st.data())
 def test_masks_are_as_wanted_and_new(
     num_layers: int, allow_ends: bool, seed: int, data: st.DataObject

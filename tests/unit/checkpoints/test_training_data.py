@@ -96,9 +96,7 @@ def test_labels_leave_out_what_follows_an_unfinished_document() -> None:
     assert targets.tolist() == [[3, 4, EOS, 5], [6, -100, 8, 9]]
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(WORDS, min_size=1, max_size=12),
     st.lists(WORDS, min_size=1, max_size=12),

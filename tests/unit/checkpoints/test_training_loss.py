@@ -25,7 +25,7 @@ from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),
     chunk=st.integers(1, 10),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -70,7 +70,6 @@ def test_draws_of_different_seeds_positions_and_exits_are_unrelated() -> None:
     positions=hnp.arrays(np.int64, 4, elements=st.integers(0, 2**40)),
     num_exits=st.integers(0, 5),
 )
-@settings(deadline=None)
 def test_draws_are_pure_and_never_zero_or_one(
     seeds: np.ndarray, positions: np.ndarray, num_exits: int
 ) -> None:
@@ -94,7 +93,6 @@ def test_hazards_of_zero_and_one_are_exact() -> None:
 
 
 @given(st.integers(0, 2**63), st.integers(0, 10_000), st.floats(-8, 8))
-@settings(deadline=None)
 def test_a_margin_exceeds_its_threshold_iff_the_draw_is_below_the_hazard(
     seed: int, position: int, margin: float
 ) -> None:
@@ -124,7 +122,6 @@ ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), min_size=1,
 
 
 @given(ranges)
-@settings(deadline=None)
 def test_ragged_ranges(pairs: list[tuple[int, int]]) -> None:
     first = np.array([start for start, _ in pairs], dtype=np.int64)
     last = np.array([start + extra for start, extra in pairs], dtype=np.int64)
@@ -146,7 +143,6 @@ def test_a_range_may_be_empty() -> None:
 
 
 @given(ranges, st.sampled_from([1, 4, 16, 32]), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_slots(pairs: list[tuple[int, int]], block_size: int, random: Any) -> None:
     blocks = random.sample(range(1000), 60 * len(pairs))
     table = np.array(blocks, dtype=np.int32).reshape(len(pairs), 60)
@@ -172,7 +168,6 @@ def rows_of(sequences: list[set[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(positions_of_sequences)
-@settings(deadline=None)
 def test_ranges_begin_where_a_row_does_not_follow_the_last(sequences: list[set[int]]) -> None:
     sequence, positions = rows_of(sequences)
     rows = set(zip(sequence.tolist(), positions.tolist(), strict=True))
@@ -185,7 +180,6 @@ def test_ranges_begin_where_a_row_does_not_follow_the_last(sequences: list[set[i
 
 
 @given(positions_of_sequences, st.integers(1, 6), st.integers(1, 4))
-@settings(deadline=None)
 def test_passes_hold_each_row_once_behind_all_lower_positions(
     sequences: list[set[int]], max_rows: int, max_ranges: int
 ) -> None:
