@@ -33,7 +33,7 @@ def served(tmp_path_factory):
 
 
 @settings(
-    max_examples=int(os.environ.get("NVIUM_TRACES", "220")),
+    max_examples=int(os.environ.get("NVIUM_TRACES", "150")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

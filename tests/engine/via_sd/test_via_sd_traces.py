@@ -160,7 +160,7 @@ def play(served: Served, trace: list[Arrival]) -> list[int]:
     return by_tier
 
 
-EXAMPLES = max(int(os.environ.get("NVIUM_TRACES", "220")) // 10, 5)
+EXAMPLES = max(int(os.environ.get("NVIUM_TRACES", "150")) // 10, 5)
 MANY = settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
