@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measured import machine
+from measured import machine, read_texts, set_environment
 
 from vllm_nvium.batch.engine import PASSED_ON
 from vllm_nvium.environment import environment_for
@@ -47,8 +47,7 @@ def parse() -> argparse.Namespace:
 
 
 def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in args.prompts.read_text().splitlines()]
-    texts = [line.get("prompt") or line.get("question") or line["turns"][0] for line in lines]
+    texts = read_texts(args.prompts)
     return [
         {"prompt": texts[i % len(texts)], "max_tokens": args.new_tokens, "temperature": 1.0,
          "seed": i, "ignore_eos": True}
@@ -133,8 +132,7 @@ def job_rate(args: argparse.Namespace, rows: list[dict[str, Any]], folder: Path)
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    set_environment()
     if args.engine:
         engine(args)
         return

@@ -26,6 +26,18 @@ def machine() -> str:
     return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}{preloaded}"
 
 
+def set_environment() -> None:
+    """What engines of a benchmark share, where the caller has not said it."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def read_texts(path: Path) -> list[str]:
+    """Of a file of JSON lines with question, prompt or turns."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row.get("question") or row.get("prompt") or row["turns"][0] for row in rows]
+
+
 def read_prompts(path: Path, model: str, longest: int = 512, chat: bool = True) -> list[list[int]]:
     """Token ids of the prompts in a file of JSON lines.
 
@@ -38,9 +50,7 @@ def read_prompts(path: Path, model: str, longest: int = 512, chat: bool = True) 
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        text = row.get("question") or row.get("prompt") or row["turns"][0]
+    for text in read_texts(path):
         if chat and tokenizer.chat_template:
             messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measured import machine
+from measured import machine, set_environment
 
 
 def parse() -> argparse.Namespace:
@@ -90,9 +90,8 @@ def watch_metrics(watch: Stopwatch) -> None:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    set_environment()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from engine_worker import Worker
     from tqdm import tqdm

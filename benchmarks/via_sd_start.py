@@ -7,7 +7,6 @@ first token with `--via-sd` and without, in turn, and what the log says of the c
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measured import machine
+from measured import machine, set_environment
 
 COPIES = re.compile(r"(\w+) copies of ([\d.]+) GiB of weights take ([\d.]+) GiB")
 
@@ -57,8 +56,7 @@ def start(args: argparse.Namespace, way: str) -> tuple[float, str]:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    set_environment()
     if args.engine:
         engine(args)
         return

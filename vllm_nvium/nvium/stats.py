@@ -87,7 +87,7 @@ class StepObserver(TokenNotes):
             counts.exit_tokens[left_at] += tokens
         counts.step_depths[depth - 1] += 1
         counts.forced_steps += step.is_forced
-        for rows, layers in zip(step.rows_run, self.layers, strict=False):
+        for rows, layers in zip(step.rows_run, self.layers[:depth], strict=True):
             caught_up = rows - batch.num_rows
             counts.caught_up_rows += caught_up
             counts.caught_up_passes += caught_up > 0
