@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_MAPPING
 from transformers import initialization as init
+from transformers.core_model_loading import revert_weight_conversion
 
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -34,11 +35,15 @@ class Dim(NamedTuple):
 
 # What the dimensions of the parent's tensors are called: the first pattern that fits the name.
 QUERY, KEY = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+EXPERT = "moe_intermediate_size"
 _WHY = (
     (r"embed_tokens\.", ("vocab_size", "hidden_size")),
     (r"q_proj\.", (QUERY, "hidden_size")),
     (r"[kv]_proj\.", (KEY, "hidden_size")),
     (r"o_proj\.", ("hidden_size", QUERY)),
+    (r"experts\.\d+\.(gate|up)_proj\.", (EXPERT, "hidden_size")),
+    (r"experts\.\d+\.down_proj\.", ("hidden_size", EXPERT)),
+    (r"mlp\.gate\.", ("num_experts", "hidden_size")),
     (r"(gate|up)_proj\.", ("intermediate_size", "hidden_size")),
     (r"down_proj\.", ("hidden_size", "intermediate_size")),
     (r"[qk]_norm\.", ("head_dim",)),
@@ -48,15 +53,17 @@ _WHY = (
 
 def _parent_dims(config: NviumConfig) -> dict[str, tuple[Dim, ...]]:
     """The tensors of the parent's layers, embedding and final norm, as its class in transformers
-    has them."""
+    saves them: experts one by one, although a model has those of a layer in one tensor."""
     parent = config.parent
-    sizes = {name: getattr(parent, name) for name in ("vocab_size", "hidden_size")}
-    sizes |= {"intermediate_size": parent.intermediate_size, "head_dim": head_dim_of(parent)}
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_experts", EXPERT)
+    sizes = {name: getattr(parent, name) for name in fields if hasattr(parent, name)}
+    sizes["head_dim"] = head_dim_of(parent)
     why = {name: f"{name} = {size}" for name, size in sizes.items()}
     for product in (QUERY, KEY):
         why[product] = f"{product} = {getattr(parent, product.split()[0])} * {head_dim_of(parent)}"
     with torch.device("meta"), init.no_init_weights():
-        state = MODEL_MAPPING[type(parent)](parent).state_dict()
+        model = MODEL_MAPPING[type(parent)](parent)
+        state = revert_weight_conversion(model, model.state_dict())
     dims: dict[str, tuple[Dim, ...]] = {}
     for name, tensor in state.items():
         names = next((names for pattern, names in _WHY if re.search(pattern, name)), ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of dense models that an N-vium model can be made of, one row each. vLLM's class of
+"""The families of models that an N-vium model can be made of, one row each. vLLM's class of
 that name and transformers' class of the same name bring the layers, so a row says only what neither
 of them tells.
 """
@@ -38,6 +38,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", {"hidden_act": "silu"}, mixed_windows=False),
     "qwen3": Family(
         "Qwen3ForCausalLM", {"hidden_act": "silu", "attention_bias": False}, mixed_windows=False
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "sliding_window": None,
+            "shared_expert_intermediate_size": 0,
+        },
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -90,6 +99,7 @@ def check_parent(config: Any) -> None:
                 f"{name} is {found!r}, and layers of the family {config.model_type!r} are served "
                 f"with {value!r} only."
             )
+    _check_experts(config)
     kinds = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()})
     if len(kinds) > 1 and not family.mixed_windows:
         raise UserError(
@@ -97,6 +107,24 @@ def check_parent(config: Any) -> None:
             f"{config.model_type!r} are served with one kind in all layers only."
         )
     _check_rope(getattr(config, "rope_parameters", None) or {})
+
+
+def _check_experts(config: Any) -> None:
+    """Refuse experts that a token cannot be sent to, in families that have them."""
+    experts = getattr(config, "num_experts", None)
+    if experts is None:
+        return
+    if config.num_experts_per_tok > experts:
+        raise UserError(
+            f"num_experts_per_tok is {config.num_experts_per_tok}, and it must be at most "
+            f"num_experts = {experts}."
+        )
+    every, without = config.decoder_sparse_step, config.mlp_only_layers
+    if all(layer in without or (layer + 1) % every for layer in range(config.num_hidden_layers)):
+        raise UserError(
+            f"decoder_sparse_step is {every} and mlp_only_layers is {without}, so no layer has "
+            f"experts, and a {config.model_type} needs one that has."
+        )
 
 
 def _check_rope(parameters: Mapping[str, Any]) -> None:

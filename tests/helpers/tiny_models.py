@@ -30,6 +30,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -42,6 +44,7 @@ DENSE_KINDS: dict[str, tuple[type, type]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
@@ -114,8 +117,11 @@ def dense_config(kind: str, **overrides: Any) -> PreTrainedConfig:
         overrides: fields that replace those of `SIZES`.
     """
     fields = dict(SIZES)
-    if kind == "qwen3":
+    if kind in ("qwen3", "qwen3_moe"):
         fields["head_dim"] = 32
+    if kind == "qwen3_moe":  # a layer without experts among those that have them
+        fields |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        fields |= {"norm_topk_prob": True, "mlp_only_layers": [1]}
     if kind == "mistral":
         fields["sliding_window"] = None
     if kind in SLIDING_KINDS:

@@ -112,7 +112,7 @@ def test_retrofit(method: str, dense: Path, texts: tuple[Path, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("method", ["exits", "lora"])
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gemma2", "gemma3"])
 def test_other_families(kind: str, method: str, texts: tuple[Path, Path], tmp_path: Path) -> None:
     """A few steps: they start from the parent's loss, and parent and exits make the checkpoint."""
     parent, out, again = tmp_path / "parent", tmp_path / "run", tmp_path / "again"

@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {}, {"exit_head": "embeddings"}),
     "qwen2 with a window": ("qwen2", TIED | EVERYWHERE, {}),
     "qwen3": ("qwen3", TIED | {"hidden_size": 96}, {}),
+    "experts": ("qwen3_moe", {}, {}),
     "gemma2": ("gemma2", TIED, {}),
     "gemma3": ("gemma3", {}, {}),
     # vLLM takes a tensor `exits.0.lm_head.weight` for a sign that nothing is tied.

@@ -201,7 +201,10 @@ def test_two_ranks_give_the_tokens_of_plain_decoding(
     # What `auto` comes to is the first rank's clock's business.
     fewest = 0 if name == "auto" else 5
     assert first["slim_passes"] >= fewest and first["windows"][2] >= fewest
-    copies = {"int8": ("Int8Linear", "Int8LinearByOneDNN"), "int4": ("Int4Linear",)}
+    copies = {
+        "int8": ("Int8Linear", "Int8LinearByOneDNN", "Int8LinearByFBGEMM"),
+        "int4": ("Int4Linear",),
+    }
     if name in copies:
         assert [each in copies[name] for each in first["copies"]] == [True]
     layers = {"skip": 2, "auto_skip": 3, "auto": first["layers"]}

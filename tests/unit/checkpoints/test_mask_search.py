@@ -137,7 +137,7 @@ def make_model(kind: str, num_layers: int) -> PreTrainedModel:
     return Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
 
 
-@pytest.mark.parametrize("kind", DENSE_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in DENSE_KINDS if kind != "qwen3_moe"])
 def test_a_slim_model_is_a_model_that_never_had_them(kind: str) -> None:
     model, kept = make_model(kind, 6), [0, 2, 5]
     ids = torch.randint(3, 256, (1, 24), generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers at low precision: the formulas of their copies, and the kernels against them."""
+"""Linear layers at low precision: the kernels against what their copies stand for."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,13 +11,10 @@ from vllm_nvium.model_executor.layers import low_precision_linear
 from vllm_nvium.model_executor.layers.low_precision_linear import (
     Int4Linear,
     Int8Linear,
+    Int8LinearByFBGEMM,
     LowPrecisionLinear,
-    dequantise_int4,
     group_of,
     layers_for,
-    quantise_fp8,
-    quantise_int4,
-    quantise_int8,
 )
 
 HERE = layers_for("cpu")
@@ -25,36 +23,6 @@ HERE = layers_for("cpu")
 def weight_of(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(outputs, inputs, generator=generator)
-
-
-@pytest.mark.parametrize("group", [64, 128])
-def test_int4_is_at_most_half_a_step_away(group: int) -> None:
-    weight = weight_of(48, 256) + 0.3
-    levels, scales = quantise_int4(weight, group)
-    assert levels.min() == 0 and levels.max() == 15, "each group reaches both ends"
-    assert levels.dtype == torch.int32 and scales.shape == (256 // group, 48, 2)
-    step = scales[..., 0].t().repeat_interleave(group, dim=1)
-    away = (dequantise_int4(levels, scales) - weight).abs()
-    assert (away <= 0.5001 * step + 1e-6).all()
-    spread = weight.view(48, -1, group).amax(2) - weight.view(48, -1, group).amin(2)
-    torch.testing.assert_close(scales[..., 0].t(), spread / 15)
-
-
-def test_int8_and_fp8_keep_the_largest_of_each_output() -> None:
-    weight = weight_of(32, 96)
-    levels, scale = quantise_int8(weight)
-    assert (levels.abs().amax(dim=1) == 127).all()
-    assert ((levels.float() * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
-    levels, scale = quantise_fp8(weight)
-    assert (levels.float().abs().amax(dim=1) == 448).all()
-    assert ((levels.float() * scale - weight).abs() <= weight.abs() / 15 + scale / 100).all()
-
-
-@pytest.mark.parametrize("quantise", [quantise_int8, lambda w: quantise_int4(w, 64), quantise_fp8])
-def test_a_weight_of_zeros_stays_zero(quantise: object) -> None:
-    levels, scale = quantise(torch.zeros(16, 64))  # type: ignore[operator]
-    assert torch.isfinite(scale).all()
-    assert Int4Linear.meant(torch.zeros(16, 64)).abs().max() < 1e-6
 
 
 def test_some_kernel_of_each_kind_runs_on_cpu() -> None:
@@ -94,8 +62,29 @@ def test_a_copy_made_anew_stands_where_the_old_one_was(layer: type[LowPrecisionL
 def test_the_memory_of_a_copy_is_what_is_said(layer: type[LowPrecisionLinear]) -> None:
     copy = layer(weight_of(1024, 1024))
     held = sum(tensor.nbytes for tensor in copy.buffers())
-    if held > 1024 * 1024 / 4:  # oneDNN keeps its own
+    if held > 1024 * 1024 / 4:  # oneDNN and FBGEMM keep their own
         assert held == pytest.approx(1024 * 1024 * layer.bytes_per_weight, rel=0.01)
+
+
+def test_copies_that_are_gone_are_not_kept() -> None:
+    """Compiled code knows FBGEMM's by a number only."""
+    copy = Int8LinearByFBGEMM(weight_of(32, 64))
+    number = int(copy.levels)
+    assert Int8LinearByFBGEMM._all[number] is copy
+    del copy
+    gc.collect()
+    assert number not in Int8LinearByFBGEMM._all
+
+
+@pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
+def test_a_row_of_zeros_and_one_of_large_numbers(layer: type[LowPrecisionLinear]) -> None:
+    """Rows have scales of their own: neither changes what becomes of the other."""
+    weight, x = weight_of(32, 64), weight_of(3, 64, seed=1)
+    x[0] = 0
+    x[2] *= 1e4
+    found = layer(weight).multiply(x)
+    assert found[0].abs().max() == 0
+    torch.testing.assert_close(found[1:2], layer(weight).multiply(x[1:2]))
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
