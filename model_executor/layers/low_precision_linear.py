@@ -119,9 +119,14 @@ class Int4Linear(LowPrecisionLinear):
         packed, scales = [], []
         for part in weight.split(ROWS_AT_A_TIME):
             levels, of_part = quantise_int4(part, group_of(weight.shape[1]))
-            packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1))
+            packed.append(self.packed(levels))
             scales.append(of_part.to(torch.bfloat16))
         self._keep(levels=torch.cat(packed), scales=torch.cat(scales, dim=1).contiguous())
+
+    @classmethod
+    def packed(cls, levels: torch.Tensor) -> torch.Tensor:
+        """Levels [N, K] as the kernel reads them; parts of N are packed by themselves."""
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
 
     @staticmethod
     def product(
@@ -149,12 +154,11 @@ class Int4LinearOnCUDA(Int4Linear):
             return f"{outputs} x {inputs} are no multiples of 8 x {16 * cls.TILES}"
         return group_refusal(inputs)
 
-    def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = quantise_int4(weight, group_of(weight.shape[1]))
-        # Two in a byte, the first in the upper half.
+    @classmethod
+    def packed(cls, levels: torch.Tensor) -> torch.Tensor:
+        # Two in a byte, the first in the upper half. Eight rows are a tile.
         pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
-        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, self.TILES)
-        self._keep(levels=packed, scales=scales.to(torch.bfloat16))
+        return torch.ops.aten._convert_weight_to_int4pack(pairs, cls.TILES)
 
     @staticmethod
     def product(
@@ -209,12 +213,14 @@ class Int8LinearByOneDNN(LowPrecisionLinear):
 
     def copy_weight(self, weight: torch.Tensor) -> None:
         levels, scales = _in_parts(quantise_int8, weight)
+        # oneDNN packs the levels and keeps a pointer to the scales: those that stay.
+        self._keep(scales=scales)
         handler = custom_ops().create_onednn_scaled_mm(
-            levels.t(), scales, torch.bfloat16, True, False, self.PRIMITIVES
+            levels.t(), self.scales, torch.bfloat16, True, False, self.PRIMITIVES
         )
-        # oneDNN packs the levels, keeps a pointer to the scales, and is known by a pointer.
-        self._keep(levels=handler.handler_tensor, scales=scales)
-        self._handlers = [*getattr(self, "_handlers", ()), handler]
+        # Not the tensor of the handler, which frees what that says: a later copy writes here.
+        self._keep(levels=handler.handler_tensor.clone())
+        self._handler = handler
 
     @staticmethod
     def product(

@@ -19,6 +19,7 @@ from vllm_nvium.model_executor.via_sd.target_weights import (
     as_loaded,
     head_of,
     input_of,
+    is_to_come,
     linears_of,
     product_of_vllm,
     weight_of,
@@ -150,7 +151,10 @@ class Copies:
 
     def make_anew(self) -> None:
         """After weights were written. Those that vLLM has packed and freed were copied when it
-        packed them."""
+        packed them. While parts of an update are still to come, nothing is copied twice: vLLM says
+        when it is finished."""
+        if any(map(is_to_come, self._modules)):
+            return
         for module in self._modules:
             if module in self.of and module not in self._new and as_loaded(module):
                 self._copy(module)

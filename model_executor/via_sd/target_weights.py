@@ -56,11 +56,14 @@ def is_int8(module: Any) -> bool:
     )
 
 
+def is_to_come(module: Any) -> bool:
+    """Whether a layer has no weight yet, because weights come in parts (`start_weight_update`)."""
+    return module.weight is not None and bool(module.weight.is_meta)
+
+
 def as_loaded(module: Any) -> bool:
-    """Whether a layer that vLLM has processed still has its weight as it was loaded. While weights
-    come in parts (`start_weight_update`), those that have not come yet are on no device."""
-    weight = module.weight
-    return not is_int8(module) and not weight.is_meta and weight.numel() > 0
+    """Whether a layer that vLLM has processed still has its weight as it was loaded."""
+    return not is_int8(module) and module.weight.numel() > 0
 
 
 def weight_of(module: Any, outputs: int | None = None) -> torch.Tensor:

@@ -15,7 +15,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.model",
         "ModelConfig",
-        "hf_text_config max_model_len logprobs_mode",
+        "hf_text_config max_model_len logprobs_mode get_hidden_size get_head_size "
+        "get_num_attention_heads get_num_kv_heads get_vocab_size",
         "says whether the target can lose layers",
         "no VIA-SD",
     ),
@@ -36,17 +37,45 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.offload",
         "OffloadConfig",
-        "offload_backend",
+        "offload_backend uva",
         "refused, because layers that fetch each other's weights cannot be skipped",
         "a slim pass would run layers with the weights of others",
+    ),
+    *rows(
+        "vllm.config.offload",
+        "UVAOffloadConfig",
+        "cpu_offload_gb",
+        "refused where layers fetch offloaded weights by themselves",
+        "a slim pass would run the target's own weights",
+    ),
+    *rows(
+        "vllm.envs",
+        "",
+        "VLLM_WEIGHT_OFFLOADING_DISABLE_UVA",
+        "whether layers fetch offloaded weights by themselves",
+        "a slim pass would run the target's own weights",
+    ),
+    *rows(
+        "vllm.config.vllm",
+        "VllmConfig",
+        "device_config",
+        "for which device there have to be kernels",
+        "a kind without a kernel is refused by a worker, late",
+    ),
+    *rows(
+        "vllm.config.device",
+        "DeviceConfig",
+        "device_type",
+        "for which device there have to be kernels",
+        "a kind without a kernel is refused by a worker, late",
     ),
     # VIA-SD: the runner.
     *rows(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
-        "_sample propose_draft_token_ids _dummy_run",
-        "overridden to verify drafts with the sampler of plain decoding, to choose their number "
-        "and to compile the slim verifier at start",
+        "_sample propose_draft_token_ids _dummy_run _dummy_sampler_run",
+        "overridden to verify drafts with the sampler of plain decoding, to choose their number, "
+        "to compile the slim verifier at start and to count the memory of its windows",
         "no VIA-SD",
     ),
     *rows(
@@ -175,14 +204,14 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
-        "update_draft_token_ids requests",
-        "overridden to give no drafts to a conversation that goes on",
+        "schedule requests",
+        "overridden to tell the runner of conversations that go on, which get no drafts",
         "its next turn would read tokens behind the end of the last",
     ),
     *rows(
         "vllm.v1.request",
         "Request",
-        "resumable spec_token_ids",
+        "resumable",
         "tells conversations that go on from other requests",
         "a conversation could not be told from other requests",
     ),
@@ -217,8 +246,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.v1.worker.gpu_model_runner",
         "",
-        "build_logitsprocs GPUModelRunner.max_num_tokens",
-        "replaced while a runner is made; most rows of a slim pass",
+        "build_logitsprocs GPUModelRunner.max_num_tokens GPUModelRunner.max_num_reqs",
+        "replaced while a runner is made; most rows of a slim pass, and of logits in a step",
         "no VIA-SD",
     ),
     *rows(
@@ -288,8 +317,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.parallel",
         "ParallelConfig",
-        "local_world_size",
-        "ranks of one machine share the memory that copies need",
+        "local_world_size tensor_parallel_size",
+        "ranks of one machine share the memory that copies need; each has a part of every weight",
         "copies that do not fit would end a start without a word",
     ),
     *rows(

@@ -4,8 +4,11 @@ promises most on this machine, with copies of weights that are made while vLLM l
 """
 
 import logging
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -20,6 +23,7 @@ from vllm_nvium.model_executor.via_sd.mask import skipped_layers
 from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
 from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
 from vllm_nvium.model_executor.via_sd.target_weights import cheaper_kinds, shapes_of
+from vllm_nvium.via_sd.kinds import candidates_for
 from vllm_nvium.via_sd.options import AUTO, DEFAULT_MASK, SKIP, ViaSDOptions
 
 logger = logging.getLogger("vllm.via_sd")
@@ -27,6 +31,25 @@ logger = logging.getLogger("vllm.via_sd")
 GIB = 1 << 30
 
 
+@contextmanager
+def refusal_is_a_sentence() -> Iterator[None]:
+    """A refusal inside, in a process that vLLM has started for an engine or a worker, is logged and
+    ends that process: vLLM, which would log it inside stack traces, says then that a start has
+    failed for a reason in the log.
+
+    Raises:
+        UserError: the refusal, in the user's own process.
+    """
+    try:
+        yield
+    except UserError as error:
+        if multiprocessing.parent_process() is None:
+            raise
+        logger.error("%s", error)
+        raise SystemExit(1) from None
+
+
+@refusal_is_a_sentence()
 def load_with_slim_verifier(
     runner: Any, options: ViaSDOptions, load: Callable[[], None]
 ) -> SlimPass | None:
@@ -78,14 +101,13 @@ def _copies_of(
     model: nn.Module, layers: list[nn.Module], options: ViaSDOptions, runner: Any
 ) -> Copies:
     start, kind, device = time.perf_counter(), options.kind, runner.device
-    shapes, kinds = shapes_of(model, layers), cheaper_kinds(layers)
-    found = layers_for(device.type, kinds if kind == AUTO else (kind,))
-    refusals = {each: reason for each in found if (reason := _refusal(each, shapes))}
-    candidates = [each for each in found if each not in refusals]
-    if kind != AUTO and not candidates:
-        why = next(iter(refusals.values()), "this machine has no kernel for it")
-        works = _what_works(device, kinds, shapes)
-        raise UserError(f"--via-sd-slim is {kind!r}, but {why}; {works}.")
+    candidates = candidates_for(
+        kind,
+        cheaper_kinds(layers),
+        shapes_of(model, layers),
+        number_of_ranks(),
+        partial(layers_for, device.type),
+    )
     copies = Copies(model, layers, candidates, options.window)
     seconds = time.perf_counter() - start
     if kind != AUTO:
@@ -121,19 +143,6 @@ def _choice_of_first_rank(
             "which the first rank has chosen for --via-sd-slim; give --via-sd-slim skip."
         )
     return None if name is None else chosen[name]
-
-
-def _refusal(layer: Any, shapes: set[tuple[int, int]]) -> str | None:
-    """Of the first weight that it cannot take."""
-    reasons = (layer.refusal(*shape) for shape in sorted(shapes))
-    ranks = number_of_ranks()
-    where = f" in the parts of {ranks} tensor-parallel ranks" if ranks > 1 else ""
-    return next((reason + where for reason in reasons if reason), None)
-
-
-def _what_works(device: torch.device, kinds: tuple[str, ...], shapes: set[tuple[int, int]]) -> str:
-    works = {each.kind for each in layers_for(device.type, kinds) if not _refusal(each, shapes)}
-    return f"here {', '.join(sorted(works | {SKIP}))} {'work' if works else 'works'}"
 
 
 def _check_memory(copies: Copies, runner: Any) -> None:

@@ -5,10 +5,11 @@ the session needs to see of a step is `V1StepView`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -24,6 +25,7 @@ from vllm_nvium.via_sd.loading import load_with_slim_verifier
 from vllm_nvium.via_sd.options import ViaSDOptions, options_of
 from vllm_nvium.via_sd.row_metadata import Span, draws_one_at_a_time
 from vllm_nvium.via_sd.sampler import draw_slim, sample_spans
+from vllm_nvium.via_sd.scheduler import CONVERSATIONS
 from vllm_nvium.via_sd.session import Session
 
 if TYPE_CHECKING:
@@ -49,7 +51,11 @@ class V1StepView:
         self.max_model_len: int = runner.max_model_len
         self.drafter_max_model_len: int = runner.effective_drafter_max_model_len
         params = [runner.requests[name].sampling_params for name in self.request_ids]
-        self.one_at_a_time: Sequence[bool] = draws_one_at_a_time(self.batch, params)
+        one_by_one = draws_one_at_a_time(self.batch, params)
+        self.one_at_a_time: Sequence[bool] = [
+            one or name in runner.conversations
+            for name, one in zip(self.request_ids, one_by_one, strict=True)
+        ]
 
     @cached_property
     def _again(self) -> DraftAgain | None:
@@ -107,6 +113,7 @@ class ViaSDModelRunnerMixin(Runner):
     slim: SlimPass | None = None
     # Of the present step.
     _view: V1StepView
+    conversations: Set[str] = frozenset()
     # vLLM's own: what the drafter answered, which the next step verifies.
     _draft_token_ids: Any
 
@@ -152,6 +159,25 @@ class ViaSDModelRunnerMixin(Runner):
             self.slim.warm_up(num_tokens, self.device)
         return output
 
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> Any:
+        """vLLM's run of the sampler without requests, which tells its memory: over as many rows as
+        a step may have. The rejection sampler, which vLLM would run too, is never asked here."""
+        if self.device.type == "cpu":
+            # There vLLM asks what a process has, not what it needs at most.
+            return super()._dummy_sampler_run(hidden_states)
+        rows = hidden_states[:1].expand(self._most_sampled_rows, -1)
+        with patch.object(self, "speculative_config", None):
+            return super()._dummy_sampler_run(rows)
+
+    @property
+    def _most_sampled_rows(self) -> int:
+        """Rows of logits in one step: behind each request's newest token and all of its drafts. Of
+        the slim verifier there are no more."""
+        options = self.via_sd
+        has_windows = self.slim is not None and options.rounds != 0
+        drafts = options.window if has_windows else options.drafts
+        return min(self.max_num_reqs * (1 + drafts), self.max_num_tokens)
+
     # --- one step -------------------------------------------------------------------------------
 
     def _update_states(self, scheduler_output: "SchedulerOutput") -> Any:
@@ -183,6 +209,7 @@ class ViaSDModelRunnerMixin(Runner):
         batch.generators[batch.req_id_to_index[request_id]] = state.generator
 
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
+        self.conversations = getattr(scheduler_output, CONVERSATIONS, frozenset())
         known = scheduler_output.scheduled_cached_reqs
         self.session.begin_step(
             scheduler_output.num_scheduled_tokens,

@@ -9,6 +9,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nvium.via_sd.options import options_of
 
+# An attribute of vLLM's SchedulerOutput: those of its requests that are conversations.
+CONVERSATIONS = "via_sd_conversations"
+
 
 class ViaSDScheduler(Scheduler):
     """Reserves as many KV slots ahead as a window has tokens, and a draft model's drafts behind the
@@ -27,15 +30,15 @@ class ViaSDScheduler(Scheduler):
             most = self.scheduler_config.max_num_seqs
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (most + 1)
 
-    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """A conversation that goes on (`resumable`) has no drafts: where its turn ends inside what
-        was verified, vLLM 0.32 takes tokens behind the end for computed, and the next turn reads
-        other text than without drafts."""
-        super().update_draft_token_ids(draft_token_ids)
-        for name in draft_token_ids.req_ids:
-            request = self.requests.get(name)
-            if request is not None and request.resumable:
-                request.spec_token_ids = []
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Tells the runner of conversations that go on (`resumable`), which have no drafts: where a
+        turn ends inside what was verified, vLLM 0.32 takes tokens behind the end for computed, and
+        the next turn reads other text than without drafts."""
+        output = super().schedule(*args, **kwargs)
+        found = {name for name in output.num_scheduled_tokens if self.requests[name].resumable}
+        if found:
+            setattr(output, CONVERSATIONS, found)
+        return output
 
     @property
     def num_lookahead_tokens(self) -> int:

@@ -137,6 +137,10 @@ def check(vllm_config: "VllmConfig") -> None:
     )
 
     kind = _kind_of_slim(options, model)
+    if options.rounds != 0:
+        from vllm_nvium.via_sd.kinds import check_copies
+
+        check_copies(kind, vllm_config, _is_int8(model))
     checked: dict[str, Any] = {SLIM: kind}
     mask = options.mask or (DEFAULT_MASK if kind == SKIP else None)
     skipped: tuple[int, ...] = ()

@@ -18,8 +18,8 @@ class StepView(Protocol):
     Attributes:
         request_ids: [R].
         unfinished: [R], whether more of a request's prompt follows, so that it does not decode.
-        one_at_a_time: [R], whether a request is to have no drafts, because its next token has to be
-            drawn before anything is known of the one behind it.
+        one_at_a_time: [R], whether a request is to have no drafts: its next token has to be drawn
+            before anything is known of the one behind it, or it is a conversation that goes on.
         max_slim_rows: most rows of one slim pass.
         max_model_len, drafter_max_model_len: most positions that target and drafter read.
         can_draft_again: whether the drafter can go on inside a window.

@@ -3,8 +3,10 @@
 for what comes after them."""
 
 import asyncio
+import copy
 import os
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +27,12 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.sampling_params import RequestOutputKind
 
 from tiny_models import make_dense
 from vllm_nvium.model_executor.layers.low_precision_linear import Int8Linear, bounded
 from vllm_nvium.model_executor.via_sd.slim import FiniteInputs
+from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "intermediate_size": 128, "bigrams": 0.7}
 
@@ -158,9 +162,17 @@ class FromFile(WeightTransferEngine):
         pass
 
 
-def test_weights_that_come_in_parts(tmp_path: Path) -> None:
+def test_weights_that_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config.weight_transfer import WeightTransferConfig
 
+    copied: Counter[Any] = Counter()
+    copy_one = Copies._copy
+
+    def count(self: Copies, module: Any) -> None:
+        copied[module] += 1
+        copy_one(self, module)
+
+    monkeypatch.setattr(Copies, "_copy", count)
     WeightTransferEngineFactory.register_engine("file", FromFile)
     make_dense(tmp_path / "old", seed=1, whisper=0.2, **SIZES)
     make_dense(tmp_path / "new", seed=2, whisper=0.2, **SIZES)
@@ -190,6 +202,8 @@ def test_weights_that_come_in_parts(tmp_path: Path) -> None:
     # The copies are those of the new weights: a copy of other weights would keep next to nothing.
     counts = engine.runner.session.counts
     assert counts.accepted > 0.8 * counts.window_tokens > 5
+    # At start, in the update and at its end, of however many parts that is.
+    assert len(copied) == 4 * 4 + 1 and max(copied.values()) <= 3 < len(names) / 8
 
 
 # --- conversations that go on ---------------------------------------------------------------------
@@ -202,7 +216,6 @@ async def converse(model: str, params: dict[str, Any], engine: dict[str, Any]) -
     """What is answered to each turn, and why the answer ended."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.engine.protocol import StreamingInput
-    from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
     llm = AsyncLLM.from_engine_args(
@@ -252,6 +265,89 @@ def test_turns_of_a_conversation(params: dict[str, Any], rounds: int, tmp_path: 
     engine = {"speculative_config": NGRAM, "additional_config": options}
     assert len(plain) == len(TURNS)
     assert asyncio.run(converse(str(tmp_path), params, engine)) == plain
+
+
+def talk(
+    engine: TraceEngine, params: SamplingParams, at_once: bool, beside: list[SamplingParams]
+) -> list[list[int]]:
+    """A conversation in an engine of this process.
+
+    Args:
+        at_once: all turns come before the first is answered; otherwise each after an answer.
+        beside: of ordinary requests that run meanwhile.
+
+    Returns:
+        tokens of each turn's answer, then those of the ordinary requests.
+    """
+    llm, turns = engine.engine, [list(turn) for turn in TURNS]
+
+    def send(turn: list[int], is_last: bool = False) -> None:
+        request = llm.input_processor.process_inputs(
+            "talk", {"prompt_token_ids": turn}, params,
+            supported_tasks=llm.get_supported_tasks(), resumable=not is_last,
+        )  # fmt: skip
+        request.external_req_id = request.request_id
+        llm.output_processor.add_request(request, None, None, 0)
+        # As if it went to another process: both sides add to the list of tokens.
+        llm.engine_core.add_request(copy.deepcopy(request))
+
+    others: dict[str, list[int]] = {}
+    for number, each in enumerate(beside):
+        others[f"other{number}"] = []
+        prompt = {"prompt_token_ids": REPEATED[number : number + 20]}
+        llm.add_request(f"other{number}", prompt, each)
+    for _ in range(len(turns) if at_once else 1):
+        send(turns.pop(0))
+    answers: list[list[int]] = [[]]
+    for _ in range(400):
+        for output in llm.step():
+            [part] = output.outputs
+            if output.request_id != "talk":
+                others[output.request_id] += part.token_ids
+                continue
+            answers[-1] += part.token_ids
+            if part.finish_reason is not None:
+                answers.append([])
+                if turns:
+                    send(turns.pop(0))
+        if len(answers) > len(TURNS) and not engine.scheduler.running:
+            break
+    send([0], is_last=True)
+    llm.step()
+    assert answers.pop() == [] and len(answers) == len(TURNS)
+    return [*answers, *others.values()]
+
+
+def test_a_conversation_with_a_seed(tmp_path: Path) -> None:
+    """It gets what plain vLLM draws with the seed, alone and beside requests that have drafts, and
+    nobody drafts for it."""
+    make_dense(tmp_path, seed=1, **(SIZES | {"whisper": 0.3}))
+    common = {"num_gpu_blocks_override": 60, "max_num_batched_tokens": 512}
+    plain = TraceEngine(str(tmp_path), **common)
+    engine = ViaSDEngine(str(tmp_path), NGRAM, {"slim": "int8", "window": 12}, **common)
+    params = SamplingParams(
+        temperature=0.8, seed=5, max_tokens=30, ignore_eos=True, stop_token_ids=[7, 19, 40],
+        output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+    beside = [
+        SamplingParams(
+            temperature=number / 2, seed=number, max_tokens=120, ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    counts = engine.runner.session.counts
+    for at_once in (True, False):
+        wanted = talk(plain, params, at_once, beside)
+        assert len({*map(len, wanted[: len(TURNS)])}) > 1, "some turns end at a stop token"
+        for rounds in (0, 4):
+            engine.set_rounds(4, rounds)
+            before = counts.slim_passes
+            assert talk(engine, params, at_once, []) == wanted[: len(TURNS)]
+            assert counts.slim_passes == before
+            assert talk(engine, params, at_once, beside) == wanted
+            assert (counts.slim_passes > before) == (rounds > 0)
+            engine.scheduler.reset_prefix_cache()
 
 
 def test_layers_get_finite_inputs_in_float16_only() -> None:

@@ -23,9 +23,16 @@ from via_sd_engine import NGRAM, ViaSDEngine, slim_logits
 
 from tiny_models import make_dense, make_eagle
 from vllm_nvium.errors import UserError
-from vllm_nvium.model_executor.layers.low_precision_linear import Int4Linear, Int8Linear
+from vllm_nvium.model_executor.layers.low_precision_linear import (
+    Int4Linear,
+    Int8Linear,
+    LowPrecisionLinear,
+    layers_for,
+)
 from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
+from vllm_nvium.model_executor.via_sd.target_weights import shapes_of
 from vllm_nvium.via_sd import loading
+from vllm_nvium.via_sd.kinds import Shapes, shapes_of_config
 
 KINDS = {"int4": Int4Linear, "int8": Int8Linear}
 WINDOW = 12
@@ -123,12 +130,21 @@ def test_attention_and_norms_are_the_targets_own(served: Served) -> None:
     assert runner.slim.layers.embed_tokens is model.embed_tokens
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "gemma3"])
-def test_every_family(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_every_family(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def see_shapes(*args: Any) -> Shapes:
+        seen.append(shapes_of(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loading, "shapes_of", see_shapes)
     ties = {"tie_word_embeddings": kind.startswith("gemma")}
     reference = make_dense(tmp_path, kind, seed=1, **(TARGET | {"bigrams": 0.0} | ties))
     options = {"slim": "int8", "window": WINDOW, "rounds": 6}
     engine = ViaSDEngine(str(tmp_path), NGRAM, options, num_gpu_blocks_override=20)
+    config = engine.runner.vllm_config
+    assert seen == [shapes_of_config(config.model_config, config.parallel_config)]
     engine.after_step = look = Look(engine, reference)
     play(Served(reference, engine), crowd(3, size=4))
     assert look.compared > 300
@@ -252,6 +268,45 @@ def test_weights_are_copied_once_when_they_are_loaded(
     left = [m for m in copied if m.weight is not None and m.weight.numel()]
     engine.runner.get_model().weights_changed()
     assert [copied[module] for module in left] == [4] * len(left)
+
+
+# Layers of a checkpoint that are one in vLLM.
+FUSED = {
+    "self_attn.qkv_proj": [f"self_attn.{name}_proj" for name in "qkv"],
+    "self_attn.o_proj": ["self_attn.o_proj"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.down_proj": ["mlp.down_proj"],
+}
+
+
+def check_all_copies(engine: ViaSDEngine, model: PreTrainedModel) -> None:
+    """Each is what a copy of the model's weight is that was made just now."""
+    slim, weights = engine.runner.slim, model.state_dict()
+    pairs = [(slim._head.lm_head.low_precision, weights["lm_head.weight"])]
+    for number, layer in enumerate(slim.layers.layers):
+        for name, parts in FUSED.items():
+            found = [weights[f"model.layers.{number}.{part}.weight"] for part in parts]
+            pairs.append((layer.get_submodule(name).low_precision, torch.cat(found)))
+    assert len(pairs) == 4 * len(slim.layers.layers) + 1
+    for copied, weight in pairs:
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        fresh = type(copied)(weight).multiply(x)
+        torch.testing.assert_close(copied.multiply(x), fresh, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", layers_for("cpu"), ids=lambda layer: layer.kernel)
+def test_all_kernels_have_the_weights_that_were_loaded_last(
+    layer: type[LowPrecisionLinear], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "layers_for", lambda *_: [layer])
+    models = [make_dense(tmp_path / str(seed), seed=seed, **TARGET) for seed in (1, 2, 3)]
+    options = {"slim": layer.kind, "window": WINDOW, "rounds": 6}
+    engine = ViaSDEngine(str(tmp_path / "1"), NGRAM, options, num_gpu_blocks_override=20)
+    check_all_copies(engine, models[0])
+    for seed in (2, 3):
+        path = {"weights_path": str(tmp_path / str(seed))}
+        engine.engine.collective_rpc("reload_weights", kwargs=path)
+        check_all_copies(engine, models[seed - 1])
 
 
 def test_without_rounds_no_layers_are_left_out(tmp_path: Path) -> None:

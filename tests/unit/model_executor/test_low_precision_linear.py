@@ -2,6 +2,7 @@
 """Linear layers at low precision: the kernels against what their copies stand for."""
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from vllm_nvium.model_executor.layers import low_precision_linear
 from vllm_nvium.model_executor.layers.low_precision_linear import (
     Int4Linear,
+    Int4LinearOnCUDA,
     Int8Linear,
     Int8LinearByFBGEMM,
+    Int8LinearByOneDNN,
     LowPrecisionLinear,
     group_of,
     layers_for,
 )
+from vllm_nvium.model_executor.ops.quantise import quantise_int4
 
 HERE = layers_for("cpu")
 
@@ -59,6 +63,51 @@ def test_a_copy_made_anew_stands_where_the_old_one_was(layer: type[LowPrecisionL
 
 
 @pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
+def test_copies_made_anew_are_fresh_copies(layer: type[LowPrecisionLinear]) -> None:
+    """However often, and whatever has come to lie where something of the old copy was."""
+    copy, x = layer(weight_of(96, 128)), weight_of(2, 128, seed=1)
+    for seed in range(5, 9):
+        new = weight_of(96, 128, seed=seed) * seed
+        copy.copy_weight(new)
+        taken = [torch.full((96,), 1e6) for _ in range(500)]
+        torch.testing.assert_close(copy.multiply(x), layer(new).multiply(x), rtol=0, atol=0)
+        del taken
+
+
+def test_what_onednn_has_packed_is_freed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the scales that it keeps a pointer to stay."""
+    made: list[int] = []
+    freed: list[int] = []
+    pointers: list[int] = []
+
+    class Handler:
+        """Of vLLM, which frees what its tensor says."""
+
+        def __init__(self) -> None:
+            made.append(100 + len(made))
+            self.handler_tensor = torch.tensor(made[-1])
+
+        def __del__(self) -> None:
+            freed.append(int(self.handler_tensor))
+
+    def create(weight: torch.Tensor, scales: torch.Tensor, *_: Any) -> Handler:
+        pointers.append(scales.data_ptr())
+        return Handler()
+
+    ops = SimpleNamespace(create_onednn_scaled_mm=create)
+    monkeypatch.setattr(low_precision_linear, "custom_ops", lambda: ops)
+    copy = Int8LinearByOneDNN(weight_of(96, 128))
+    for seed in (5, 6):
+        copy.copy_weight(weight_of(96, 128, seed=seed))
+        assert freed == made[:-1], "the copies before this one"
+    assert int(copy.levels) == made[-1]
+    assert pointers == [copy.scales.data_ptr()] * 3
+    del copy
+    gc.collect()
+    assert freed == made == [100, 101, 102]
+
+
+@pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
 def test_the_memory_of_a_copy_is_what_is_said(layer: type[LowPrecisionLinear]) -> None:
     copy = layer(weight_of(1024, 1024))
     held = sum(tensor.nbytes for tensor in copy.buffers())
@@ -85,6 +134,22 @@ def test_a_row_of_zeros_and_one_of_large_numbers(layer: type[LowPrecisionLinear]
     found = layer(weight).multiply(x)
     assert found[0].abs().max() == 0
     torch.testing.assert_close(found[1:2], layer(weight).multiply(x[1:2]))
+
+
+def test_large_weights_are_quantised_in_parts_on_gpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps between take many times the memory of a copy."""
+    rows = []
+
+    def quantise_and_count(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(weight))
+        return quantise_int4(weight, group)
+
+    monkeypatch.setattr(low_precision_linear, "quantise_int4", quantise_and_count)
+    # Nothing is computed: the shapes are those of torch's operators.
+    copy = Int4LinearOnCUDA(torch.empty(2 * 4096 + 96, 256, device="meta"))
+    assert rows == [4096, 4096, 96]
+    assert copy.levels.shape == ((2 * 4096 + 96) // 8, 2, 32, 4)
+    assert copy.scales.shape == (2, 2 * 4096 + 96, 2)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
