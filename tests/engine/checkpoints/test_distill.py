@@ -278,7 +278,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}', r"line 1 has no prompt .* only text"),
         ("a.jsonl", '{"turns": [], "prompt": 3}', "line 1 has no prompt"),
-        ("a.jsonl", "3", "line 1 has no prompt .* only int"),
+        ("a.jsonl", "3", "line 1 is 3, and an object of fields is needed"),
         ("a.jsonl", "", "has no prompts"),
         ("a.txt", "\n", "has no prompts"),
     ],
