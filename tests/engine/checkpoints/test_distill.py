@@ -15,7 +15,7 @@ from tiny_models import BOS, EOS, make_nvium
 from vllm_nvium.checkpoints import IGNORED
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import distill
-from vllm_nvium.checkpoints.train.distill import Files, counted, schedule, self_distill
+from vllm_nvium.checkpoints.train.distill import schedule, self_distill
 from vllm_nvium.checkpoints.train.prompts import read_prompts
 from vllm_nvium.errors import UserError
 
@@ -110,28 +110,28 @@ def test_a_run_that_was_stopped_goes_on(
     whole = self_distill(dense_checkpoint, tmp_path / "a.jsonl", TOKENS, **OPTIONS)
     rounds, rows = len(batch.jobs), len(batch.rows)
     assert rounds > 1, "answers are shorter than they may be"
-    # Each round may be stopped before it has answers, and when they are not noted yet.
-    cut = Files(tmp_path / "b.jsonl")
-    add = distill._append
+    out, write, say = tmp_path / "b.jsonl", distill._write, distill.say
     batch.rows.clear()
-    for _ in range(2 * rounds):
+    for _ in range(rounds):  # each may be stopped before it has answers, and just after
         batch.status = 3
         with pytest.raises(UserError, match="stopped with status 3 .* the same command goes on"):
-            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
-        batch.status = 0
-        monkeypatch.setattr(distill, "_append", lambda *_: 1 / 0)
+            self_distill(dense_checkpoint, out, TOKENS, **OPTIONS)
+        batch.status, before = 0, len(batch.jobs)
+
+        def kill(line: str, before: int = before) -> None:
+            if len(batch.jobs) > before:
+                raise ZeroDivisionError
+
+        monkeypatch.setattr(distill, "say", kill)
         with pytest.raises(ZeroDivisionError):
-            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
-        monkeypatch.setattr(distill, "_append", add)
-        monkeypatch.setattr(Files, "remove_rounds", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # one round further
-            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
-        monkeypatch.undo()
-        monkeypatch.setattr(subprocess, "run", batch)
-        if counted(cut.partial)[1] >= TOKENS:
-            break
-    assert self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS) == cut.out
-    assert cut.out.read_bytes() == whole.read_bytes()
+            self_distill(dense_checkpoint, out, TOKENS, **OPTIONS)
+        monkeypatch.setattr(distill, "say", say)
+    monkeypatch.setattr(distill, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # all rounds are there, and the file is not
+        self_distill(dense_checkpoint, out, TOKENS, **OPTIONS)
+    monkeypatch.setattr(distill, "_write", write)
+    assert self_distill(dense_checkpoint, out, TOKENS, **OPTIONS) == out
+    assert out.read_bytes() == whole.read_bytes()
     assert len(batch.rows) == rows, "no sample is drawn twice"
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {f"{name}.jsonl{more}" for name in "ab" for more in ("", ".header.json")}
@@ -202,7 +202,7 @@ def test_samples_of_another_model_are_refused(
     dense_checkpoint: Path, tmp_path: Path, batch: Batch
 ) -> None:
     out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
-    header = Files(out).header
+    header = distill._header_of(out)
     header.write_text(header.read_text().replace(str(dense_checkpoint.resolve()), "/other"))
     with pytest.raises(UserError, match="was sampled with parent = /other"):
         self_distill(dense_checkpoint, out, 10, **OPTIONS)
