@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import make_nvium
-from vllm_nvium.checkpoints.train.controller import BetaController, DenseCurve
+from vllm_nvium.checkpoints.train.controller import BetaController, dense_curve
 from vllm_nvium.checkpoints.train.loss import (
     head_target_log_probs,
     mixture_target_log_probs,
@@ -213,14 +213,14 @@ def test_dense_curve(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     lines = [{"step": 10, "val_loss": 4.0}, {"step": 20, "val_loss": 3.0}, {"step": 30}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curve = DenseCurve(path)
-    assert [curve.at(step) for step in (1, 10, 15, 20, 99)] == [4.0, 4.0, 3.5, 3.0, 3.0]
+    curve = dense_curve(path)
+    assert [curve(step) for step in (1, 10, 15, 20, 99)] == [4.0, 4.0, 3.5, 3.0, 3.0]
 
 
 def test_dense_curve_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="history.jsonl of a dense run"):
-        DenseCurve(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="history.jsonl of a training run"):
+        dense_curve(tmp_path / "missing.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(UserError, match="no line of it holds"):
-        DenseCurve(empty)
+        dense_curve(empty)

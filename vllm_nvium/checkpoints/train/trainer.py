@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vllm_nvium.checkpoints.train.controller import BetaController
+from vllm_nvium.checkpoints.train.controller import BetaController, Curve
 from vllm_nvium.checkpoints.train.loss import (
     dense_target_log_probs,
     mean_of_scored,
@@ -30,7 +30,7 @@ from vllm_nvium.checkpoints.train.loss import (
     warm_up_penalty,
 )
 from vllm_nvium.checkpoints.train.options import TrainOptions
-from vllm_nvium.checkpoints.train.retrofit import load_trainable_state, trainable_state
+from vllm_nvium.checkpoints.train.retrofit import trainable_state
 from vllm_nvium.checkpoints.train.validation import Losses, worst_text
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.files import write_atomically
@@ -38,7 +38,6 @@ from vllm_nvium.model_executor.ops.mixture import expected_depth
 
 WEIGHTS = "trained.safetensors"
 STATE = "trainer_state.json"
-HISTORY = "history.jsonl"
 
 
 @dataclass
@@ -55,14 +54,6 @@ class Schedule:
 
     hazard_warm_up_steps: int
     head_loss_steps: int
-
-    @classmethod
-    def of(cls, options: TrainOptions, steps: int) -> "Schedule":
-        """The shares that the options name, of a number of steps."""
-        return cls(
-            hazard_warm_up_steps=round(options.hazard_warm_up * steps),
-            head_loss_steps=round(options.head_loss_share * steps),
-        )
 
 
 def nvium_loss(
@@ -160,16 +151,15 @@ class NviumTrainer(Trainer):
         state = {name: t.contiguous() for name, t in trainable_state(self.model).items()}
         save_file(state, Path(output_dir) / WEIGHTS)
 
-    def load(self, checkpoint: Path) -> None:
-        """Takes a checkpoint's weights and trains nothing."""
-        self._load_from_checkpoint(str(checkpoint))
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainable_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        found = self.model.load_state_dict(state, strict=False)
+        assert not found.unexpected_keys, found.unexpected_keys
 
 
 class Validation(TrainerCallback, ExportableState):
-    """Measures the validation loss every few steps, steers beta by it, and keeps the history.
+    """Measures the validation loss every few steps, steers beta by it, and keeps the history: with
+    Trainer's own log, which a resumed run gets back as it was, and as a file beside it.
 
     Against a parent it steers by the text on which the mixture is worst: by their mean it would
     sell one kind of text for another. A dense twin's curve only has the mean.
@@ -181,7 +171,7 @@ class Validation(TrainerCallback, ExportableState):
         controller: holds beta.
         steers_from: the controller changes beta after this step.
         every: steps.
-        history: file to add a line to at every measurement.
+        history: file of all measurements.
         starts_as_parent: before the first step the model is the parent.
     """
 
@@ -189,7 +179,7 @@ class Validation(TrainerCallback, ExportableState):
         self,
         measure: Callable[[], Losses],
         parent: Losses | None,
-        curve: Callable[[int], float] | None,
+        curve: Curve | None,
         controller: BetaController,
         steers_from: int,
         every: int,
@@ -210,10 +200,8 @@ class Validation(TrainerCallback, ExportableState):
         kept = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(kept, dict):
             self.controller.beta = kept["attributes"]["beta"]
-        keep_history(self.history, state.global_step)
         if state.global_step == 0 and self.starts_as_parent and self.parent is not None:
-            self.history.unlink(missing_ok=True)
-            self._record(0, self.parent, self.parent.mean, 0.0)
+            self._record(state, self.parent, self.parent.mean, 0.0)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,7 +213,7 @@ class Validation(TrainerCallback, ExportableState):
         dense = self.parent.mean if self.parent is not None else None
         if self.curve is not None:
             dense = self.curve(step)
-        self._record(step, losses, dense, self.controller.beta)
+        self._record(state, losses, dense, self.controller.beta)
         # At this very step the hazards are still where the warm-up pulled them.
         if step <= self.steers_from:
             return
@@ -234,9 +222,11 @@ class Validation(TrainerCallback, ExportableState):
         elif self.parent is not None:
             self.controller.update(*worst_text(self.parent.by_text, losses.by_text))
 
-    def _record(self, step: int, losses: Losses, dense: float | None, beta: float) -> None:
+    def _record(
+        self, state: TrainerState, losses: Losses, dense: float | None, beta: float
+    ) -> None:
         line = {
-            "step": step,
+            "step": state.global_step,
             "val_loss": losses.mean,
             "parent_loss": dense,
             "mean_depth": losses.depth,
@@ -244,21 +234,9 @@ class Validation(TrainerCallback, ExportableState):
             "val_losses": losses.by_text,
             "parent_losses": None if self.parent is None else self.parent.by_text,
         }
-        with self.history.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def keep_history(path: Path, up_to: int) -> None:
-    """Drops what a killed run wrote after the checkpoint that it is resumed from."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-            if json.loads(line)["step"] <= up_to:
-                kept.append(line)
-    text = "".join(line + "\n" for line in kept)
-    write_atomically(path, lambda beside: beside.write_text(text))
+        state.log_history.append(line)
+        lines = [json.dumps(line) + "\n" for line in state.log_history if "val_loss" in line]
+        write_atomically(self.history, lambda beside: beside.write_text("".join(lines)))
 
 
 def last_complete_checkpoint(run: Path) -> Path | None:
