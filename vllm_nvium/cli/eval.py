@@ -74,11 +74,15 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     texts = parse_texts(args.text)
     from vllm_nvium.checkpoints.evaluate.checkpoint import Request
-    from vllm_nvium.checkpoints.evaluate.history import read_history
+    from vllm_nvium.checkpoints.evaluate.history import HISTORY, read_history
     from vllm_nvium.checkpoints.evaluate.plots import draw
+    from vllm_nvium.checkpoints.evaluate.results import to_json
     from vllm_nvium.checkpoints.evaluate.tables import print_report
 
-    history = read_history(args.history) if args.history else []
+    history = []
+    if args.history is not None:
+        needed = ("step", "val_loss", "mean_depth")
+        history = read_history(args.history / HISTORY, "--history", *needed)
     request = Request(
         model=args.model.expanduser(),
         texts=texts,
@@ -94,10 +98,10 @@ def run(args: argparse.Namespace) -> None:
     report = evaluate(request)
     print_report(report)
     if args.json is not None:
-        text = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
         write_atomically(args.json, lambda path: path.write_text(text))
     if args.plot is not None:
-        evaluations = {name: result.nvium for name, result in report.results.items()}
+        evaluations = {name: result.nvium for name, result in report.texts.items()}
         write_atomically(args.plot, lambda path: draw(path, evaluations, history))
 
 

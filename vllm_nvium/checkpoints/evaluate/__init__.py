@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from vllm_nvium.checkpoints import require
 
 if TYPE_CHECKING:
-    from vllm_nvium.checkpoints.evaluate.checkpoint import Report, Request
+    from vllm_nvium.checkpoints.evaluate.checkpoint import Request
+    from vllm_nvium.checkpoints.evaluate.results import Report
 
 
 def evaluate(request: "Request") -> "Report":
