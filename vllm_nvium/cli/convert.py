@@ -6,7 +6,7 @@ checkpoint that vLLM serves and training continues from.
 import argparse
 from pathlib import Path
 
-from vllm_nvium.checkpoints.convert import DENSE_FLAGS, convert
+from vllm_nvium.checkpoints.convert import DENSE_OPTIONS, convert
 from vllm_nvium.console import comma_separated, say
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.families import FAMILIES
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
-    given = {name: value for name in DENSE_FLAGS if (value := getattr(args, name)) is not None}
+    given = {name: value for name in DENSE_OPTIONS if (value := getattr(args, name)) is not None}
     if "exit_layers" in given and "num_exits" in given:
         raise UserError("--exit-layers and --num-exits exclude each other.")
     # `None` when no flag was given: those flags make no sense for an authors' checkpoint.

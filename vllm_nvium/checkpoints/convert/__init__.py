@@ -14,16 +14,10 @@ if TYPE_CHECKING:
     from vllm_nvium.checkpoints.convert.checkpoint import Source
     from vllm_nvium.checkpoints.convert.dense import DenseOptions
 
-# What belongs to dense models only: field of `DenseOptions` -> flag.
-DENSE_FLAGS = {
-    "exit_layers": "--exit-layers",
-    "num_exits": "--num-exits",
-    "hazards": "--hazards",
-    "exit_norm": "--exit-norm",
-    "adapter_size": "--adapter-size",
-    "router_size": "--router-size",
-    "seed": "--seed",
-}
+# The fields of `DenseOptions`, which are flags and belong to dense models only.
+DENSE_OPTIONS = (
+    "exit_layers", "num_exits", "hazards", "exit_norm", "adapter_size", "router_size", "seed",
+)  # fmt: skip
 
 
 def convert(
@@ -57,7 +51,8 @@ def convert(
     from vllm_nvium.checkpoints.convert.checkpoint import source_dtype, write_checkpoint
 
     source = open_source(str(dense), dtype)
-    do_not_apply = f"so {', '.join(DENSE_FLAGS.values())} do not apply."
+    flags = ", ".join("--" + name.replace("_", "-") for name in DENSE_OPTIONS)
+    do_not_apply = f"so {flags} do not apply."
     notes: list[str] = []
     if exits is not None:
         if options is not None:

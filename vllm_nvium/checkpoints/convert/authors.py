@@ -12,12 +12,13 @@ a mixture could have; the learnt hazards are kept as they are. Both are reported
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
+from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan, check_tensors
 from vllm_nvium.checkpoints.convert.dense import make_config, parent_config
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
@@ -126,19 +127,13 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     exits = {"exit_layers": exit_layers, "exit_head": exit_head}
     config = make_config({"text_config": parent} | exits | _sizes(source, experiment, path))
     scale, notes = _router_scale(_section(experiment, path, "router"), path)
-    tensors: TensorPlan = {}
-    used = set()
-    for name, shape in expected_shapes(config).items():
-        theirs = _authors_name(name)
-        used.add(theirs)
-        _check_shape(source, theirs, shape)
-        tensors[name] = _loader(source, theirs, scale if ".router.head." in name else 1.0)
-    for name in sorted(set(source.shapes) - used):
-        if not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(
-                f"{source.name} has a tensor {name}, for which {path} and config.json have no "
-                "place."
-            )
+    theirs = {name: _authors_name(name) for name in (shapes := expected_shapes(config))}
+    wanted = {theirs[name]: shape for name, shape in shapes.items()}
+    check_tensors(source, wanted, f"{path} and config.json have")
+    tensors: TensorPlan = {
+        name: partial(_scaled, source, old, scale if ".router.head." in name else 1.0)
+        for name, old in theirs.items()
+    }
     return config, tensors, notes
 
 
@@ -325,17 +320,6 @@ def _authors_name(name: str) -> str:
     return name
 
 
-def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
-    got = source.shapes.get(name)
-    if got is None:
-        raise UserError(f"{source.name} has no tensor {name}, expected of shape {list(shape)}.")
-    if tuple(got) != shape:
-        raise UserError(
-            f"{name} in {source.name} has shape {list(got)}, and {list(shape)} is expected."
-        )
-
-
-def _loader(source: Source, name: str, scale: float) -> Any:
-    if scale == 1.0:
-        return lambda: source.load(name)
-    return lambda: source.load(name).float() * scale
+def _scaled(source: Source, name: str, scale: float) -> torch.Tensor:
+    tensor = source.load(name)
+    return tensor if scale == 1.0 else tensor.float() * scale

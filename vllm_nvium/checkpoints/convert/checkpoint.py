@@ -6,7 +6,7 @@ all. Both kinds of conversion go through here and differ only in the tensors the
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,6 +159,31 @@ def copy_companions(folder: Path, out: Path) -> None:
                 shutil.copytree(path, target, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target)
+
+
+def check_tensors(
+    source: Source, wanted: Mapping[str, Shape], who_has: str, may_have: Sequence[str] = ()
+) -> None:
+    """Compare the tensors of a source with those that are wanted of it.
+
+    Args:
+        who_has: beginning of "... no place for it", for messages.
+        may_have: names that are passed over.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is not wanted.
+    """
+    for name, shape in wanted.items():
+        got = source.shapes.get(name)
+        if got is None:
+            raise UserError(f"{source.name} has no tensor {name}, expected of shape {list(shape)}.")
+        if tuple(got) != tuple(shape):
+            raise UserError(
+                f"{name} in {source.name} has shape {list(got)}, and {list(shape)} is expected."
+            )
+    for name in sorted(set(source.shapes) - set(wanted) - set(may_have)):
+        if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store the frequencies
+            raise UserError(f"{source.name} has a tensor {name}, for which {who_has} no place.")
 
 
 def source_dtype(source: Source, dtype: str) -> torch.dtype:
