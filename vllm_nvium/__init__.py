@@ -14,9 +14,9 @@ from vllm_nvium.version import __version__
 
 if TYPE_CHECKING:
     from vllm_nvium.checkpoints.convert import convert
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions
+    from vllm_nvium.checkpoints.convert.options import DenseOptions
     from vllm_nvium.checkpoints.evaluate import evaluate
-    from vllm_nvium.checkpoints.evaluate.checkpoint import Request as EvaluateRequest
+    from vllm_nvium.checkpoints.evaluate.request import Request as EvaluateRequest
     from vllm_nvium.checkpoints.mask_search.find import find_mask as search_mask
     from vllm_nvium.checkpoints.mask_search.request import SearchRequest
     from vllm_nvium.checkpoints.train import train
@@ -49,8 +49,8 @@ __all__ = [
 
 # Public name -> module below this package, and its name there.
 _WHERE = {
-    "DenseOptions": ("checkpoints.convert.dense", "DenseOptions"),
-    "EvaluateRequest": ("checkpoints.evaluate.checkpoint", "Request"),
+    "DenseOptions": ("checkpoints.convert.options", "DenseOptions"),
+    "EvaluateRequest": ("checkpoints.evaluate.request", "Request"),
     "NviumConfig": ("model_executor.models.configuration_nvium", "NviumConfig"),
     "NviumOptions": ("nvium.options", "NviumOptions"),
     "SearchRequest": ("checkpoints.mask_search.request", "SearchRequest"),

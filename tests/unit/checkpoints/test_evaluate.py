@@ -527,11 +527,11 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "short blocks": (
         ["{r}/nvium", "--text", "{r}/wiki.txt", "--block-size", "1"],
-        "--block-size is 1, and it must be at least 2",
+        "--block-size is '1': input should be greater than or equal to 2",
     ),
     "no batch": (
         ["{r}/nvium", "--text", "{r}/wiki.txt", "--batch-size", "0"],
-        "--batch-size is 0, and it must be at least 1",
+        "--batch-size is '0': input should be greater than or equal to 1",
     ),
     "few tokens": (
         ["{r}/nvium", "--text", "{r}/wiki.txt", "--max-tokens", "9"],
@@ -539,7 +539,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "unknown dtype": (
         ["{r}/nvium", "--text", "{r}/wiki.txt", "--dtype", "float8"],
-        "--dtype is 'float8', and it must be float32 or bfloat16",
+        "--dtype is 'float8': input should be 'float32' or 'bfloat16'",
     ),
     "agreement with nothing": (["{r}/nvium", "--text", "{r}/wiki.txt", "--agreement"], "--dense"),
     "history of nothing": (

@@ -7,23 +7,19 @@ package imports neither torch nor transformers.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_nvium.checkpoints.convert.options import DenseOptions
+from vllm_nvium.checkpoints.options import flag_of
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import from_hub
 
 if TYPE_CHECKING:
     from vllm_nvium.checkpoints.convert.checkpoint import Source
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions
-
-# The fields of `DenseOptions`, which are flags and belong to dense models only.
-DENSE_OPTIONS = (
-    "exit_layers", "num_exits", "hazards", "exit_norm", "adapter_size", "router_size", "seed",
-)  # fmt: skip
 
 
 def convert(
     dense: str | Path,
     out: str | Path,
-    options: "DenseOptions | None" = None,
+    options: DenseOptions | None = None,
     *,
     dtype: str = "auto",
     force: bool = False,
@@ -51,7 +47,7 @@ def convert(
     from vllm_nvium.checkpoints.convert.checkpoint import source_dtype, write_checkpoint
 
     source = open_source(str(dense), dtype)
-    flags = ", ".join("--" + name.replace("_", "-") for name in DENSE_OPTIONS)
+    flags = ", ".join(map(flag_of, DenseOptions.model_fields))
     do_not_apply = f"so {flags} do not apply."
     notes: list[str] = []
     if exits is not None:
@@ -66,7 +62,7 @@ def convert(
             )
         config, plan, notes = authors.plan(source)
     else:
-        config, plan = dense_models.plan(source, options or dense_models.DenseOptions())
+        config, plan = dense_models.plan(source, options or DenseOptions())
     write_checkpoint(Path(out), source, config, plan, source_dtype(source, dtype), force)
     return notes
 

@@ -6,7 +6,6 @@ identity, and a router with a constant hazard. With hazards of zero the result i
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan, check_tensors
+from vllm_nvium.checkpoints.convert.options import DenseOptions
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import Shape, expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -25,30 +25,6 @@ from vllm_nvium.model_executor.models.parent import parent_of
 CERTAIN = 1e4
 # How the names of tensors begin that a dense model has not.
 OWN = ("exits.", "final_adapter.")
-
-
-@dataclass(frozen=True)
-class DenseOptions:
-    """What stands at the exits of a converted dense model.
-
-    Attributes:
-        exit_layers: layers already run at each exit; `None` spaces `num_exits` of them evenly.
-        num_exits: number of early exits, used when `exit_layers` is `None`.
-        hazards: chance of leaving at each exit for a token that got there; one value is for all.
-        exit_norm: `"final"` copies the final norm's weight into every exit's norm, `"ones"` does
-            not.
-        adapter_size: inner width of the adapters (exits and final head); 0 for none, `None` for H.
-        router_size: inner width of the routers; `None` for about 0.66 H.
-        seed: seed of the random weights that training starts from.
-    """
-
-    exit_layers: Sequence[int] | None = None
-    num_exits: int = 3
-    hazards: Sequence[float] = (0.0,)
-    exit_norm: str = "final"
-    adapter_size: int | None = None
-    router_size: int | None = None
-    seed: int = 0
 
 
 def evenly_spaced(num_exits: int, num_layers: int) -> list[int]:
@@ -157,9 +133,6 @@ def _one_per_exit(hazards: Sequence[float], num_exits: int) -> list[float]:
         raise UserError(
             f"--hazards has {len(values)} values, and {num_exits} exits need 1 or {num_exits}."
         )
-    for value in values:
-        if not 0.0 <= value <= 1.0:
-            raise UserError(f"--hazards contains {value}, and a hazard lies in 0..1.")
     return values
 
 

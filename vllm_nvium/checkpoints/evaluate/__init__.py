@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_nvium.checkpoints import require
 
 if TYPE_CHECKING:
-    from vllm_nvium.checkpoints.evaluate.checkpoint import Request
+    from vllm_nvium.checkpoints.evaluate.request import Request
     from vllm_nvium.checkpoints.evaluate.results import Report
 
 

@@ -3,15 +3,15 @@
 a time.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+import torch
+import transformers
 
 from vllm_nvium.checkpoints.evaluate.measure import (
     dense_top_tokens,
     evaluate_dense,
     evaluate_nvium,
 )
+from vllm_nvium.checkpoints.evaluate.request import Request
 from vllm_nvium.checkpoints.evaluate.results import (
     DenseEvaluation,
     Report,
@@ -30,39 +30,9 @@ from vllm_nvium.checkpoints.inputs import (
 from vllm_nvium.checkpoints.text import check_tokenizer, load_blocks
 from vllm_nvium.version import __version__
 
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to evaluate, and how.
-
-    Attributes:
-        texts: name -> sources, as `load_blocks` takes them.
-        dense: folder or hub id of the dense parent.
-        agreement: also compare the most likely token of every head with the parent's.
-        max_tokens: of each text.
-        dtype: of both models, a name of PyTorch's.
-    """
-
-    model: Path
-    texts: dict[str, list[str]]
-    dense: str | None = None
-    agreement: bool = False
-    block_size: int = 1024
-    max_tokens: int | None = None
-    batch_size: int = 1
-    dtype: str = "float32"
-    text_field: str | None = None
-    split: str = "train"
-
 
 def evaluate_checkpoint(request: Request) -> Report:
     """Load texts and models, and evaluate them; see `evaluate` of this package."""
-    import torch
-    import transformers
-
     texts, size = _open_texts(request), request.batch_size
     dense: dict[str, DenseEvaluation] = {}
     top: dict[str, torch.Tensor] = {}
@@ -98,7 +68,7 @@ def evaluate_checkpoint(request: Request) -> Report:
     )
 
 
-def _open_texts(request: Request) -> "dict[str, torch.Tensor]":
+def _open_texts(request: Request) -> dict[str, torch.Tensor]:
     """The blocks of every text, `[blocks, T]` int64, after all that can be checked without
     weights."""
     from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers

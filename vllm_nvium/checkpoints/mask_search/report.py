@@ -2,7 +2,6 @@
 """What a search for a mask leaves: the mask's file, a table on standard output, a picture."""
 
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +25,7 @@ AXES = {
     "speed": "speed (tokens per second)",
 }
 # Fields of the mask file that are flags of the command.
-FLAGS = ("skip_ratio", "objective", "drafter", "seed", "random_share", "dtype")
+FLAGS = {"skip_ratio", "objective", "drafter", "seed", "random_share", "dtype"}
 
 
 def make_mask_file(
@@ -39,9 +38,8 @@ def make_mask_file(
         calibration: the text that the masks were scored on.
     """
     best, is_divergence = study.best_trial, request.objective == "divergence"
-    flags = {name: value for name, value in asdict(request).items() if name in FLAGS}
     return MaskFile.model_validate(
-        flags
+        request.model_dump(include=FLAGS)
         | {
             "model": request.target,
             "identity": identity,

