@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vllm_nvium.checkpoints.train.controller import BetaController, Curve
@@ -157,14 +157,15 @@ class NviumTrainer(Trainer):
         assert not found.unexpected_keys, found.unexpected_keys
 
 
-class Validation(TrainerCallback, ExportableState):
+@dataclass(eq=False)
+class Validation(TrainerCallback):
     """Measures the validation loss every few steps, steers beta by it, and keeps the history: with
     Trainer's own log, which a resumed run gets back as it was, and as a file beside it.
 
     Against a parent it steers by the text on which the mixture is worst: by their mean it would
     sell one kind of text for another. A dense twin's curve only has the mean.
 
-    Args:
+    Attributes:
         measure: the model as it is.
         parent: losses of the dense parent by text, or None.
         curve: mean loss of a dense twin at a step, or None.
@@ -175,33 +176,23 @@ class Validation(TrainerCallback, ExportableState):
         starts_as_parent: before the first step the model is the parent.
     """
 
-    def __init__(
-        self,
-        measure: Callable[[], Losses],
-        parent: Losses | None,
-        curve: Curve | None,
-        controller: BetaController,
-        steers_from: int,
-        every: int,
-        history: Path,
-        starts_as_parent: bool,
-    ) -> None:
-        self.measure, self.parent, self.curve, self.controller = measure, parent, curve, controller
-        self.steers_from, self.every, self.history = steers_from, every, history
-        self.starts_as_parent = starts_as_parent
-
-    def state(self) -> dict[str, Any]:
-        """What `trainer_state.json` keeps of this callback."""
-        return {"args": {}, "attributes": {"beta": self.controller.beta}}
+    measure: Callable[[], Losses]
+    parent: Losses | None
+    curve: Curve | None
+    controller: BetaController
+    steers_from: int
+    every: int
+    history: Path
+    starts_as_parent: bool
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and isinstance(kept, dict):
-            self.controller.beta = kept["attributes"]["beta"]
         if state.global_step == 0 and self.starts_as_parent and self.parent is not None:
-            self._record(state, self.parent, self.parent.mean, 0.0)
+            self._record(state, self.parent)
+        elif lines := self._lines(state):
+            self.controller.beta = lines[-1]["beta"]
+            self._steer(lines[-1])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -209,34 +200,36 @@ class Validation(TrainerCallback, ExportableState):
         step = state.global_step
         if step % self.every and step != state.max_steps:
             return
-        losses = self.measure()
-        dense = self.parent.mean if self.parent is not None else None
-        if self.curve is not None:
-            dense = self.curve(step)
-        self._record(state, losses, dense, self.controller.beta)
-        # At this very step the hazards are still where the warm-up pulled them.
-        if step <= self.steers_from:
-            return
-        if self.curve is not None:
-            self.controller.update(self.curve(step), losses.mean)
-        elif self.parent is not None:
-            self.controller.update(*worst_text(self.parent.by_text, losses.by_text))
+        self._steer(self._record(state, self.measure()))
 
-    def _record(
-        self, state: TrainerState, losses: Losses, dense: float | None, beta: float
-    ) -> None:
+    def _record(self, state: TrainerState, losses: Losses) -> dict[str, Any]:
+        dense = None if self.parent is None else self.parent.mean
         line = {
             "step": state.global_step,
             "val_loss": losses.mean,
-            "parent_loss": dense,
+            "parent_loss": dense if self.curve is None else self.curve(state.global_step),
             "mean_depth": losses.depth,
-            "beta": beta,
+            "beta": self.controller.beta,
             "val_losses": losses.by_text,
             "parent_losses": None if self.parent is None else self.parent.by_text,
         }
         state.log_history.append(line)
-        lines = [json.dumps(line) + "\n" for line in state.log_history if "val_loss" in line]
-        write_atomically(self.history, lambda beside: beside.write_text("".join(lines)))
+        text = "".join(json.dumps(line) + "\n" for line in self._lines(state))
+        write_atomically(self.history, lambda beside: beside.write_text(text))
+        return line
+
+    def _lines(self, state: TrainerState) -> list[dict[str, Any]]:
+        return [line for line in state.log_history if "val_loss" in line]
+
+    def _steer(self, line: dict[str, Any]) -> None:
+        """Changes beta by what was measured last."""
+        # At the last step of the warm-up the hazards are still where it pulled them.
+        if line["step"] <= self.steers_from:
+            return
+        if self.curve is not None:
+            self.controller.update(line["parent_loss"], line["val_loss"])
+        elif self.parent is not None:
+            self.controller.update(*worst_text(self.parent.by_text, line["val_losses"]))
 
 
 def last_complete_checkpoint(run: Path) -> Path | None:
