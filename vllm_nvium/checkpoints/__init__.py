@@ -12,11 +12,7 @@ IGNORED = -100
 
 
 def require(*packages: str) -> None:
-    """Refuses to begin without packages of the `train` extra.
-
-    Raises:
-        UserError: one of them is not installed.
-    """
+    """Refuses to begin without packages of the `train` extra."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UserError(

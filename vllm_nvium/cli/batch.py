@@ -109,11 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything slow starts.
-
-    Raises:
-        UserError: a flag has a value that cannot be used.
-    """
+    """Refuse what cannot work, before anything slow starts."""
     from vllm_nvium.batch.inputs import check_suffix
 
     check_at_least(args, replicas=1)

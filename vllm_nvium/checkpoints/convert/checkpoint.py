@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from tqdm import tqdm
 
+from vllm_nvium.checkpoints.inputs import refusing
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.checkpoint_layout import (
@@ -88,12 +88,8 @@ def open_folder(folder: Path, name: str) -> Source:
     def load_config() -> Any:
         from transformers import AutoConfig
 
-        try:
+        with refusing(f"transformers cannot read {config_file}"):
             return AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-            raise UserError(
-                f"transformers cannot read {config_file}: {first_line(error)}"
-            ) from error
 
     return Source(
         name=name,

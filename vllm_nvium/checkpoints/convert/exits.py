@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
@@ -26,7 +26,8 @@ from vllm_nvium.checkpoints.convert.dense import (
     make_config,
     parent_config,
 )
-from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.checkpoints.inputs import refusing
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -112,24 +113,18 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            scale = float((file.metadata() or {}).get("lora_scale", "1.0"))
-            return {name: file.get_tensor(name) for name in file.keys()}, scale  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read ({first_line(error)})."
-        ) from error
+    with (
+        refusing(f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read"),
+        safe_open(folder / WEIGHTS, framework="pt") as file,
+    ):
+        scale = float((file.metadata() or {}).get("lora_scale", "1.0"))
+        return {name: file.get_tensor(name) for name in file.keys()}, scale  # noqa: SIM118
 
 
 def _read_config(folder: Path) -> NviumConfig:
-    try:
+    what = f"--exits is {str(folder)!r}, and config.json in it is not that of an N-vium model"
+    with refusing(what):
         return NviumConfig(**json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"--exits is {str(folder)!r}, and config.json in it is not that of an N-vium model "
-            f"({first_line(error)})."
-        ) from error
 
 
 def _notes(source: Source, folder: Path) -> list[str]:

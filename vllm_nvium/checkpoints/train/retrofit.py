@@ -24,6 +24,7 @@ from vllm_nvium.checkpoints.inputs import (
     load_tokenizer,
     open_model,
     open_parent,
+    refusing,
 )
 from vllm_nvium.checkpoints.train.options import TrainOptions
 from vllm_nvium.errors import UserError
@@ -107,14 +108,10 @@ def open_start(options: TrainOptions, out: Path) -> Start:
 def _from_scratch(options: TrainOptions) -> Start:
     path = Path(options.model).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text())
-        config = AutoConfig.for_model(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"MODEL is {options.model!r}, and --method scratch needs the config.json of a model "
-            f"({error})."
-        ) from error
+    with refusing(
+        f"MODEL is {options.model!r}, and --method scratch needs the config.json of a model"
+    ):
+        config = AutoConfig.for_model(**json.loads(path.read_text()))
     set_seed(options.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     is_dense = not isinstance(config, NviumConfig)

@@ -81,11 +81,7 @@ def serve(
 
 
 def check_port(port: int) -> None:
-    """Refuse a port that another program has: its answers would be taken for the server's.
-
-    Raises:
-        UserError: it has, or there is no such port.
-    """
+    """Refuse a port that another program has: its answers would be taken for the server's."""
     if port > LAST_PORT:
         raise UserError(f"--port is {port}, and it must be at most {LAST_PORT}.")
     with socket.socket() as probe:
