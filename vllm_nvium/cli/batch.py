@@ -73,9 +73,6 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0, or 130 when it was interrupted.
-
-    Raises:
-        UserError: something given cannot be used, or the job stopped.
     """
     parser = args.parser
     del args.parser

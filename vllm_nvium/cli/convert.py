@@ -50,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert.
-
-    Raises:
-        UserError: what was given cannot be converted; nothing was written.
-    """
+    """Convert."""
     given = given_by(args, DenseOptions)
     if "exit_layers" in given and "num_exits" in given:
         raise UserError("--exit-layers and --num-exits exclude each other.")

@@ -46,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for.
-
-    Raises:
-        UserError: something given cannot be used, or a file cannot be written.
-    """
+    """Measure, print, and write what was asked for."""
     given = given_by(args, Request) | {"model": args.model.expanduser()}
     request = Request(**given, texts=parse_texts(args.text))
     check(request, args)

@@ -29,9 +29,6 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0, or 130 when the search was interrupted.
-
-    Raises:
-        UserError: something given cannot be used, or a file cannot be written.
     """
     args.out = Path(args.out).expanduser()
     try:

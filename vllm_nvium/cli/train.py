@@ -32,19 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> TrainOptions:
-    """The flags over the file over the defaults.
-
-    Raises:
-        UserError: a value cannot be used, wherever it stands.
-    """
+    """The flags over the file over the defaults."""
     from_file = {} if args.config is None else read_config(args.config)
     return TrainOptions(**from_file | given_by(args, TrainOptions))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train.
-
-    Raises:
-        UserError: an option cannot be used; nothing was trained.
-    """
+    """Train."""
     say(f"vllm-nvium train: wrote {train(options_of(args))}")

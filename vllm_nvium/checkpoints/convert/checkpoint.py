@@ -69,11 +69,7 @@ class Source:
 
 
 def open_folder(folder: Path, name: str) -> Source:
-    """Open a Hugging Face folder: one or several `.safetensors` files, or `pytorch_model*.bin`.
-
-    Raises:
-        UserError: no readable configuration or no weights.
-    """
+    """Open a Hugging Face folder: one or several `.safetensors` files, or `pytorch_model*.bin`."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{name} has no config.json, so it is not a Hugging Face checkpoint.")
@@ -165,9 +161,6 @@ def check_tensors(
     Args:
         who_has: beginning of "... no place for it", for messages.
         may_have: names that are passed over.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or is not wanted.
     """
     for name, shape in wanted.items():
         got = source.shapes.get(name)

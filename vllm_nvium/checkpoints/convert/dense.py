@@ -71,11 +71,7 @@ def parent_config(source: Source) -> PretrainedConfig:
 
 
 def make_config(fields: dict[str, Any]) -> NviumConfig:
-    """`NviumConfig` of these fields.
-
-    Raises:
-        UserError: our configuration or transformers refuses one of them.
-    """
+    """`NviumConfig` of these fields."""
     try:
         return NviumConfig(**fields)
     except ValueError as error:
@@ -83,11 +79,7 @@ def make_config(fields: dict[str, Any]) -> NviumConfig:
 
 
 def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan]:
-    """The configuration of the N-vium model, and how to make each of its tensors.
-
-    Raises:
-        UserError: the source or the options cannot be converted.
-    """
+    """The configuration of the N-vium model, and how to make each of its tensors."""
     parent = parent_config(source)
     exit_layers = (
         evenly_spaced(options.num_exits, parent.num_hidden_layers)
@@ -118,9 +110,6 @@ def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan
 def check_backbone(source: Source, shapes: Mapping[str, Shape]) -> None:
     """Compare the source's tensors with those that an N-vium checkpoint of these shapes takes over
     from it.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or has no place in the model.
     """
     wanted = {name: shape for name, shape in shapes.items() if not name.startswith(OWN)}
     # Tied checkpoints may repeat the embeddings.

@@ -11,11 +11,7 @@ HISTORY = "history.jsonl"
 
 
 def read_history(file: Path, flag: str, *needed: str) -> list[dict[str, Any]]:
-    """The lines of a history in which no field of `needed` is missing or null, by step.
-
-    Raises:
-        UserError: it cannot be read, or has no such line.
-    """
+    """The lines of a history in which no field of `needed` is missing or null, by step."""
     try:
         lines = [json.loads(line) for line in file.expanduser().read_text().splitlines()]
         found = [line for line in lines if all(line.get(name) is not None for name in needed)]

@@ -56,9 +56,6 @@ def evaluate_nvium(
         parent_top: `[blocks, T - 1]`, a dense parent's most likely tokens (of `dense_top_tokens`),
             to compare every head's with; costs as much as the unembeddings once more.
         title: of the progress bar.
-
-    Raises:
-        UserError: there is no block.
     """
     parts = []
     for rows, input_ids in _batches(blocks, batch_size, model.device, title):
@@ -98,9 +95,6 @@ def evaluate_dense(
     Args:
         model: a causal language model of transformers whose logits are its unembedding applied to
             the last hidden state (a family of N-vium models).
-
-    Raises:
-        UserError: there is no block.
     """
     losses = []
     for _, input_ids in _batches(blocks, batch_size, model.device, title):

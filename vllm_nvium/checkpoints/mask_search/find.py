@@ -38,12 +38,7 @@ NOT_IN_THE_RECORD = {"target", "out", "trials", "resume"}
 
 
 def find_mask(request: SearchRequest) -> MaskFile:
-    """Search, and write mask, record and picture.
-
-    Raises:
-        UserError: target or text cannot be used, the record is of another search, or a result
-            cannot be written.
-    """
+    """Search, and write mask, record and picture."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = load_target_config(request)
     identity = ModelIdentity.from_config(config)

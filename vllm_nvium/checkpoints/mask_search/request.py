@@ -22,7 +22,11 @@ class SearchRequest(Options):
     )
     out: Path = option(..., "mask file to write", "MASK.json")
     skip_ratio: float = option(
-        0.45, "share of the layers to skip (default: 0.45, the paper's best for 9B)", "R", gt=0, lt=1
+        0.45,
+        "share of the layers to skip (default: 0.45, the paper's best for 9B)",
+        "R",
+        gt=0,
+        lt=1,
     )
     objective: Objective = option(
         "divergence",

@@ -55,9 +55,6 @@ class BetaController:
 def dense_curve(history: Path) -> Curve:
     """Validation loss of a dense twin over training, as its run's `history.jsonl` holds it: linear
     between the steps that were measured, flat outside of them.
-
-    Raises:
-        UserError: the file is missing or holds no losses.
     """
     lines = read_history(history, "--controller", "step", "val_loss")
     steps, losses = ([line[name] for line in lines] for name in ("step", "val_loss"))

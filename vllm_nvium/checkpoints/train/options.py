@@ -64,7 +64,9 @@ class TrainOptions(Options):
     prompts: Words = option([], "files of prompts for --self-distill")
     distill_replicas: int = option(1, "engines that sample for --self-distill", ge=1)
     tokens: int = option(0, "training tokens in all (default: one pass over the text)", ge=0)
-    max_text_tokens: int = option(0, "use no more tokens of the text than this (default: all)", ge=0)
+    max_text_tokens: int = option(
+        0, "use no more tokens of the text than this (default: all)", ge=0
+    )
     validation_tokens: int = option(32768, "use no more of the validation texts in all", ge=1)
     calibration_tokens: int = option(
         32768,
@@ -136,11 +138,7 @@ class TrainOptions(Options):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options in a YAML or JSON file.
-
-    Raises:
-        UserError: it cannot be read, or holds what no option can be.
-    """
+    """The options in a YAML or JSON file."""
     import yaml
 
     try:

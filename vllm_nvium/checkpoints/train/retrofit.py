@@ -68,9 +68,6 @@ def open_start(options: TrainOptions, out: Path) -> Start:
 
     Args:
         out: folder of the run; a converted dense start is kept in it.
-
-    Raises:
-        UserError: the model, its configuration or its tokenizer cannot be used.
     """
     register_with_transformers()
     if options.method == "scratch":

@@ -97,11 +97,7 @@ def _open(options: TrainOptions, out: Path) -> Start:
 
 
 def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -> NviumTrainer:
-    """Everything that can be refused, then what is measured and fitted before the first step.
-
-    Raises:
-        UserError: something given cannot be used.
-    """
+    """Everything that can be refused, then what is measured and fitted before the first step."""
     steering = steering_of(options, start)
     # Before anything is sampled: text that cannot be read should not cost an hour.
     validation = _validation_blocks(options, start.tokenizer, options.validation_tokens)

@@ -85,11 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the checkpoints, then compare, serve, or print the path of the N-vium one.
-
-    Raises:
-        UserError: a checkpoint cannot be had, a number is out of range, or an engine fails.
-    """
+    """Prepare the checkpoints, then compare, serve, or print the path of the N-vium one."""
     check_at_least(args, max_tokens=1, port=1)
     if args.temperature is not None and not args.temperature >= 0:
         raise UserError(f"--temperature is {args.temperature}, and it must be at least 0.")

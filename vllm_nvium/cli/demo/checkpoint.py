@@ -59,11 +59,7 @@ class Models:
 
 
 def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()) -> Models:
-    """The N-vium checkpoint made from (or being) `model`, and its dense parent.
-
-    Raises:
-        UserError: they cannot be had.
-    """
+    """The N-vium checkpoint made from (or being) `model`, and its dense parent."""
     if model:
         return _prepare_given(model, exits, hazards)
     dense = dense_smollm2()
