@@ -19,7 +19,7 @@ from vllm_nvium.checkpoints.train.loss import (
     warm_up_penalty,
 )
 from vllm_nvium.checkpoints.train.retrofit import warm_up_margins
-from vllm_nvium.checkpoints.train.trainer import Schedule, nvium_loss
+from vllm_nvium.checkpoints.train.trainer import nvium_loss
 from vllm_nvium.checkpoints.train.validation import worst_text
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
@@ -114,11 +114,6 @@ def test_loss_and_gradients_equal_float64(term: str, exit_head: str, tmp_path: P
     model = make_nvium(tmp_path / "m", exit_head=exit_head, tied=exit_head == "final")
     model = model.double()
     tokens = torch.randint(3, 256, (2, 17), generator=torch.Generator().manual_seed(5))
-    schedule = {
-        "warm-up": Schedule(hazard_warm_up_steps=1, head_loss_steps=0),
-        "penalty": Schedule(hazard_warm_up_steps=0, head_loss_steps=0),
-        "heads": Schedule(hazard_warm_up_steps=0, head_loss_steps=1),
-    }[term]
     results = []
     for plain in (True, False):
         model.zero_grad()
@@ -126,7 +121,9 @@ def test_loss_and_gradients_equal_float64(term: str, exit_head: str, tmp_path: P
             loss = plain_loss(model, tokens, term, 0.7)
         else:
             output = model(tokens, compute_logits=False, use_cache=False)
-            loss, _ = nvium_loss(model, output, next_tokens(tokens), 0, schedule, 0.7)
+            loss, _ = nvium_loss(
+                model, output, next_tokens(tokens), term == "warm-up", term == "heads", 0.7
+            )
         loss.backward()
         results.append(
             (loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()
@@ -174,9 +171,8 @@ def test_compute_penalty_by_hand(tmp_path: Path) -> None:
     model = make_nvium(tmp_path / "m", hazards=[0.5, 0.25, 0.0])
     tokens = torch.randint(3, 256, (1, 8), generator=torch.Generator().manual_seed(1))
     output = model(tokens, compute_logits=False, use_cache=False)
-    schedule = Schedule(hazard_warm_up_steps=0, head_loss_steps=0)
-    without, terms = nvium_loss(model, output, next_tokens(tokens), 0, schedule, 0.0)
-    with_penalty, _ = nvium_loss(model, output, next_tokens(tokens), 0, schedule, 2.0)
+    without, terms = nvium_loss(model, output, next_tokens(tokens), False, False, 0.0)
+    with_penalty, _ = nvium_loss(model, output, next_tokens(tokens), False, False, 2.0)
     assert terms["mean_depth"] == pytest.approx(0.5 * 0.25 + 0.125 * 0.5 + 0.375, abs=1e-6)
     assert float((with_penalty - without).detach()) == pytest.approx(2 * 0.5625, abs=1e-5)
 

@@ -39,12 +39,9 @@ def self_distill(
     prompts: Sequence[str] | None = None,
     prompt_files: Sequence[str] = (),
     seed: int = 0,
-    temperature: float = 1.0,
     max_new_tokens: int = 256,
-    max_num_seqs: int = 64,
-    enforce_eager: bool = False,
-    dtype: str = "auto",
     replicas: int = 1,
+    engine: Sequence[str] = (),
 ) -> Path:
     """Sample about `tokens` new tokens from a dense model, into a JSONL file.
 
@@ -63,9 +60,8 @@ def self_distill(
         prompt_files: sources as in `text.load_blocks`. Rows give their `question`, `prompt`,
             `instruction`, first of `turns`, or `messages` up to the last answer; of a text file,
             each line that is not empty is a prompt. Without any prompt, samples start from bos.
-        temperature: of sampling, above 0.
-        max_num_seqs: samples that vLLM computes together.
         replicas: engines that sample together.
+        engine: more flags of `vllm-nvium batch`.
 
     Returns:
         `out`, complete.
@@ -75,9 +71,8 @@ def self_distill(
             installed, or a job stopped; what was sampled until then is kept.
     """
     parent, out = Path(parent).expanduser(), Path(out).expanduser()
-    counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "max_num_seqs": max_num_seqs}
-    counts["replicas"] = replicas
-    _check_arguments(out, temperature, counts)
+    counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "replicas": replicas}
+    _check_arguments(out, counts)
     context = _context(parent)
     given = [*(prompts or ()), *read_prompts(prompt_files)]
     ids = prompt_ids(parent, given, max_new_tokens, context)
@@ -87,7 +82,6 @@ def self_distill(
         "config_sha256": hashlib.sha256((parent / "config.json").read_bytes()).hexdigest(),
         "tokens": tokens,
         "seed": seed,
-        "temperature": temperature,
         "max_new_tokens": max_new_tokens,
         "prompts": len(ids),
         "prompts_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
@@ -101,24 +95,19 @@ def self_distill(
     if is_new:
         shutil.rmtree(_rounds_of(out), ignore_errors=True)
         _write(_header_of(out), json.dumps(header, indent=1) + "\n")
-    flags = ["--max-num-seqs", str(max_num_seqs), "--dtype", dtype, "--replicas", str(replicas)]
+    flags = ["--max-num-seqs", "64", "--replicas", str(replicas)]
     # No longer than needed, so that the KV cache holds as many samples as possible.
     flags += ["--max-model-len", str(max(map(len, ids)) + max_new_tokens)]
-    flags += ["--enforce-eager"] if enforce_eager else []
     # Sampled as is said here, whatever the checkpoint's generation_config.json would add.
-    flags += ["--generation-config", "vllm"]
+    flags += ["--generation-config", "vllm", *engine]
     _sample(out, header, ids, flags)
     return out
 
 
-def _check_arguments(out: Path, temperature: float, counts: Mapping[str, int]) -> None:
+def _check_arguments(out: Path, counts: Mapping[str, int]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} of self-distillation is {value}: give 1 or more.")
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"The temperature of self-distillation is {temperature}: give a number above 0."
-        )
     if out.suffix != ".jsonl":
         raise UserError(f"Samples are JSONL, and {out} must end in .jsonl to be read.")
     if find_spec("ray") is None:
@@ -229,7 +218,7 @@ def _answers(
     if not answered.exists():
         asked: dict[str, Any] = {
             "max_tokens": header["max_new_tokens"],
-            "temperature": header["temperature"],
+            "temperature": 1.0,
             "return_token_ids": True,
         }
         lines = (json.dumps({"prompt": ids, "seed": seed} | asked) + "\n" for ids, seed in samples)

@@ -27,7 +27,6 @@ from vllm_nvium.checkpoints.train.retrofit import (
 )
 from vllm_nvium.checkpoints.train.trainer import (
     NviumTrainer,
-    Schedule,
     Validation,
     autocast_of,
     interval,
@@ -110,10 +109,7 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
     if start.has_parent and options.fit_tokens and not is_resumed:
         _fit_exits(options, start.model, blocks)
     trained = _trained_model(options, start, steps)
-    schedule = Schedule(
-        hazard_warm_up_steps=round(options.hazard_warm_up * steps),
-        head_loss_steps=round(options.head_loss_share * steps),
-    )
+    warm_up_steps = round(options.hazard_warm_up * steps)
     controller = BetaController(options.beta, tolerance=options.tolerance)
     callback = Validation(
         partial(_losses, options, start.model, validation, start.is_dense),
@@ -121,7 +117,7 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
         steering if callable(steering) else None,
         controller,
         # A hazard that is still pulled to equal weights says nothing about beta.
-        steers_from=steps + 1 if steering == "off" else schedule.hazard_warm_up_steps,
+        steers_from=steps + 1 if steering == "off" else warm_up_steps,
         every=interval(options.evaluate_every, steps),
         history=out / HISTORY,
         starts_as_parent=start.has_parent,
@@ -134,7 +130,8 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
         callbacks=[callback],
         plain=start.model,
         is_dense=start.is_dense,
-        schedule=schedule,
+        warm_up_steps=warm_up_steps,
+        head_loss_steps=round(options.head_loss_share * steps),
         controller=controller,
         autocast=autocast_of(options),
     )

@@ -40,24 +40,8 @@ WEIGHTS = "trained.safetensors"
 STATE = "trainer_state.json"
 
 
-@dataclass
-class Schedule:
-    """Which terms the loss has at which step (arXiv:2605.13190, training; `head_loss` is ours).
-
-    Attributes:
-        hazard_warm_up_steps: before this step hazards are pulled to equal exit weights, and from
-            it on the compute penalty counts.
-        head_loss_steps: before this step every head's own cross entropy is added. The mixture's
-            gradient reaches a head only as far as the head already explains the next token, so a
-            retrofit's exits, which start knowing nothing, would never begin to learn.
-    """
-
-    hazard_warm_up_steps: int
-    head_loss_steps: int
-
-
 def nvium_loss(
-    model: Any, output: Any, targets: torch.Tensor, step: int, schedule: Schedule, beta: float
+    model: Any, output: Any, targets: torch.Tensor, warms_up: bool, adds_heads: bool, beta: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one batch, and its terms for the log.
 
@@ -70,6 +54,11 @@ def nvium_loss(
         model: the reference model, without peft's wrapper.
         output: of `model(input_ids, compute_logits=False)`.
         targets: `[B, T]` int64, the next token of every position; -100 where it is not learned.
+        warms_up: in the first steps hazards are pulled to equal exit weights, and only after them
+            the compute penalty counts (arXiv:2605.13190, training).
+        adds_heads: in the first steps every head's own cross entropy is added. The mixture's
+            gradient reaches a head only as far as the head already explains the next token, so a
+            retrofit's exits, which start knowing nothing, would never begin to learn.
         beta: weight of the compute penalty.
     """
     mixture, heads = mixture_target_log_probs(model, output, targets)
@@ -79,11 +68,11 @@ def nvium_loss(
     depth = expected_depth(
         output.exit_log_weights[:, :-1], config.exit_layers, config.num_hidden_layers
     ).mean()
-    if step < schedule.hazard_warm_up_steps:
+    if warms_up:
         loss = loss + warm_up_penalty(output.margins[:, :-1])
     else:
         loss = loss + beta * depth
-    if step < schedule.head_loss_steps:
+    if adds_heads:
         loss = loss - mean_of_scored(heads.mean(dim=-1), targets)
     return loss, {"mixture_loss": float(mixture_loss.detach()), "mean_depth": float(depth.detach())}
 
@@ -107,14 +96,16 @@ class NviumTrainer(Trainer):
         *args: Any,
         plain: Any,
         is_dense: bool,
-        schedule: Schedule,
+        warm_up_steps: int,
+        head_loss_steps: int,
         controller: BetaController,
         autocast: Callable[[], contextlib.AbstractContextManager],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.plain, self.is_dense, self.schedule = plain, is_dense, schedule
+        self.plain, self.is_dense = plain, is_dense
+        self.warm_up_steps, self.head_loss_steps = warm_up_steps, head_loss_steps
         self.controller, self.autocast = controller, autocast
         self.terms: dict[str, float] = {}
 
@@ -132,9 +123,14 @@ class NviumTrainer(Trainer):
                 loss = -mean_of_scored(dense_target_log_probs(model, input_ids, targets), targets)
             else:
                 output = model(input_ids=input_ids, compute_logits=False, use_cache=False)
-                step, beta = self.state.global_step, self.controller.beta
+                step = self.state.global_step
                 loss, self.terms = nvium_loss(
-                    self.plain, output, targets, step, self.schedule, beta
+                    self.plain,
+                    output,
+                    targets,
+                    step < self.warm_up_steps,
+                    step < self.head_loss_steps,
+                    self.controller.beta,
                 )
         return (loss, None) if return_outputs else loss
 
