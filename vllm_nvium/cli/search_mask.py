@@ -5,9 +5,9 @@ scored on the text as it stands, so text that the target wrote itself is the bes
 """
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.mask_search.request import RECORD, SearchRequest
 from vllm_nvium.checkpoints.options import add_flags, given_by
 from vllm_nvium.cli.common import check_output
@@ -55,13 +55,9 @@ def check(request: SearchRequest) -> None:
         )
     _check_objective(request)
     _check_files(request)
-    for package in ("optuna", "datasets", "matplotlib"):
-        if find_spec(package) is None:
-            raise UserError(
-                f"the package {package!r} is not installed: pip install 'vllm-nvium[search]'."
-            )
-    if request.objective == "speed" and find_spec("vllm") is None:
-        raise UserError("--objective speed needs vLLM, which is not installed.")
+    require("optuna", "datasets", "matplotlib", extra="search")
+    if request.objective == "speed":
+        require("vllm", extra="cpu")
 
 
 def _check_objective(request: SearchRequest) -> None:

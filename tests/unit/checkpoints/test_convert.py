@@ -200,15 +200,6 @@ def test_sharded_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_pytorch_bin(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    (tmp_path / "dense/model.safetensors").unlink()
-    torch.save(dense.state_dict(), tmp_path / "dense/pytorch_model.bin")
-    convert(tmp_path / "dense", tmp_path / "out")
-    state = load(tmp_path / "out").state_dict()
-    assert torch.equal(state["model.norm.weight"], dense.model.norm.weight)
-
-
 def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:
     make_dense(tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "out")
@@ -354,11 +345,6 @@ DAMAGE: list[tuple[str, Damage, str]] = [
         "broken weights",
         lambda d: (d / "model.safetensors").write_bytes(b"no"),
         r"cannot be read as safetensors",
-    ),
-    (
-        "broken bin",
-        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-        r"cannot be read as PyTorch weights",
     ),
     (
         "size of another type",

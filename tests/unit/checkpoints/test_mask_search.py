@@ -62,7 +62,6 @@ from vllm_nvium.checkpoints.mask_search.search import (
 )
 from vllm_nvium.checkpoints.mask_search.speed import SpeedRun, measure_speed
 from vllm_nvium.cli import main
-from vllm_nvium.cli import search_mask as search_command
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import even_layers, read_mask_file, skipped_layers
 from vllm_nvium.weights import fingerprint
@@ -941,6 +940,6 @@ def test_a_package_that_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(search_command, "find_spec", lambda name: None)
+    monkeypatch.setattr("vllm_nvium.checkpoints.find_spec", lambda name: None)
     said = refusal(capsys, command(target, text, tmp_path / "mask.json"))
     assert said == "the package 'optuna' is not installed: pip install 'vllm-nvium[search]'."

@@ -4,7 +4,6 @@ all. Both kinds of conversion go through here and differ only in the tensors the
 """
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ class Source:
 
 
 def open_folder(folder: Path, name: str) -> Source:
-    """Open a Hugging Face folder: one or several `.safetensors` files, or `pytorch_model*.bin`."""
+    """Open a Hugging Face folder: one or several `.safetensors` files."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{name} has no config.json, so it is not a Hugging Face checkpoint.")
@@ -103,7 +102,7 @@ def _open_weights(
 ) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
     files = _safetensors_files(folder)
     if not files:
-        return _open_bin_weights(folder, name)
+        raise UserError(f"{name} has no weights: there is no .safetensors file in it.")
     shapes: dict[str, Shape] = {}
     where: dict[str, Path] = {}
     for file in files:
@@ -125,21 +124,6 @@ def _safetensors_files(folder: Path) -> list[Path]:
         return indexed
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _open_bin_weights(
-    folder: Path, name: str
-) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"{name} has no weights: no .safetensors and no pytorch_model.bin.")
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{file} cannot be read as PyTorch weights.") from error
-    return {key: tuple(value.shape) for key, value in state.items()}, state.__getitem__
 
 
 def copy_companions(folder: Path, out: Path) -> None:

@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
 from vllm_nvium.console import say
@@ -110,11 +110,7 @@ def _check_arguments(out: Path, counts: Mapping[str, int]) -> None:
             raise UserError(f"{name} of self-distillation is {value}: give 1 or more.")
     if out.suffix != ".jsonl":
         raise UserError(f"Samples are JSONL, and {out} must end in .jsonl to be read.")
-    if find_spec("ray") is None:
-        raise UserError(
-            "self-distillation runs batch jobs, and the package 'ray' is not installed: pip "
-            "install 'vllm-nvium[ray]'."
-        )
+    require("ray", extra="ray")  # of batch jobs
 
 
 def _context(parent: Path) -> float:
