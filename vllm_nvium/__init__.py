@@ -15,11 +15,11 @@ from vllm_nvium.version import __version__
 if TYPE_CHECKING:
     from vllm_nvium.checkpoints.convert import convert
     from vllm_nvium.checkpoints.convert.options import DenseOptions
-    from vllm_nvium.checkpoints.evaluate import evaluate
+    from vllm_nvium.checkpoints.evaluate.checkpoint import evaluate
     from vllm_nvium.checkpoints.evaluate.request import Request as EvaluateRequest
     from vllm_nvium.checkpoints.mask_search.find import find_mask as search_mask
     from vllm_nvium.checkpoints.mask_search.request import SearchRequest
-    from vllm_nvium.checkpoints.train import train
+    from vllm_nvium.checkpoints.train.run import train
     from vllm_nvium.checkpoints.train.options import TrainOptions
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
     from vllm_nvium.model_executor.models.nvium_reference import (
@@ -57,14 +57,14 @@ _WHERE = {
     "TrainOptions": ("checkpoints.train.options", "TrainOptions"),
     "ViaSDOptions": ("via_sd.options", "ViaSDOptions"),
     "convert": ("checkpoints.convert", "convert"),
-    "evaluate": ("checkpoints.evaluate", "evaluate"),
+    "evaluate": ("checkpoints.evaluate.checkpoint", "evaluate"),
     "load_reference": ("model_executor.models.nvium_reference", "load_reference"),
     "register_with_transformers": (
         "model_executor.models.nvium_reference",
         "register_with_transformers",
     ),
     "search_mask": ("checkpoints.mask_search.find", "find_mask"),
-    "train": ("checkpoints.train", "train"),
+    "train": ("checkpoints.train.run", "train"),
 }
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_nvium.checkpoints import require
-from vllm_nvium.checkpoints.evaluate import evaluate
 from vllm_nvium.checkpoints.evaluate.request import Request
 from vllm_nvium.checkpoints.options import add_flags, given_by
 from vllm_nvium.cli.common import check_output
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     given = given_by(args, Request) | {"model": args.model.expanduser()}
     request = Request(**given, texts=parse_texts(args.text))
     check(request, args)
+    from vllm_nvium.checkpoints.evaluate.checkpoint import evaluate
     from vllm_nvium.checkpoints.evaluate.history import HISTORY, read_history
     from vllm_nvium.checkpoints.evaluate.plots import draw
     from vllm_nvium.checkpoints.evaluate.results import to_json

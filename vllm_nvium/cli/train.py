@@ -7,8 +7,8 @@ on with `--resume`.
 import argparse
 from pathlib import Path
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.options import add_flags, given_by
-from vllm_nvium.checkpoints.train import train
 from vllm_nvium.checkpoints.train.options import TrainOptions, read_config
 from vllm_nvium.console import say
 
@@ -39,4 +39,7 @@ def options_of(args: argparse.Namespace) -> TrainOptions:
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
+    require("transformers")
+    from vllm_nvium.checkpoints.train.run import train
+
     say(f"vllm-nvium train: wrote {train(options_of(args))}")

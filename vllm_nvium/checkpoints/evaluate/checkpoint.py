@@ -6,6 +6,7 @@ a time.
 import torch
 import transformers
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.evaluate.measure import (
     dense_top_tokens,
     evaluate_dense,
@@ -31,8 +32,14 @@ from vllm_nvium.checkpoints.text import check_tokenizer, load_blocks
 from vllm_nvium.version import __version__
 
 
-def evaluate_checkpoint(request: Request) -> Report:
-    """Load texts and models, and evaluate them; see `evaluate` of this package."""
+def evaluate(request: Request) -> Report:
+    """Evaluate an N-vium checkpoint on texts, beside its dense parent if one is given.
+
+    Raises:
+        UserError: a model or a text cannot be used; found before any weights are loaded, unless
+            they are the reason.
+    """
+    require("datasets")
     texts, size = _open_texts(request), request.batch_size
     dense: dict[str, DenseEvaluation] = {}
     top: dict[str, torch.Tensor] = {}

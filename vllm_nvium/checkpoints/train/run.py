@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.evaluate.history import HISTORY
 from vllm_nvium.checkpoints.inputs import check_block_size, load_model
 from vllm_nvium.checkpoints.text import check_disk_space, check_tokenizer, load_blocks
@@ -16,7 +17,7 @@ from vllm_nvium.checkpoints.train.controller import BetaController, steering_of
 from vllm_nvium.checkpoints.train.distill import self_distill
 from vllm_nvium.checkpoints.train.folder import SELF_DISTILLED, claim, unclaim
 from vllm_nvium.checkpoints.train.linear_start import start_linear
-from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.options import TrainOptions, check
 from vllm_nvium.checkpoints.train.retrofit import (
     Start,
     choose_trainable,
@@ -42,8 +43,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def run(options: TrainOptions) -> Path:
-    """See `train` in this package, which has checked that the packages are there."""
+def train(options: TrainOptions) -> Path:
+    """Makes the run that the options describe, or goes on with it.
+
+    Returns:
+        the folder of the finished checkpoint, `RUN/model`.
+
+    Raises:
+        UserError: something given cannot be used; nothing was trained, and a new run's folder
+            is as it was before.
+    """
+    check(options)
+    require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     out = Path(options.out).expanduser()
     is_new = claim(out, options)
     checkpoint = last_complete_checkpoint(out)
