@@ -2,13 +2,10 @@
 """What the demo prints, from numbers: colours, marks, the table, and a line of curl."""
 
 import json
+import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from vllm_nvium.cli.demo.report import (
     summary,
 )
 from vllm_nvium.cli.demo.runs import runs_of
-from vllm_nvium.cli.demo.server import HOST, check_port, curl_line, is_up, serve
+from vllm_nvium.cli.demo.server import HOST, check_port, curl_line, serve
 from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.session import DRAFTER, FULL, SLIM
 
@@ -145,43 +142,19 @@ def test_the_port_of_another_program_is_refused() -> None:
         check_port(65536)
 
 
-def test_a_server_is_found_although_the_environment_names_a_proxy(
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_process_becomes_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Healthy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with (
-        HTTPServer((HOST, 0), Healthy) as server,
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"]) as process,
-    ):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            assert is_up(process, server.server_port)
-        finally:
-            process.kill()
-            server.shutdown()
-
-
-def test_a_server_that_does_not_start_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: Any = {"port": 9000, "eager": True, "sampling": None, "max_model_len": None}
+    given: Any = {"port": 9000, "eager": True, "sampling": "mixture", "max_model_len": None}
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match="vLLM is not installed"):
-        serve(tmp_path, **given, verbose=False)
-    vllm = tmp_path / "vllm"
-    vllm.write_text("#!/bin/sh\nexit 3\n")
-    vllm.chmod(0o700)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(UserError, match="the server ended with status 3 before it answered"):
-            serve(tmp_path, **given, verbose=False)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+        serve(tmp_path, **given)
+    (tmp_path / "vllm").write_text("")
+    became: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *process: became.extend(process))
+    serve(tmp_path, **given)
+    path, command, environment = became
+    assert path == command[0] == str(tmp_path / "vllm") and environment["PATH"]
+    assert command[1:5] == ["serve", str(tmp_path), "--port", "9000"]
+    assert command[-3:] == ["--enforce-eager", "--nvium-sampling", "mixture"]
+    assert "curl -s http://127.0.0.1:9000" in capsys.readouterr().out
