@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from vllm_nvium.console import say
 from vllm_nvium.environment import environment_for
@@ -20,7 +21,7 @@ PROMPT, TOKENS = "Name three rivers in Europe.", 64
 
 def serve(
     checkpoint: Path, *, port: int, eager: bool, sampling: str | None, max_model_len: int | None
-) -> None:
+) -> NoReturn:
     """Become the server; refuses where vLLM is not installed."""
     executable = str(Path(sys.executable).with_name("vllm"))
     if not Path(executable).is_file():
