@@ -124,7 +124,7 @@ def pack(
     """Join documents and cut the result into blocks; the tokens after the last full one are lost.
 
     Args:
-        documents: [T_i] int, none empty.
+        documents: [T_i] int, at least one and none empty.
         eos_token_id: what the last token of a finished document is.
 
     Returns:
@@ -132,9 +132,6 @@ def pack(
         targets: [n, block_size] int64, the same with -100 where a document starts after one that
             is not finished.
     """
-    if not documents:
-        empty = np.zeros((0, block_size), np.int64)
-        return empty, empty
     stream = np.concatenate(documents).astype(np.int64)  # [T]
     targets = stream.copy()
     starts = np.cumsum([len(document) for document in documents])[:-1]

@@ -149,10 +149,7 @@ def _check_header(out: Path, header: Mapping[str, Any]) -> bool:
                 "name another file."
             )
         return True
-    try:
-        found = json.loads(file.read_text())
-    except ValueError:
-        raise UserError(f"{file} is not JSON: remove it and its samples.") from None
+    found = json.loads(file.read_text())
     for name, value in header.items():
         if found.get(name) != value:
             raise UserError(
