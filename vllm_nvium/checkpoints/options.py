@@ -16,7 +16,7 @@ from vllm_nvium.errors import UserError
 class Options(BaseModel):
     """Raises a `UserError` of one sentence for a value that is not of a field's type or range."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **given: Any) -> None:
         try:

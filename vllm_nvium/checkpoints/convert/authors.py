@@ -52,7 +52,7 @@ class Router(BaseModel):
     hidden_size: Any = None
     intermediate_size: Any = None
     num_layers: Any = None
-    router_temp: Annotated[StrictFloat, Field(ge=0)] = 1.0
+    router_temp: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] = 1.0
 
 
 class Adapter(BaseModel):

@@ -68,7 +68,6 @@ class SearchRequest(Options):
         "of the divergence, at least 1 - A: where it gives a token more than 1 / B times as much, "
         "the full model's weight counts",
         "B",
-        allow_inf_nan=False,
     )
     seed: int = option(0, "of all draws (default: 0)", "S", ge=0)
     dtype: Literal["float32", "bfloat16"] = option(
