@@ -271,7 +271,7 @@ BAD = {
     "negative beta": (["--beta", "-1"], "--beta is '-1'"),
     "share": (["--head-loss", "1.5"], "--head-loss is '1.5'"),
     "tokenizer": (["--tokenizer", "x"], "--tokenizer is 'x'"),
-    "curve": (["--controller", "{missing}"], "--controller is"),
+    "curve": (["--controller", "{missing}"], "--controller names"),
     "little text": (["--batch-size", "4000"], "one step needs 4000"),
 }
 
