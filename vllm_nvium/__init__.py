@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vllm_nvium.checkpoints.evaluate.request import Request as EvaluateRequest
     from vllm_nvium.checkpoints.mask_search.find import find_mask as search_mask
     from vllm_nvium.checkpoints.mask_search.request import SearchRequest
-    from vllm_nvium.checkpoints.train.run import train
     from vllm_nvium.checkpoints.train.options import TrainOptions
+    from vllm_nvium.checkpoints.train.run import train
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
     from vllm_nvium.model_executor.models.nvium_reference import (
         load_reference,

@@ -176,9 +176,7 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, A
         yield f"{source}, row {number}", row
 
 
-def _content(
-    row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str | None
-) -> Content:
+def _content(row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str | None) -> Content:
     """The document in a row."""
     found = row.get(text_field) if text_field is not None else _find(row)
     if isinstance(found, str):

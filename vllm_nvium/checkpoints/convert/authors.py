@@ -166,7 +166,8 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     exits = {"exit_layers": exit_layers, "exit_head": tying.exit_head}
     config = make_config({"text_config": parent} | exits | _sizes(source, experiment, path))
     scale, notes = _router_scale(experiment.router.router_temp)
-    theirs = {name: _authors_name(name) for name in (shapes := expected_shapes(config))}
+    shapes = expected_shapes(config)
+    theirs = {name: _authors_name(name) for name in shapes}
     wanted = {theirs[name]: shape for name, shape in shapes.items()}
     check_tensors(source, wanted, f"{path} and config.json have")
     tensors: TensorPlan = {

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from vllm_nvium.checkpoints.convert import convert, open_source
 from vllm_nvium.checkpoints.convert.checkpoint import copy_companions
 from vllm_nvium.checkpoints.convert.dense import CERTAIN
-from vllm_nvium.checkpoints.convert.options import DenseOptions
 from vllm_nvium.checkpoints.convert.exits import OWN, fingerprint, write_exits
+from vllm_nvium.checkpoints.convert.options import DenseOptions
 from vllm_nvium.checkpoints.inputs import (
     check_parent,
     check_tokenizers_agree,

@@ -178,9 +178,7 @@ def _training_blocks(options: TrainOptions, start: Start, out: Path) -> "Dataset
     )
 
 
-def _validation_blocks(
-    options: TrainOptions, tokenizer: Any, tokens: int
-) -> "dict[str, Dataset]":
+def _validation_blocks(options: TrainOptions, tokenizer: Any, tokens: int) -> "dict[str, Dataset]":
     """Blocks of every validation text, by its name on the command line; so many tokens in all."""
     size = options.block_size
     share = max(size, tokens // len(options.validation))

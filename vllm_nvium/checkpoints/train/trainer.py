@@ -68,10 +68,7 @@ def nvium_loss(
     depth = expected_depth(
         output.exit_log_weights[:, :-1], config.exit_layers, config.num_hidden_layers
     ).mean()
-    if warms_up:
-        loss = loss + warm_up_penalty(output.margins[:, :-1])
-    else:
-        loss = loss + beta * depth
+    loss = loss + (warm_up_penalty(output.margins[:, :-1]) if warms_up else beta * depth)
     if adds_heads:
         loss = loss - mean_of_scored(heads.mean(dim=-1), targets)
     return loss, {"mixture_loss": float(mixture_loss.detach()), "mean_depth": float(depth.detach())}
