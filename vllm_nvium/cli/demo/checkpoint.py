@@ -192,7 +192,7 @@ def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) 
 
     dense = source.folder or Path(source.name).expanduser()
     layers = parent_config(source).num_hidden_layers
-    options = DenseOptions(**({"hazards": hazards} if hazards else {}))
+    options = DenseOptions(hazards=list(hazards) or [0.0])
     chosen = list(exits) or evenly_spaced(options.num_exits, layers)
     # The version, because a checkpoint that an older converter made may not load.
     name = f"{dense.name}-nvium-{__version__}-exits-{'-'.join(map(str, chosen))}"
