@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from vllm_nvium.checkpoints.evaluate.measure import evaluate_dense, evaluate_nvium
+from vllm_nvium.checkpoints.evaluate.measure import dense_top_tokens, evaluate_nvium
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train.linear_start import start_linear
 from vllm_nvium.checkpoints.train.options import TrainOptions
@@ -37,11 +37,11 @@ def main() -> None:
         start = open_start(options, Path(folder))
     tokenizer, model = start.tokenizer, start.model
     fitted = load_blocks(args.text, tokenizer, 512, max_tokens=args.fit_tokens)
-    measured = load_blocks(args.validation, tokenizer, 512, max_tokens=args.tokens)
+    measured = load_blocks(args.validation, tokenizer, 512, max_tokens=args.tokens)[:]["input_ids"]
     start_linear(model, (fitted[i : i + 4]["input_ids"] for i in range(0, len(fitted), 4)))
     parent = AutoModelForCausalLM.from_pretrained(args.dense, dtype=model.dtype)
-    dense = evaluate_dense(parent, measured, 4, keep_top=True)
-    found = evaluate_nvium(model, measured, 4, parent_top=dense.top)
+    top = dense_top_tokens(parent, measured, 4)
+    found = evaluate_nvium(model, measured, 4, parent_top=top)
     assert found.agreement is not None
     print("| layers run | agrees with the last layer | perplexity |\n|---|---|---|")
     depths = [*layers, model.config.num_hidden_layers]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_nvium.checkpoints.convert.gguf import dequantise
-from vllm_nvium.cli.demo import cache_folder, made_once, sha256
+from vllm_nvium.cli.demo.checkpoint import cache_folder, made_once, sha256
 from vllm_nvium.console import progress, say
 
 

@@ -14,13 +14,13 @@ from vllm_nvium.version import __version__
 
 if TYPE_CHECKING:
     from vllm_nvium.checkpoints.convert import convert
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions
-    from vllm_nvium.checkpoints.evaluate import evaluate
-    from vllm_nvium.checkpoints.evaluate.checkpoint import Request as EvaluateRequest
+    from vllm_nvium.checkpoints.convert.options import DenseOptions
+    from vllm_nvium.checkpoints.evaluate.checkpoint import evaluate
+    from vllm_nvium.checkpoints.evaluate.request import Request as EvaluateRequest
     from vllm_nvium.checkpoints.mask_search.find import find_mask as search_mask
     from vllm_nvium.checkpoints.mask_search.request import SearchRequest
-    from vllm_nvium.checkpoints.train import train
     from vllm_nvium.checkpoints.train.options import TrainOptions
+    from vllm_nvium.checkpoints.train.run import train
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
     from vllm_nvium.model_executor.models.nvium_reference import (
         load_reference,
@@ -49,22 +49,22 @@ __all__ = [
 
 # Public name -> module below this package, and its name there.
 _WHERE = {
-    "DenseOptions": ("checkpoints.convert.dense", "DenseOptions"),
-    "EvaluateRequest": ("checkpoints.evaluate.checkpoint", "Request"),
+    "DenseOptions": ("checkpoints.convert.options", "DenseOptions"),
+    "EvaluateRequest": ("checkpoints.evaluate.request", "Request"),
     "NviumConfig": ("model_executor.models.configuration_nvium", "NviumConfig"),
     "NviumOptions": ("nvium.options", "NviumOptions"),
     "SearchRequest": ("checkpoints.mask_search.request", "SearchRequest"),
     "TrainOptions": ("checkpoints.train.options", "TrainOptions"),
     "ViaSDOptions": ("via_sd.options", "ViaSDOptions"),
     "convert": ("checkpoints.convert", "convert"),
-    "evaluate": ("checkpoints.evaluate", "evaluate"),
+    "evaluate": ("checkpoints.evaluate.checkpoint", "evaluate"),
     "load_reference": ("model_executor.models.nvium_reference", "load_reference"),
     "register_with_transformers": (
         "model_executor.models.nvium_reference",
         "register_with_transformers",
     ),
     "search_mask": ("checkpoints.mask_search.find", "find_mask"),
-    "train": ("checkpoints.train", "train"),
+    "train": ("checkpoints.train.run", "train"),
 }
 
 

@@ -11,14 +11,10 @@ from vllm_nvium.errors import UserError
 IGNORED = -100
 
 
-def require(*packages: str) -> None:
-    """Refuses to begin without packages of the `train` extra.
-
-    Raises:
-        UserError: one of them is not installed.
-    """
+def require(*packages: str, extra: str = "train") -> None:
+    """Refuses to begin without packages of an extra."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"the package {missing[0]!r} is not installed: pip install 'vllm-nvium[train]'."
+            f"the package {missing[0]!r} is not installed: pip install 'vllm-nvium[{extra}]'."
         )

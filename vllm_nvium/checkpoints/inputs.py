@@ -4,6 +4,8 @@ parent and their tokenizers belong together. Looks at configurations and headers
 weights are loaded.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,23 @@ TOKENIZER_SAMPLE = (
 )
 
 
-def open_model(folder: Path) -> Any:
-    """The configuration of an N-vium checkpoint whose weight files hold what it asks for.
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """What libraries raise about a file inside the block is told in one sentence that begins with
+    `what`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
-    Raises:
-        UserError: the folder is no such checkpoint.
-    """
+    others = (KeyError, TypeError, RuntimeError, ImportError)
+    try:
+        yield
+    except (ValueError, OSError, *others, StrictDataclassError, SafetensorError) as error:
+        raise UserError(f"{what} ({first_line(error)}).") from error
+
+
+def open_model(folder: Path) -> Any:
+    """The configuration of an N-vium checkpoint whose weight files hold what it asks for; refuses
+    any other folder."""
     from vllm_nvium.model_executor.models.checkpoint_layout import check_files, indexed_files
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -49,11 +62,8 @@ def open_model(folder: Path) -> Any:
 
 
 def open_parent(name: str) -> Any:
-    """The configuration of a dense model of a family that N-vium models are made from.
-
-    Raises:
-        UserError: it cannot be read, or is another kind of model.
-    """
+    """The configuration of a dense model of a family that N-vium models are made from; refuses
+    others."""
     from vllm_nvium.model_executor.models.families import FAMILIES
 
     config = load_config(name, "--dense")
@@ -66,32 +76,16 @@ def open_parent(name: str) -> Any:
 
 
 def load_config(name: str, flag: str) -> Any:
-    """A model's configuration.
-
-    Raises:
-        UserError: transformers cannot read it.
-    """
-    from huggingface_hub.errors import StrictDataclassError
+    """A model's configuration; refuses one that transformers cannot read."""
     from transformers import AutoConfig
 
-    try:
+    with refusing(f"{flag} is {name!r}, whose configuration transformers cannot read"):
         return AutoConfig.from_pretrained(name)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"{flag} is {name!r}, whose configuration transformers cannot read "
-            f"({first_line(error)})."
-        ) from error
 
 
 def check_parent(dense: str, config: Any, parent: Any, block_size: int) -> None:
-    """Refuses a parent that cannot be the one of an N-vium model, by their configurations.
-
-    Args:
-        dense: what --dense is.
-
-    Raises:
-        UserError: another vocabulary, or fewer positions than a block has.
-    """
+    """Refuses a parent, what --dense is, that cannot be the one of an N-vium model, by their
+    configurations."""
     if parent.vocab_size != config.vocab_size:
         raise UserError(
             f"--dense is {dense!r} with a vocabulary of {parent.vocab_size}, and MODEL has "
@@ -101,11 +95,7 @@ def check_parent(dense: str, config: Any, parent: Any, block_size: int) -> None:
 
 
 def check_block_size(block_size: int, positions: int, whose: str) -> None:
-    """Refuses blocks that are longer than a model can read.
-
-    Raises:
-        UserError: they are.
-    """
+    """Refuses blocks that are longer than a model can read."""
     if block_size > positions:
         raise UserError(
             f"--block-size is {block_size}, and {whose} has max_position_embeddings = {positions}, "
@@ -114,27 +104,15 @@ def check_block_size(block_size: int, positions: int, whose: str) -> None:
 
 
 def load_tokenizer(name: str, flag: str) -> Any:
-    """A model's tokenizer.
-
-    Raises:
-        UserError: transformers cannot read it.
-    """
+    """A model's tokenizer; refuses one that transformers cannot read."""
     from transformers import AutoTokenizer
 
-    try:
+    with refusing(f"{flag} is {name!r}, whose tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(name)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"{flag} is {name!r}, whose tokenizer cannot be read ({first_line(error)})."
-        ) from error
 
 
 def check_tokenizers_agree(dense: str, tokenizer: Any, sample: str = TOKENIZER_SAMPLE) -> None:
-    """Refuses a parent to whose tokenizer the same text is another.
-
-    Raises:
-        UserError: it is.
-    """
+    """Refuses a parent to whose tokenizer the same text is another."""
     other = load_tokenizer(dense, "--dense")
     mine = tokenizer.encode(sample, add_special_tokens=False)
     if mine != other.encode(sample, add_special_tokens=False):
@@ -146,34 +124,27 @@ def check_tokenizers_agree(dense: str, tokenizer: Any, sample: str = TOKENIZER_S
 
 def load_model(name: str, flag: str, dtype: str, **how: Any) -> Any:
     """A causal language model with all of its weights, in evaluation mode, on the GPU if there is
-    one.
+    one; refuses one whose weights cannot be loaded, or are not all there.
 
     Args:
         dtype: a name of PyTorch's, as `--dtype` takes it.
         how: more arguments of `from_pretrained`.
-
-    Raises:
-        UserError: the weights cannot be loaded, or one of them is missing.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, **how
-        )
-        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    except torch.OutOfMemoryError as error:
+        with refusing(f"{flag} is {name!r}, whose weights cannot be loaded"):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=getattr(torch, dtype), output_loading_info=True, **how
+            )
+            model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    except UserError as error:
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
         raise UserError(
             f"{flag} is {name!r}, which does not fit into memory in --dtype {dtype}: use --dtype "
             "bfloat16, or leave CUDA_VISIBLE_DEVICES empty."
-        ) from error
-    except (
-        ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError
-    ) as error:  # fmt: skip
-        raise UserError(
-            f"{flag} is {name!r}, whose weights cannot be loaded ({first_line(error)})."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(

@@ -5,30 +5,25 @@ evaluation and the mask search read their text through this module.
 
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_nvium.checkpoints import IGNORED
-from vllm_nvium.checkpoints.documents import (
-    BYTES_PER_TOKEN,
-    Content,
-    Form,
-    Piece,
-    Rendered,
-    pieces_of,
-)
+from vllm_nvium.checkpoints.documents import Content, Rendered, documents_of
 from vllm_nvium.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 LARGEST_PIECE = 64 * 1024  # bytes
-# No tokenizer of ordinary text needs fewer bytes a token, so no more than needed is tokenised.
+# Weighs documents that are tokens already against text.
+BYTES_PER_TOKEN = 4
+# No tokenizer of ordinary text needs fewer bytes a token.
 FEWEST_BYTES_PER_TOKEN = 2.0
-# Pieces at a time: at most 16 MiB of text in memory.
+# Documents, where all are tokenised; where tokens are counted, it is one at a time.
 TOKENISED_AT_ONCE = 256
 # Vocabularies are padded to round sizes, but never by a tenth.
 LEAST_VOCABULARY_USE = 0.9
@@ -51,7 +46,8 @@ def load_blocks(
     regard to where one ends. A document of text has the tokenizer's bos in front, if it adds one,
     and eos behind; rows of `input_ids` are taken as they are. A document of more than 64 KiB
     (less, if `max_tokens` is so small that a source would otherwise be left out) is cut at line
-    ends into pieces that are treated as documents. The same arguments give the same blocks.
+    ends into pieces that are treated as documents. The same arguments give the same blocks. All of
+    the text is held in memory.
 
     Args:
         sources: each a file, a folder, a glob or, if nothing local has that name, a name of the
@@ -75,10 +71,12 @@ def load_blocks(
     Raises:
         UserError: nothing usable is there.
     """
+    from datasets import Dataset
+
     _check_arguments(sources, tokenizer, block_size, max_tokens)
-    form = Form(tokenizer, text_field, _largest_piece(len(sources), block_size, max_tokens))
-    groups = [pieces_of(source, form, split) for source in sources]
-    documents = list(_documents(_interleave(groups, seed), Encoder(tokenizer), max_tokens))
+    largest = _largest_piece(len(sources), block_size, max_tokens)
+    groups = [documents_of(name, tokenizer, text_field, split, largest) for name in sources]
+    documents = list(_tokenised(_interleave(groups, seed), tokenizer, max_tokens))
     blocks, targets = pack(documents, block_size, tokenizer.eos_token_id)
     if not len(blocks):
         raise UserError(
@@ -87,16 +85,13 @@ def load_blocks(
             "smaller block size."
         )
     count = len(blocks) if max_tokens is None else max_tokens // block_size
-    return _as_dataset(blocks[:count], targets[:count] if labels else None)
+    columns = {"input_ids": blocks[:count]} | ({"labels": targets[:count]} if labels else {})
+    return Dataset.from_dict(columns).with_format("torch")
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer that was not made for a model with this vocabulary.
-
-    Raises:
-        UserError: it has ids that the model has not, or leaves over a tenth of the model's
-            unused.
-    """
+    """Refuse a tokenizer that was not made for a model with this vocabulary: it has ids that the
+    model has not, or leaves over a tenth of the model's unused."""
     size = len(tokenizer)
     if size > vocab_size:
         raise UserError(
@@ -111,11 +106,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 
 def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
-    """Refuse when the file system of `folder` (which need not exist yet) has not that much left.
-
-    Raises:
-        UserError: it says how much `what` needs and how much there is.
-    """
+    """Refuse when the file system of `folder` (which need not exist yet) has not that much left."""
     existing = Path(folder).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
@@ -133,7 +124,7 @@ def pack(
     """Join documents and cut the result into blocks; the tokens after the last full one are lost.
 
     Args:
-        documents: [T_i] int, none empty.
+        documents: [T_i] int, at least one and none empty.
         eos_token_id: what the last token of a finished document is.
 
     Returns:
@@ -141,9 +132,6 @@ def pack(
         targets: [n, block_size] int64, the same with -100 where a document starts after one that
             is not finished.
     """
-    if not documents:
-        empty = np.zeros((0, block_size), np.int64)
-        return empty, empty
     stream = np.concatenate(documents).astype(np.int64)  # [T]
     targets = stream.copy()
     starts = np.cumsum([len(document) for document in documents])[:-1]
@@ -164,88 +152,58 @@ def _largest_piece(num_sources: int, block_size: int, max_tokens: int | None) ->
     return min(LARGEST_PIECE, max(2 * BYTES_PER_TOKEN * block_size, share))
 
 
-class Encoder:
-    """Contents to documents, with bos and eos where they belong."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.eos = int(tokenizer.eos_token_id)
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
-        self.bos = [int(bos)] if adds_bos else []
-
-    def __call__(self, contents: Sequence[Content]) -> list[np.ndarray]:
-        """Token ids of each content: [T] int32."""
-        texts = [str(content) for content in contents if isinstance(content, str)]
-        ids = iter(self._ids(texts))
-        return [
-            self._document(content, next(ids)) if isinstance(content, str) else content
-            for content in contents
-        ]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:  # tokenizers do not take an empty batch
-            return []
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(texts, **options).input_ids
-
-    def _document(self, text: str, ids: list[int]) -> np.ndarray:
-        front = [] if isinstance(text, Rendered) else self.bos
-        back = [] if ids[-1:] == [self.eos] else [self.eos]
-        return np.asarray([*front, *ids, *back], np.int32)
+def encode(documents: Sequence[Content], tokenizer: Any) -> list[np.ndarray]:
+    """Token ids of each, with bos and eos where they belong: [T] int32."""
+    bos, eos = tokenizer.bos_token_id, int(tokenizer.eos_token_id)
+    adds_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
+    texts = [str(document) for document in documents if isinstance(document, str)]
+    # Tokenizers do not take an empty batch.
+    found = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    upcoming, result = iter(found), []
+    for document in documents:
+        if isinstance(document, str):
+            ids = next(upcoming)
+            front = [bos] if adds_bos and not isinstance(document, Rendered) else []
+            document = np.asarray([*front, *ids, *([] if ids[-1:] == [eos] else [eos])], np.int32)
+        result.append(document)
+    return result
 
 
-def _interleave(groups: Sequence[Sequence[Piece]], seed: int) -> list[Piece]:
-    """One order of all pieces: each group shuffled, and every stretch of the result has bytes of
+def _interleave(groups: Sequence[Sequence[Content]], seed: int) -> list[Content]:
+    """One order of all documents: each group shuffled, and every stretch of the result has bytes of
     each group in proportion to the group's size."""
-    placed: list[tuple[float, int, Piece]] = []
-    for number, pieces in enumerate(groups):
-        shuffled = list(pieces)
-        random.Random(f"{seed}/{number}").shuffle(shuffled)
-        total = sum(piece.size for piece in shuffled)
-        before = 0
-        for piece in shuffled:
-            placed.append(((before + piece.size / 2) / total, number, piece))
-            before += piece.size
+    placed: list[tuple[float, int, Content]] = []
+    for number, group in enumerate(groups):
+        sized = [(_size(document), document) for document in group]
+        random.Random(f"{seed}/{number}").shuffle(sized)
+        total, before = sum(size for size, _ in sized), 0
+        for size, document in sized:
+            placed.append(((before + size / 2) / total, number, document))
+            before += size
     placed.sort(key=lambda entry: entry[:2])
-    return [piece for _, _, piece in placed]
+    return [document for _, _, document in placed]
 
 
-def _documents(
-    pieces: Sequence[Piece], encode: Encoder, max_tokens: int | None
+def _size(document: Content) -> int:
+    """Bytes of UTF-8."""
+    if isinstance(document, str):
+        return len(document.encode())
+    return BYTES_PER_TOKEN * len(document)
+
+
+def _tokenised(
+    documents: Sequence[Content], tokenizer: Any, max_tokens: int | None
 ) -> Iterator[np.ndarray]:
-    """Documents of the first pieces that together have `max_tokens`, or of all: [T_i] int32."""
+    """The first documents that together have `max_tokens`, or all: [T_i] int32."""
     from datasets.utils import tqdm
 
-    tokens = 0
-    for batch in _batches(tqdm(pieces, desc="Tokenising", unit=" pieces"), max_tokens):
-        for document in encode([piece.read() for piece in batch]):
-            yield document
-            tokens += len(document)
-            if max_tokens is not None and tokens >= max_tokens:
-                return
-
-
-def _batches(pieces: Iterable[Piece], max_tokens: int | None) -> Iterator[list[Piece]]:
-    """Pieces to tokenise together; with few tokens to take, few of them."""
-    largest = np.inf if max_tokens is None else max_tokens * FEWEST_BYTES_PER_TOKEN / 4
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += piece.size
-        if len(batch) == TOKENISED_AT_ONCE or size >= largest:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _as_dataset(blocks: np.ndarray, targets: np.ndarray | None) -> "Dataset":
-    from datasets import Dataset
-
-    columns = {"input_ids": blocks} | ({} if targets is None else {"labels": targets})
-    return Dataset.from_dict(columns).with_format("torch")
+    at_once, tokens = (TOKENISED_AT_ONCE if max_tokens is None else 1), 0
+    for first in tqdm(range(0, len(documents), at_once), desc="Tokenising"):
+        for ids in encode(documents[first : first + at_once], tokenizer):
+            yield ids
+            tokens += len(ids)
+        if max_tokens is not None and tokens >= max_tokens:
+            return
 
 
 def _check_arguments(

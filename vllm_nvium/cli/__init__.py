@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
+from typing import NoReturn
 
 from vllm_nvium.console import complain
 from vllm_nvium.errors import UserError
@@ -82,9 +83,15 @@ def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:
     parser.usage = " ".join([*words, "[options]"])
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Refuses in one sentence, without the usage that argparse prints."""
+        raise UserError(f"{message}.")
+
+
 def _parser_of(command: ModuleType, prog: str) -> argparse.ArgumentParser:
     if hasattr(command, "make_parser"):
         return command.make_parser(prog=prog, description=command.__doc__)
-    parser = argparse.ArgumentParser(prog=prog, description=command.__doc__)
+    parser = _Parser(prog=prog, description=command.__doc__)
     command.add_arguments(parser)
     return parser

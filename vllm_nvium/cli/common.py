@@ -9,11 +9,7 @@ from vllm_nvium.errors import UserError
 
 
 def check_at_least(args: argparse.Namespace, **smallest: int) -> None:
-    """Refuse numbers that are too small, by the names they have in `args`.
-
-    Raises:
-        UserError: one of them is.
-    """
+    """Refuse numbers that are too small, by the names they have in `args`."""
     for name, bound in smallest.items():
         if (value := getattr(args, name)) < bound:
             flag = "--" + name.replace("_", "-")
@@ -21,11 +17,7 @@ def check_at_least(args: argparse.Namespace, **smallest: int) -> None:
 
 
 def check_output(flag: str, path: Path | None) -> None:
-    """Refuse a file that cannot be written.
-
-    Raises:
-        UserError: its folder is missing or closed, or it is a folder itself.
-    """
+    """Refuse a file that cannot be written."""
     if path is None:
         return
     folder = path.expanduser().absolute().parent

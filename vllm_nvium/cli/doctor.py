@@ -23,11 +23,6 @@ PACKAGES = ("torch", "transformers", "triton")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="read vLLM's source for the hook table instead of importing every module",
-    )
-    parser.add_argument(
         "--vllm-changes",
         action="store_true",
         help="instead: which functions of vLLM that this package relies on are not those that were "
@@ -51,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"{plugin.DISABLE} is set, so that nothing registers; unset it.")
     if hooks.vllm_version() is not None:
         problems += report_command()
-        problems += report_hooks(fast=args.fast)
+        problems += report_hooks()
         problems += report_runner()
         problems += report_architectures()
     say("")
@@ -100,15 +95,11 @@ def report_command() -> list[str]:
     return ["The `vllm` command does not start; run `vllm-nvium setup-cpu`."]
 
 
-def report_hooks(*, fast: bool) -> list[str]:
+def report_hooks() -> list[str]:
     """The hook table with a status for each row."""
     rows, problems = [("status", "name in vLLM", "used to")], []
     for hook in hooks.all_hooks():
-        error = (
-            ("" if hooks.is_present(hook) else "no such name")
-            if fast
-            else hooks.is_importable(hook)
-        )
+        error = hooks.is_importable(hook)
         rows.append(("MISSING" if error else "ok", hook.path, error or hook.why))
         if error:
             problems.append(f"vLLM has no {hook.path} ({error}): {hook.breaks}.")

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_nvium.checkpoints import require
-from vllm_nvium.checkpoints.evaluate import evaluate
-from vllm_nvium.cli.common import check_at_least, check_output
+from vllm_nvium.checkpoints.evaluate.request import Request
+from vllm_nvium.checkpoints.options import add_flags, given_by
+from vllm_nvium.cli.common import check_output
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
 
-DTYPES = ("float32", "bfloat16")
 # `--help` shows these; --help-all the others too.
 COMMON = ("--text", "--dense", "--max-tokens", "--plot")
 
@@ -33,28 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`datasets` library; every name is measured for itself, and sources that are given the "
         "same NAME are one text",
     )
-    parser.add_argument(
-        "--dense",
-        metavar="PARENT",
-        help="dense model to compare with: a Hugging Face folder or a hub id",
-    )
-    parser.add_argument(
-        "--agreement",
-        action="store_true",
-        help="with --dense: also how often each head's most likely token is the parent's; costs "
-        "all unembeddings once more",
-    )
-    parser.add_argument("--block-size", type=int, default=1024, metavar="T", help="default: 1024")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text (default: all)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="default: 1")
-    parser.add_argument(
-        "--dtype",
-        default=DTYPES[0],
-        metavar="DTYPE",
-        help=f"{' or '.join(DTYPES)}, of both models (default: {DTYPES[0]})",
-    )
-    parser.add_argument("--text-field", metavar="FIELD", help="field of JSON lines and data sets")
-    parser.add_argument("--split", default="train", help="of data sets (default: train)")
+    add_flags(parser, Request, left_out=("model", "texts"))
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write every number")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the exit shares")
     parser.add_argument(
@@ -66,56 +45,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for.
-
-    Raises:
-        UserError: something given cannot be used, or a file cannot be written.
-    """
-    check(args)
-    texts = parse_texts(args.text)
-    from vllm_nvium.checkpoints.evaluate.checkpoint import Request
-    from vllm_nvium.checkpoints.evaluate.history import read_history
+    """Measure, print, and write what was asked for."""
+    given = given_by(args, Request) | {"model": args.model.expanduser()}
+    request = Request(**given, texts=parse_texts(args.text))
+    check(request, args)
+    from vllm_nvium.checkpoints.evaluate.checkpoint import evaluate
+    from vllm_nvium.checkpoints.evaluate.history import HISTORY, read_history
     from vllm_nvium.checkpoints.evaluate.plots import draw
+    from vllm_nvium.checkpoints.evaluate.results import to_json
     from vllm_nvium.checkpoints.evaluate.tables import print_report
 
-    history = read_history(args.history) if args.history else []
-    request = Request(
-        model=args.model.expanduser(),
-        texts=texts,
-        dense=args.dense,
-        agreement=args.agreement,
-        block_size=args.block_size,
-        max_tokens=args.max_tokens,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        text_field=args.text_field,
-        split=args.split,
-    )
+    history = []
+    if args.history is not None:
+        needed = ("step", "val_loss", "mean_depth")
+        history = read_history(args.history / HISTORY, "--history", *needed)
     report = evaluate(request)
     print_report(report)
     if args.json is not None:
-        text = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
         write_atomically(args.json, lambda path: path.write_text(text))
     if args.plot is not None:
-        evaluations = {name: result.nvium for name, result in report.results.items()}
+        evaluations = {name: result.nvium for name, result in report.texts.items()}
         write_atomically(args.plot, lambda path: draw(path, evaluations, history))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything slow starts.
-
-    Raises:
-        UserError: a flag has a value that cannot be used.
-    """
-    check_at_least(args, block_size=2, batch_size=1)
-    if args.max_tokens is not None and args.max_tokens < args.block_size:
+def check(request: Request, args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything slow starts."""
+    if request.max_tokens is not None and request.max_tokens < request.block_size:
         raise UserError(
-            f"--max-tokens is {args.max_tokens}, which is less than one block of --block-size "
-            f"{args.block_size}."
+            f"--max-tokens is {request.max_tokens}, which is less than one block of --block-size "
+            f"{request.block_size}."
         )
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype is {args.dtype!r}, and it must be {' or '.join(DTYPES)}.")
-    if args.agreement and args.dense is None:
+    if request.agreement and request.dense is None:
         raise UserError("--agreement is with the dense parent, so --dense must be given too.")
     if args.history is not None and args.plot is None:
         raise UserError("--history is drawn by --plot, so --plot must be given too.")

@@ -4,13 +4,10 @@ Each is tested first, touched only when it fails, and reported; nothing but the 
 used, because this runs when transformers may not import."""
 
 import argparse
-import base64
-import hashlib
 import importlib.metadata
 import subprocess
 import sys
-import tempfile
-import zipfile
+import sysconfig
 from pathlib import Path
 
 from vllm_nvium.console import complain, say
@@ -41,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"{name}: broken, {problem}")
             try:
                 say(f"{name}: {repair()}")
-            except subprocess.CalledProcessError as error:
+            except (OSError, subprocess.CalledProcessError) as error:
                 complain(f"{name}: could not be mended, {error}")
                 failed = 1
     return failed
@@ -69,15 +66,13 @@ def command_problem() -> str:
 
 
 def install_alias() -> str:
-    """Install an empty distribution named `vllm`, made here; returns what was done."""
+    """Note an empty distribution named `vllm`; returns what was done."""
     version = installed(CPU_DISTRIBUTION)
     assert version is not None
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = write_alias_wheel(Path(folder), version)
-        _pip("install", "--no-deps", "--no-index", "--quiet", str(wheel))
+    write_alias(Path(sysconfig.get_path("purelib")), version)
     importlib.invalidate_caches()
     return (
-        f"installed an empty distribution vllm=={alias_version(version)} that depends on "
+        f"noted an empty distribution vllm=={alias_version(version)} that depends on "
         f"{CPU_DISTRIBUTION}=={version} (undo: pip uninstall vllm)"
     )
 
@@ -87,26 +82,22 @@ def alias_version(cpu_version: str) -> str:
     return f"{cpu_version.partition('+')[0]}+cpu"
 
 
-def write_alias_wheel(folder: Path, cpu_version: str) -> Path:
-    """Write a wheel without modules; returns its path."""
+def write_alias(site: Path, cpu_version: str) -> None:
+    """Write what an installer leaves of a wheel without modules."""
     version = alias_version(cpu_version)
-    info = f"vllm-{version}.dist-info"
+    folder = site / f"vllm-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
     files = {
-        f"{info}/METADATA": "Metadata-Version: 2.1\n"
+        "METADATA": "Metadata-Version: 2.1\n"
         "Name: vllm\n"
         f"Version: {version}\n"
         f"Summary: Empty; lets the vllm command of {CPU_DISTRIBUTION} find its version.\n"
         f"Requires-Dist: {CPU_DISTRIBUTION}=={cpu_version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: vllm-nvium\nRoot-Is-Purelib: true\n"
-        "Tag: py3-none-any\n",
+        "INSTALLER": "vllm-nvium\n",
     }
-    record = "".join(f"{name},sha256={_digest(text)},{len(text)}\n" for name, text in files.items())
-    path = folder / f"vllm-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
-        wheel.writestr(f"{info}/RECORD", record + f"{info}/RECORD,,\n")
-    return path
+    files["RECORD"] = "".join(f"{folder.name}/{name},,\n" for name in [*files, "RECORD"])
+    for name, text in files.items():
+        (folder / name).write_text(text)
 
 
 def torchvision_problem() -> str:
@@ -125,18 +116,9 @@ def torchvision_problem() -> str:
 def remove_torch_companions() -> str:
     """Uninstall torchvision and the two packages built with it; returns what was done."""
     present = [name for name in TORCH_COMPANIONS if installed(name) is not None]
-    _pip("uninstall", "--yes", "--quiet", *present)
+    command = [sys.executable, "-m", "pip", "uninstall", "--yes", "--quiet", *present]
+    subprocess.run(command, check=True)
     return (
         f"removed {', '.join(present)}: they were built for another torch than "
         f"{installed('torch')}, and text generation does not use them"
     )
-
-
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    subprocess.run(command, check=True)
-
-
-def _digest(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()

@@ -5,34 +5,41 @@ on with `--resume`.
 """
 
 import argparse
-from typing import Any
+from pathlib import Path
 
 from vllm_nvium.checkpoints import require
-from vllm_nvium.checkpoints.train import train
+from vllm_nvium.checkpoints.options import add_flags, given_by
+from vllm_nvium.checkpoints.train.options import TrainOptions, read_config
 from vllm_nvium.console import say
 
 # `--help` shows these; --help-all the others too.
 COMMON = ("--out", "--text", "--validation", "--method", "--config")
 
 
-def make_parser(**about: Any) -> argparse.ArgumentParser:
-    """The parser of every training option.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for every option, and `MODEL` and `--config` besides."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="what to start from; the same as --model",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML or JSON with these options; flags win"
+    )
+    add_flags(parser, TrainOptions)
 
-    Raises:
-        UserError: transformers, whose parser it is made with, is not installed.
-    """
-    require("transformers")
-    from vllm_nvium.checkpoints.train.flags import FlagParser
 
-    return FlagParser(**about)
+def options_of(args: argparse.Namespace) -> TrainOptions:
+    """The flags over the file over the defaults."""
+    from_file = {} if args.config is None else read_config(args.config)
+    return TrainOptions(**from_file | given_by(args, TrainOptions))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train.
-
-    Raises:
-        UserError: an option cannot be used; nothing was trained.
-    """
-    from vllm_nvium.checkpoints.train.flags import options_of
+    """Train."""
+    require("transformers")
+    from vllm_nvium.checkpoints.train.run import train
 
     say(f"vllm-nvium train: wrote {train(options_of(args))}")

@@ -15,7 +15,7 @@ from tiny_models import BOS, EOS, make_nvium
 from vllm_nvium.checkpoints import IGNORED
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import distill
-from vllm_nvium.checkpoints.train.distill import Files, counted, schedule, self_distill
+from vllm_nvium.checkpoints.train.distill import schedule, self_distill
 from vllm_nvium.checkpoints.train.prompts import read_prompts
 from vllm_nvium.errors import UserError
 
@@ -23,10 +23,8 @@ PROMPTS = ["w5 w6", "w7", "w8 w9 w10"]
 OPTIONS: dict[str, Any] = {
     "prompts": PROMPTS,
     "max_new_tokens": 24,
-    "max_num_seqs": 4,
-    "enforce_eager": True,
     # Rounding differs between batches; in float32 too little to change a draw.
-    "dtype": "float32",
+    "engine": ["--max-num-seqs", "4", "--enforce-eager", "--dtype", "float32"],
 }
 TOKENS = 900
 
@@ -110,28 +108,28 @@ def test_a_run_that_was_stopped_goes_on(
     whole = self_distill(dense_checkpoint, tmp_path / "a.jsonl", TOKENS, **OPTIONS)
     rounds, rows = len(batch.jobs), len(batch.rows)
     assert rounds > 1, "answers are shorter than they may be"
-    # Each round may be stopped before it has answers, and when they are not noted yet.
-    cut = Files(tmp_path / "b.jsonl")
-    add = distill._append
+    out, write, say = tmp_path / "b.jsonl", distill._write, distill.say
     batch.rows.clear()
-    for _ in range(2 * rounds):
+    for _ in range(rounds):  # each may be stopped before it has answers, and just after
         batch.status = 3
         with pytest.raises(UserError, match="stopped with status 3 .* the same command goes on"):
-            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
-        batch.status = 0
-        monkeypatch.setattr(distill, "_append", lambda *_: 1 / 0)
+            self_distill(dense_checkpoint, out, TOKENS, **OPTIONS)
+        batch.status, before = 0, len(batch.jobs)
+
+        def kill(line: str, before: int = before) -> None:
+            if len(batch.jobs) > before:
+                raise ZeroDivisionError
+
+        monkeypatch.setattr(distill, "say", kill)
         with pytest.raises(ZeroDivisionError):
-            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
-        monkeypatch.setattr(distill, "_append", add)
-        monkeypatch.setattr(Files, "remove_rounds", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # one round further
-            self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS)
-        monkeypatch.undo()
-        monkeypatch.setattr(subprocess, "run", batch)
-        if counted(cut.partial)[1] >= TOKENS:
-            break
-    assert self_distill(dense_checkpoint, cut.out, TOKENS, **OPTIONS) == cut.out
-    assert cut.out.read_bytes() == whole.read_bytes()
+            self_distill(dense_checkpoint, out, TOKENS, **OPTIONS)
+        monkeypatch.setattr(distill, "say", say)
+    monkeypatch.setattr(distill, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # all rounds are there, and the file is not
+        self_distill(dense_checkpoint, out, TOKENS, **OPTIONS)
+    monkeypatch.setattr(distill, "_write", write)
+    assert self_distill(dense_checkpoint, out, TOKENS, **OPTIONS) == out
+    assert out.read_bytes() == whole.read_bytes()
     assert len(batch.rows) == rows, "no sample is drawn twice"
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {f"{name}.jsonl{more}" for name in "ab" for more in ("", ".header.json")}
@@ -140,14 +138,14 @@ def test_a_run_that_was_stopped_goes_on(
 
 
 def test_what_a_job_is_asked(dense_checkpoint: Path, tmp_path: Path, batch: Batch) -> None:
-    self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, replicas=2, temperature=0.7, **OPTIONS)
+    self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, replicas=2, **OPTIONS)
     [command] = batch.jobs
     told = dict(zip(command, command[1:], strict=False))
     assert told["--replicas"] == "2" and told["--max-num-seqs"] == "4"
     assert told["--max-model-len"] == str(3 + 24)
     assert told["--generation-config"] == "vllm", "the checkpoint's must not change the sampling"
     assert "--enforce-eager" in command
-    assert {row["temperature"] for row in batch.rows} == {0.7}
+    assert {row["temperature"] for row in batch.rows} == {1.0}
     assert {row["max_tokens"] for row in batch.rows} == {24}
 
 
@@ -164,7 +162,7 @@ def test_a_sample_without_an_answer(
 def test_ray_is_needed(
     dense_checkpoint: Path, tmp_path: Path, no_engine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "find_spec", lambda name: None)
+    monkeypatch.setattr("vllm_nvium.checkpoints.find_spec", lambda name: None)
     with pytest.raises(UserError, match="'ray' is not installed: pip install"):
         self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
 
@@ -177,7 +175,6 @@ def test_ray_is_needed(
     [
         {"tokens": 11},
         {"seed": 1},
-        {"temperature": 0.5},
         {"max_new_tokens": 5},
         {"prompts": ["w5 w6"]},
         {"prompts": ["w5 w6", "w7", "w8 w9 w11"]},
@@ -202,7 +199,7 @@ def test_samples_of_another_model_are_refused(
     dense_checkpoint: Path, tmp_path: Path, batch: Batch
 ) -> None:
     out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
-    header = Files(out).header
+    header = distill._header_of(out)
     header.write_text(header.read_text().replace(str(dense_checkpoint.resolve()), "/other"))
     with pytest.raises(UserError, match="was sampled with parent = /other"):
         self_distill(dense_checkpoint, out, 10, **OPTIONS)
@@ -222,9 +219,7 @@ def test_file_without_header_is_refused(
     ("change", "sentence"),
     [
         ({"tokens": 0}, "tokens of self-distillation is 0"),
-        ({"max_num_seqs": 0}, "max_num_seqs of self-distillation is 0"),
         ({"replicas": 0}, "replicas of self-distillation is 0"),
-        ({"temperature": 0.0}, "temperature of self-distillation is 0.0"),
         ({"out": "a.txt"}, "a.txt must end in .jsonl"),
         ({"parent": "missing"}, "missing has no config.json"),
         ({"max_new_tokens": 512}, "No prompt leaves room for max_new_tokens=512 .* 512 tokens"),
@@ -278,7 +273,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}', r"line 1 has no prompt .* only text"),
         ("a.jsonl", '{"turns": [], "prompt": 3}', "line 1 has no prompt"),
-        ("a.jsonl", "3", "line 1 has no prompt .* only int"),
+        ("a.jsonl", "3", "line 1 is 3, and an object of fields is needed"),
         ("a.jsonl", "", "has no prompts"),
         ("a.txt", "\n", "has no prompts"),
     ],

@@ -268,10 +268,10 @@ BAD = {
     "empty text": (["--text", "{empty}"], "empty.txt"),
     "exit too deep": (["--exit-layers", "4"], "exit_layers contains 4"),
     "block too long": (["--block-size", "1024"], "--block-size is 1024"),
-    "negative beta": (["--beta", "-1"], "--beta is -1.0"),
-    "share": (["--head-loss", "1.5"], "--head-loss is 1.5"),
+    "negative beta": (["--beta", "-1"], "--beta is '-1'"),
+    "share": (["--head-loss", "1.5"], "--head-loss is '1.5'"),
     "tokenizer": (["--tokenizer", "x"], "--tokenizer is 'x'"),
-    "curve": (["--controller", "{missing}"], "--controller is"),
+    "curve": (["--controller", "{missing}"], "--controller names"),
     "little text": (["--batch-size", "4000"], "one step needs 4000"),
 }
 

@@ -11,13 +11,11 @@ from datasets import Dataset
 from tiny_models import make_nvium
 from vllm_nvium.checkpoints.train.calibration import (
     LARGEST_SHIFT,
-    Observed,
-    depths_of,
     find_greedy_margin,
     find_shift,
-    observe,
     shift_margins,
 )
+from vllm_nvium.checkpoints.train.validation import Observed, depths_of, observe
 
 HALF = torch.tensor([0.5, 1.0])
 WORSE = Observed(torch.tensor([[math.log(0.1), math.log(0.4)]]), torch.zeros(1, 1))

@@ -200,15 +200,6 @@ def test_sharded_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_pytorch_bin(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    (tmp_path / "dense/model.safetensors").unlink()
-    torch.save(dense.state_dict(), tmp_path / "dense/pytorch_model.bin")
-    convert(tmp_path / "dense", tmp_path / "out")
-    state = load(tmp_path / "out").state_dict()
-    assert torch.equal(state["model.norm.weight"], dense.model.norm.weight)
-
-
 def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:
     make_dense(tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "out")
@@ -356,11 +347,6 @@ DAMAGE: list[tuple[str, Damage, str]] = [
         r"cannot be read as safetensors",
     ),
     (
-        "broken bin",
-        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-        r"cannot be read as PyTorch weights",
-    ),
-    (
         "size of another type",
         lambda d: change_config(d, hidden_size="wide"),
         r"transformers cannot read .*config\.json",
@@ -388,7 +374,7 @@ DAMAGE: list[tuple[str, Damage, str]] = [
     (
         "shape",
         lambda d: change_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(3)})),
-        r"model\.norm\.weight in .* has shape \[3\], and its config\.json says \[64\]",
+        r"model\.norm\.weight in .* has shape \[3\], and \[64\] is expected",
     ),
     (
         "extra tensor",
@@ -482,8 +468,14 @@ def test_exits_of_a_gemma_start_from_its_final_norm(tmp_path: Path, kind: str) -
         (["--num-exits", "0"], "--num-exits is 0"),
         (["--num-exits", "1", "--exit-layers", "2"], "exclude each other"),
         (["--hazards", "0.1,0.2"], "--hazards has 2 values, and 3 exits need 1 or 3"),
-        (["--hazards", "1.5"], "--hazards contains 1.5"),
-        (["--hazards", "nan"], "--hazards contains nan"),
+        (["--exit-layers", "a"], "--exit-layers is 'a': input should be a valid integer"),
+        (["--hazards", "x"], "--hazards is 'x': input should be a valid number"),
+        (
+            ["--router-size", "0"],
+            "--router-size is '0': input should be greater than or",
+        ),
+        (["--hazards", "1.5"], "--hazards is '1.5': input should be less than or equal to 1"),
+        (["--hazards", "nan"], "--hazards is 'nan': input should be"),
     ],
 )
 def test_wrong_flags(
@@ -493,14 +485,6 @@ def test_wrong_flags(
     assert command(tmp_path / "dense", tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "flags", [["--exit-layers", "a"], ["--hazards", "x"], ["--router-size", "0"]]
-)
-def test_unreadable_flags_stop_the_parser(flags: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        command("dense", "out", *flags)
 
 
 @pytest.mark.parametrize(
@@ -934,13 +918,16 @@ def test_broken_releases(
         ("a: [", "is not valid YAML"),
         ("a: 1", "has no field early_layer_idx"),
         ("", "has no field early_layer_idx"),
-        ("early_layer_idx: [a]", r"early_layer_idx in .* is \['a'\]"),
+        (
+            "early_layer_idx: [a]",
+            r"early_layer_idx\.0 in .* is 'a': input should be a valid integer",
+        ),
         ("early_layer_idx: []", r"early_layer_idx in .* is \[\]"),
         ("early_layer_idx: [1, 9]", "exit_layers contains 9"),
-        ("early_layer_idx: [1, 2, 3]\nrouter: 3", "router in .* is 3, and a mapping"),
+        ("early_layer_idx: [1, 2, 3]\nrouter: 3", "router in .* is 3: input should be"),
         (
             "early_layer_idx: [1, 2, 3]\nrouter: {router_type: llama}",
-            "router_type in .* is 'llama', and simple_mlp",
+            "router.router_type in .* is 'llama': input should be 'simple_mlp'",
         ),
         (
             "early_layer_idx: [1, 2, 3]\nrouter: {router_temp: -1}\n"
@@ -949,7 +936,7 @@ def test_broken_releases(
         ),
         (
             "early_layer_idx: [1, 2, 3]\ntying: {tie_early_to_final: 3}",
-            "tie_early_to_final in .* is 3, and true or false",
+            "tying.tie_early_to_final in .* is 3: input should be a valid boolean",
         ),
     ],
 )

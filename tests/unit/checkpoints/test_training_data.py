@@ -17,10 +17,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tiny_models import BOS, EOS, save_tokenizer
-from vllm_nvium.checkpoints import documents as data
+from vllm_nvium.checkpoints import text as reading
+from vllm_nvium.checkpoints.documents import cut, documents_of
 from vllm_nvium.checkpoints.text import (
     LARGEST_PIECE,
-    Encoder,
     check_disk_space,
     check_tokenizer,
     load_blocks,
@@ -188,9 +188,9 @@ def test_kinds_of_rows(
     assert stream(found) == expected
 
 
-def test_pairs_are_joined_with_a_blank_line(tokenizer: Any) -> None:
-    form = data.Form(tokenizer, None, LARGEST_PIECE)
-    assert data._content({"question": "a", "answer": "b"}, form) == "a\n\nb"
+def test_pairs_are_joined_with_a_blank_line(tokenizer: Any, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    assert documents_of(source, tokenizer, None, "train", LARGEST_PIECE) == ["a\n\nb"]
 
 
 def test_byte_order_mark(tokenizer: Any, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_dataset_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     st.integers(8, 60),
 )
 def test_cutting_loses_nothing(text: str, largest: int) -> None:
-    pieces = data._cut_text(text, largest)
+    pieces = list(cut(text, largest))
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= largest for piece in pieces)
     for piece in pieces[:-1]:
@@ -240,10 +240,8 @@ def test_huge_file_is_cut_at_lines(tokenizer: Any, tmp_path: Path) -> None:
     line = words(range(3, 100)) + "\n"
     path = tmp_path / "huge.txt"
     path.write_text(line * 600)  # 228 KB
-    pieces = data.pieces_of(str(path), data.Form(tokenizer, None, LARGEST_PIECE), "train")
-    assert [p.size <= LARGEST_PIECE for p in pieces] == [True] * len(pieces)
-    assert sum(p.size for p in pieces) == path.stat().st_size
-    texts = [str(p.read()) for p in pieces]
+    texts = documents_of(str(path), tokenizer, None, "train", LARGEST_PIECE)
+    assert all(len(text) <= LARGEST_PIECE for text in texts)
     assert "".join(texts) == line * 600
     assert all(text.endswith("\n") for text in texts)
     found = stream(load_blocks([str(path)], tokenizer, 7))
@@ -287,13 +285,13 @@ def test_max_tokens_bounds_what_is_tokenised(
     path = tmp_path / "large.txt"
     path.write_text((words(range(3, 100)) + "\n") * 50_000)  # 19 MB
     tokenised = []
-    encode = Encoder.__call__
+    encode = reading.encode
 
-    def counted(self: Any, contents: Any) -> Any:
-        tokenised.extend(map(len, contents))
-        return encode(self, contents)
+    def counted(documents: Any, tokenizer: Any) -> Any:
+        tokenised.extend(map(len, documents))
+        return encode(documents, tokenizer)
 
-    monkeypatch.setattr(Encoder, "__call__", counted)
+    monkeypatch.setattr(reading, "encode", counted)
     assert len(load_blocks([str(path)], tokenizer, 100, max_tokens=50_000)) == 500
     # 4 bytes a token.
     assert 190_000 <= sum(tokenised) < 300_000
@@ -312,13 +310,13 @@ def test_max_tokens_beyond_what_there_is(tokenizer: Any, tmp_path: Path) -> None
     [
         ("missing.txt", "'{}' does not exist"),
         ("missing/*.txt", "No file matches '{}'"),
-        ("empty.txt", "'{}' has no text (1 empty file found)"),
+        ("empty.txt", "'{}' has no text"),
         ("blank.jsonl", "'{}' has no text"),
         ("no_text", "'{}' is a folder without text files"),
         ("binary.txt", "'{}' is not UTF-8 text"),
         ("zeros.txt", "'{}' is not UTF-8 text"),
         ("fields.jsonl", "{}, line 2 has no usable field (text, content, prompt and response"),
-        ("list.jsonl", "{}, line 1 has no usable field"),
+        ("list.jsonl", "{}, line 1 is 3, and an object of fields is needed"),
         ("broken.jsonl", "{}, line 2 is not JSON"),
         ("broken.json", "{} is not JSON"),
         ("others.jsonl", "{}, line 1 has token ids from 3 to 256 and the tokenizer has 256"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import make_nvium
-from vllm_nvium.checkpoints.train.controller import BetaController, DenseCurve
+from vllm_nvium.checkpoints.train.controller import BetaController, dense_curve
 from vllm_nvium.checkpoints.train.loss import (
     head_target_log_probs,
     mixture_target_log_probs,
@@ -19,7 +19,7 @@ from vllm_nvium.checkpoints.train.loss import (
     warm_up_penalty,
 )
 from vllm_nvium.checkpoints.train.retrofit import warm_up_margins
-from vllm_nvium.checkpoints.train.trainer import Schedule, nvium_loss
+from vllm_nvium.checkpoints.train.trainer import nvium_loss
 from vllm_nvium.checkpoints.train.validation import worst_text
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
@@ -114,11 +114,6 @@ def test_loss_and_gradients_equal_float64(term: str, exit_head: str, tmp_path: P
     model = make_nvium(tmp_path / "m", exit_head=exit_head, tied=exit_head == "final")
     model = model.double()
     tokens = torch.randint(3, 256, (2, 17), generator=torch.Generator().manual_seed(5))
-    schedule = {
-        "warm-up": Schedule(hazard_warm_up_steps=1, head_loss_steps=0),
-        "penalty": Schedule(hazard_warm_up_steps=0, head_loss_steps=0),
-        "heads": Schedule(hazard_warm_up_steps=0, head_loss_steps=1),
-    }[term]
     results = []
     for plain in (True, False):
         model.zero_grad()
@@ -126,7 +121,9 @@ def test_loss_and_gradients_equal_float64(term: str, exit_head: str, tmp_path: P
             loss = plain_loss(model, tokens, term, 0.7)
         else:
             output = model(tokens, compute_logits=False, use_cache=False)
-            loss, _ = nvium_loss(model, output, next_tokens(tokens), 0, schedule, 0.7)
+            loss, _ = nvium_loss(
+                model, output, next_tokens(tokens), term == "warm-up", term == "heads", 0.7
+            )
         loss.backward()
         results.append(
             (loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()
@@ -174,9 +171,8 @@ def test_compute_penalty_by_hand(tmp_path: Path) -> None:
     model = make_nvium(tmp_path / "m", hazards=[0.5, 0.25, 0.0])
     tokens = torch.randint(3, 256, (1, 8), generator=torch.Generator().manual_seed(1))
     output = model(tokens, compute_logits=False, use_cache=False)
-    schedule = Schedule(hazard_warm_up_steps=0, head_loss_steps=0)
-    without, terms = nvium_loss(model, output, next_tokens(tokens), 0, schedule, 0.0)
-    with_penalty, _ = nvium_loss(model, output, next_tokens(tokens), 0, schedule, 2.0)
+    without, terms = nvium_loss(model, output, next_tokens(tokens), False, False, 0.0)
+    with_penalty, _ = nvium_loss(model, output, next_tokens(tokens), False, False, 2.0)
     assert terms["mean_depth"] == pytest.approx(0.5 * 0.25 + 0.125 * 0.5 + 0.375, abs=1e-6)
     assert float((with_penalty - without).detach()) == pytest.approx(2 * 0.5625, abs=1e-5)
 
@@ -213,14 +209,14 @@ def test_dense_curve(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     lines = [{"step": 10, "val_loss": 4.0}, {"step": 20, "val_loss": 3.0}, {"step": 30}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curve = DenseCurve(path)
-    assert [curve.at(step) for step in (1, 10, 15, 20, 99)] == [4.0, 4.0, 3.5, 3.0, 3.0]
+    curve = dense_curve(path)
+    assert [curve(step) for step in (1, 10, 15, 20, 99)] == [4.0, 4.0, 3.5, 3.0, 3.0]
 
 
 def test_dense_curve_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="history.jsonl of a dense run"):
-        DenseCurve(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="history.jsonl of a training run"):
+        dense_curve(tmp_path / "missing.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(UserError, match="no line of it holds"):
-        DenseCurve(empty)
+        dense_curve(empty)

@@ -125,7 +125,9 @@ def test_without_ray_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(batch, "find_spec", lambda name: None if name == "ray" else find(name))
+    monkeypatch.setattr(
+        "vllm_nvium.checkpoints.find_spec", lambda name: None if name == "ray" else find(name)
+    )
     assert main(["batch", "in.jsonl", "out.jsonl", "--model", "m"]) == 2
     assert "pip install 'vllm-nvium[ray]'" in capsys.readouterr().err
 

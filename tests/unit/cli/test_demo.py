@@ -2,13 +2,10 @@
 """What the demo prints, from numbers: colours, marks, the table, and a line of curl."""
 
 import json
+import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +16,15 @@ from vllm_nvium.cli.demo.engine import pieces
 from vllm_nvium.cli.demo.report import (
     TIERS,
     Answer,
-    Palette,
     Result,
-    colours_of,
     exits_of,
     painted,
     same_text,
+    shows_colours,
     summary,
 )
 from vllm_nvium.cli.demo.runs import runs_of
-from vllm_nvium.cli.demo.server import HOST, check_port, curl_line, is_up, serve
+from vllm_nvium.cli.demo.server import HOST, check_port, curl_line, serve
 from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.session import DRAFTER, FULL, SLIM
 
@@ -43,10 +39,9 @@ def answer(sources: list[int], ids: list[int] | None = None, passes: int = 0) ->
 def test_marks_and_colours_tell_sources() -> None:
     exits = exits_of([4, 6], 8)
     said = answer([0, 0, 2, 1])
-    assert painted(said, exits, Palette(0)) == "[1: w0 w1] w2[2: w3]"
-    assert painted(said, exits, Palette(8)) == ("\x1b[32m w0 w1\x1b[0m w2\x1b[36m w3\x1b[0m")
-    assert painted(said, exits, Palette(24)).startswith("\x1b[38;2;60;200;90m w0 w1\x1b[0m w2")
-    assert painted(said, [], Palette(24)) == " w0 w1 w2 w3"
+    assert painted(said, exits, False) == "[1: w0 w1] w2[2: w3]"
+    assert painted(said, exits, True) == ("\x1b[32m w0 w1\x1b[0m w2\x1b[36m w3\x1b[0m")
+    assert painted(said, [], True) == " w0 w1 w2 w3"
 
 
 def test_tiers_are_those_of_the_session() -> None:
@@ -56,24 +51,23 @@ def test_tiers_are_those_of_the_session() -> None:
 
 def test_colours_end_with_the_line() -> None:
     said = Answer("p", ["a\n", "\nb"], [1, 2], [0, 0], 1.0, 0)
-    assert painted(said, TIERS, Palette(8)) == "\x1b[32ma\x1b[0m\n\n\x1b[32mb\x1b[0m"
+    assert painted(said, TIERS, True) == "\x1b[32ma\x1b[0m\n\n\x1b[32mb\x1b[0m"
 
 
 @pytest.mark.parametrize(
-    ("environment", "is_terminal", "depth"),
+    ("environment", "is_terminal", "coloured"),
     [
-        ({}, True, 8),
-        ({"COLORTERM": "truecolor"}, True, 24),
-        ({"COLORTERM": "truecolor", "NO_COLOR": "1"}, True, 0),
-        ({"TERM": "dumb"}, True, 0),
-        ({"COLORTERM": "truecolor"}, False, 0),
+        ({}, True, True),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({}, False, False),
     ],
 )
 def test_colours_are_for_terminals(
-    environment: dict[str, str], is_terminal: bool, depth: int, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], is_terminal: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
-    assert colours_of(environment).depth == depth
+    assert shows_colours(environment) is coloured
 
 
 def test_the_table() -> None:
@@ -90,8 +84,8 @@ def test_the_table() -> None:
         ("--via-sd, greedy", "1.0", "0.50x", "-", "0.50", "yes"),
     ]
     assert nvium.shares() == "4 tokens in 1.0 s: 75 % exit 1, 25 % final head."
-    assert "exit 1 (after 4 of 8 layers)" in nvium.legend(Palette(0))[0]
-    assert plain.legend(Palette(0)) == []
+    assert "exit 1 (after 4 of 8 layers)" in nvium.legend(False)[0]
+    assert plain.legend(False) == []
     assert summary([nvium])[1][2] == "-"
 
 
@@ -148,43 +142,19 @@ def test_the_port_of_another_program_is_refused() -> None:
         check_port(65536)
 
 
-def test_a_server_is_found_although_the_environment_names_a_proxy(
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_process_becomes_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Healthy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with (
-        HTTPServer((HOST, 0), Healthy) as server,
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(5)"]) as process,
-    ):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            assert is_up(process, server.server_port)
-        finally:
-            process.kill()
-            server.shutdown()
-
-
-def test_a_server_that_does_not_start_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: Any = {"port": 9000, "eager": True, "sampling": None, "max_model_len": None}
+    given: Any = {"port": 9000, "eager": True, "sampling": "mixture", "max_model_len": None}
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match="vLLM is not installed"):
-        serve(tmp_path, **given, verbose=False)
-    vllm = tmp_path / "vllm"
-    vllm.write_text("#!/bin/sh\nexit 3\n")
-    vllm.chmod(0o700)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(UserError, match="the server ended with status 3 before it answered"):
-            serve(tmp_path, **given, verbose=False)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+        serve(tmp_path, **given)
+    (tmp_path / "vllm").write_text("")
+    became: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *process: became.extend(process))
+    serve(tmp_path, **given)
+    path, command, environment = became
+    assert path == command[0] == str(tmp_path / "vllm") and environment["PATH"]
+    assert command[1:5] == ["serve", str(tmp_path), "--port", "9000"]
+    assert command[-3:] == ["--enforce-eager", "--nvium-sampling", "mixture"]
+    assert "curl -s http://127.0.0.1:9000" in capsys.readouterr().out

@@ -7,29 +7,19 @@ package imports neither torch nor transformers.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_nvium.checkpoints.convert.options import DenseOptions
+from vllm_nvium.checkpoints.options import flag_of
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import from_hub
 
 if TYPE_CHECKING:
     from vllm_nvium.checkpoints.convert.checkpoint import Source
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions
-
-# What belongs to dense models only: field of `DenseOptions` -> flag.
-DENSE_FLAGS = {
-    "exit_layers": "--exit-layers",
-    "num_exits": "--num-exits",
-    "hazards": "--hazards",
-    "exit_norm": "--exit-norm",
-    "adapter_size": "--adapter-size",
-    "router_size": "--router-size",
-    "seed": "--seed",
-}
 
 
 def convert(
     dense: str | Path,
     out: str | Path,
-    options: "DenseOptions | None" = None,
+    options: DenseOptions | None = None,
     *,
     dtype: str = "auto",
     force: bool = False,
@@ -57,7 +47,8 @@ def convert(
     from vllm_nvium.checkpoints.convert.checkpoint import source_dtype, write_checkpoint
 
     source = open_source(str(dense), dtype)
-    do_not_apply = f"so {', '.join(DENSE_FLAGS.values())} do not apply."
+    flags = ", ".join(map(flag_of, DenseOptions.model_fields))
+    do_not_apply = f"so {flags} do not apply."
     notes: list[str] = []
     if exits is not None:
         if options is not None:
@@ -71,7 +62,7 @@ def convert(
             )
         config, plan, notes = authors.plan(source)
     else:
-        config, plan = dense_models.plan(source, options or dense_models.DenseOptions())
+        config, plan = dense_models.plan(source, options or DenseOptions())
     write_checkpoint(Path(out), source, config, plan, source_dtype(source, dtype), force)
     return notes
 

@@ -12,12 +12,14 @@ a mixture could have; the learnt hazards are kept as they are. Both are reported
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
-from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
+from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan, check_tensors
 from vllm_nvium.checkpoints.convert.dense import make_config, parent_config
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
@@ -25,15 +27,7 @@ from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
 ARCHITECTURE = "NviumModel"
 COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it before every name
-EXTRAS = (
-    "early_norms.",
-    "early_adapters.",
-    "early_lm_heads.",
-    "router_layers.",
-    "router_final_norms.",
-    "router_heads.",
-    "final_adapter.",
-)
+NORMS = "early_norms."
 # Our name -> the release's. `{k}` is the exit, `{j}` the block of a router.
 RENAMED = (
     (r"exits\.(\d+)\.norm\.weight", r"early_norms.\1.weight"),
@@ -51,19 +45,58 @@ RENAMED = (
 )
 
 
+class Router(BaseModel):
+    """Sizes that are left open, or are references of Hydra, are those of the tensors."""
+
+    router_type: Literal["simple_mlp", "simple_deep_mlp"] = "simple_mlp"
+    hidden_size: Any = None
+    intermediate_size: Any = None
+    num_layers: Any = None
+    router_temp: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class Adapter(BaseModel):
+    """See `Router`."""
+
+    enabled: StrictBool | None = None
+    dim: Any = None
+
+
+class Tying(BaseModel):
+    """The defaults are the release's own; that of the final head stands in config.json."""
+
+    tie_final_to_embeddings: StrictBool | None = None
+    tie_early_to_final: StrictBool = False
+    tie_early_to_embeddings: StrictBool = False
+
+    @property
+    def exit_head(self) -> str:
+        """In this order: the release lets `tie_early_to_final` win when both are set."""
+        if self.tie_early_to_final:
+            return "final"
+        return "embeddings" if self.tie_early_to_embeddings else "own"
+
+
+class Experiment(BaseModel):
+    """What is read of the YAML; sections may be missing."""
+
+    early_layer_idx: Annotated[list[StrictInt], Field(min_length=1)]
+    router: Router = Router()
+    early_adapter: Adapter = Adapter()
+    final_adapter: Adapter = Adapter()
+    tying: Tying = Tying()
+
+
 def is_authors_layout(source: Source) -> bool:
     """Whether this is the authors' layout: by its architecture, or by the norms at its exits."""
     if ARCHITECTURE in (source.config.get("architectures") or ()):
         return True
-    return any(name.removeprefix(COMPILED_PREFIX).startswith(EXTRAS[0]) for name in source.shapes)
+    return any(name.removeprefix(COMPILED_PREFIX).startswith(NORMS) for name in source.shapes)
 
 
 def find_yaml(folder: Path) -> Path:
-    """`.hydra/config.yaml` in the folder, its parent, or its grandparent.
-
-    Raises:
-        UserError: there is none.
-    """
+    """`.hydra/config.yaml` in the folder, its parent, or its grandparent; refuses where there is
+    none."""
     folder = folder.resolve()
     for place in (folder, *folder.parents[:2]):
         path = place / ".hydra" / "config.yaml"
@@ -75,31 +108,40 @@ def find_yaml(folder: Path) -> Path:
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> Experiment:
     """The experiment's fields: the mapping that has `early_layer_idx`, at the top or below it.
 
     Raises:
-        UserError: the file is not YAML, or the field is nowhere in it.
+        UserError: the file is not YAML, or a field cannot be used or is nowhere in it.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        level = [yaml.safe_load(path.read_text())]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML ({first_line(error)}).") from error
-    level = [content]
-    while level:
+    while level := [mapping for mapping in level if isinstance(mapping, dict)]:
         for mapping in level:
-            if isinstance(mapping, dict) and "early_layer_idx" in mapping:
-                return mapping
-        level = [
-            value
-            for mapping in level
-            if isinstance(mapping, dict)
-            for value in mapping.values()
-            if isinstance(value, dict)
-        ]
+            if "early_layer_idx" in mapping:
+                return _experiment(mapping, path)
+        level = [value for mapping in level for value in mapping.values()]
     raise UserError(f"{path} has no field early_layer_idx, the layers run at each exit.")
+
+
+def _experiment(fields: dict[str, Any], path: Path) -> Experiment:
+    layers = fields["early_layer_idx"]
+    given = {name: value for name, value in fields.items() if value is not None}
+    given["early_layer_idx"] = layers if isinstance(layers, list) else [layers]
+    try:
+        found = Experiment.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, said = ".".join(map(str, first["loc"])), first["msg"]
+        raise UserError(
+            f"{name} in {path} is {first['input']!r}: {said[0].lower()}{said[1:]}."
+        ) from None
+    found.early_layer_idx.sort()  # the release sorts too: exit k is the k-th from below
+    return found
 
 
 def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
@@ -108,62 +150,49 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     Raises:
         UserError: the YAML or a tensor is missing, contradictory or of another shape.
     """
-    if source.folder is None:
-        raise UserError(f"{source.name} is not a folder, and the authors' layout is one.")
+    assert source.folder is not None, "a GGUF file has no such layout"
     path = find_yaml(source.folder)
     experiment = read_yaml(path)
-    source = _without_compiled_prefix(source)
-    parent = parent_config(source)
+    plain = {name.removeprefix(COMPILED_PREFIX): name for name in source.shapes}
+    source = _renamed(source, plain)
+    parent, tying = parent_config(source), experiment.tying
+    tied = tying.tie_final_to_embeddings
     # Where the YAML is silent the release ties them and notes it in config.json.
-    parent.tie_word_embeddings = _tying(
-        experiment,
-        path,
-        "tie_final_to_embeddings",
-        bool(source.config.get("tie_word_embeddings", True)),
-    )
-    exit_layers, exit_head = _exit_layers(experiment, path), _exit_head(experiment, path)
-    source = _with_unembeddings(source, len(exit_layers), parent.tie_word_embeddings, exit_head)
-    exits = {"exit_layers": exit_layers, "exit_head": exit_head}
+    if tied is None:
+        tied = bool(source.config.get("tie_word_embeddings", True))
+    parent.tie_word_embeddings = tied
+    exit_layers = experiment.early_layer_idx
+    source = _with_unembeddings(source, len(exit_layers), tied, tying.exit_head)
+    exits = {"exit_layers": exit_layers, "exit_head": tying.exit_head}
     config = make_config({"text_config": parent} | exits | _sizes(source, experiment, path))
-    scale, notes = _router_scale(_section(experiment, path, "router"), path)
-    tensors: TensorPlan = {}
-    used = set()
-    for name, shape in expected_shapes(config).items():
-        theirs = _authors_name(name)
-        used.add(theirs)
-        _check_shape(source, theirs, shape)
-        tensors[name] = _loader(source, theirs, scale if ".router.head." in name else 1.0)
-    for name in sorted(set(source.shapes) - used):
-        if not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(
-                f"{source.name} has a tensor {name}, for which {path} and config.json have no "
-                "place."
-            )
+    scale, notes = _router_scale(experiment.router.router_temp)
+    shapes = expected_shapes(config)
+    theirs = {name: _authors_name(name) for name in shapes}
+    wanted = {theirs[name]: shape for name, shape in shapes.items()}
+    check_tensors(source, wanted, f"{path} and config.json have")
+    tensors: TensorPlan = {
+        name: partial(_scaled, source, old, scale if ".router.head." in name else 1.0)
+        for name, old in theirs.items()
+    }
     return config, tensors, notes
 
 
-def _sizes(source: Source, experiment: dict[str, Any], path: Path) -> dict[str, int]:
+def _sizes(source: Source, experiment: Experiment, path: Path) -> dict[str, int]:
     """The fields of `NviumConfig` that size adapters and routers."""
-    router = _section(experiment, path, "router")
-    first = "router_layers.0.layers.0"
+    router, first = experiment.router, "router_layers.0.layers.0"
     return {
         "router_num_blocks": _router_blocks(source, router, path),
-        "router_intermediate_size": _size(
-            router.get("intermediate_size"), source, f"{first}.fc1.weight"
-        ),
-        "router_hidden_size": _size(router.get("hidden_size"), source, f"{first}.fc2.weight"),
+        "router_intermediate_size": _size(router.intermediate_size, source, f"{first}.fc1.weight"),
+        "router_hidden_size": _size(router.hidden_size, source, f"{first}.fc2.weight"),
         "exit_adapter_size": _adapter_size(
-            source, experiment, path, "early_adapter", "early_adapters.0.0.weight"
+            source, experiment.early_adapter, f"early_adapter.enabled in {path}",
+            "early_adapters.0.0.weight",
         ),
         "final_adapter_size": _adapter_size(
-            source, experiment, path, "final_adapter", "final_adapter.0.weight"
+            source, experiment.final_adapter, f"final_adapter.enabled in {path}",
+            "final_adapter.0.weight",
         ),
-    }
-
-
-def _without_compiled_prefix(source: Source) -> Source:
-    theirs = {name.removeprefix(COMPILED_PREFIX): name for name in source.shapes}
-    return _renamed(source, theirs)
+    }  # fmt: skip
 
 
 def _renamed(source: Source, theirs: dict[str, str]) -> Source:
@@ -173,42 +202,6 @@ def _renamed(source: Source, theirs: dict[str, str]) -> Source:
         shapes={new: source.shapes[old] for new, old in theirs.items()},
         load=lambda name: source.load(theirs[name]),
     )
-
-
-def _exit_layers(fields: dict[str, Any], path: Path) -> list[int]:
-    value = fields["early_layer_idx"]
-    layers = value if isinstance(value, list) else [value]
-    if not layers or not all(type(layer) is int for layer in layers):
-        raise UserError(
-            f"early_layer_idx in {path} is {value!r}, and an integer or a list of them is needed."
-        )
-    return sorted(layers)  # the release sorts too: exit k is the k-th from below
-
-
-def _section(fields: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
-    value = fields.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{name} in {path} is {value!r}, and a mapping is needed.")
-    return value
-
-
-def _tying(fields: dict[str, Any], path: Path, name: str, default: bool) -> bool:
-    """A switch of the `tying` section; the defaults are the release's own."""
-    value = _section(fields, path, "tying").get(name, default)
-    if not isinstance(value, bool):
-        raise UserError(f"tying.{name} in {path} is {value!r}, and true or false is needed.")
-    return value
-
-
-def _exit_head(fields: dict[str, Any], path: Path) -> str:
-    # In this order: the release lets `tie_early_to_final` win when both are set.
-    if _tying(fields, path, "tie_early_to_final", False):
-        return "final"
-    if _tying(fields, path, "tie_early_to_embeddings", False):
-        return "embeddings"
-    return "own"
 
 
 def _with_unembeddings(source: Source, num_exits: int, tied: bool, exit_head: str) -> Source:
@@ -248,19 +241,12 @@ def _equal(source: Source, one: str, other: str) -> bool:
     return torch.equal(source.load(one), source.load(other))
 
 
-def _router_blocks(source: Source, router: dict[str, Any], path: Path) -> int:
-    kind = router.get("router_type", "simple_mlp")
-    if kind not in ("simple_mlp", "simple_deep_mlp"):
-        raise UserError(
-            f"router.router_type in {path} is {kind!r}, and simple_mlp and simple_deep_mlp can be "
-            "converted."
-        )
+def _router_blocks(source: Source, router: Router, path: Path) -> int:
     pattern = re.compile(r"router_layers\.0\.layers\.(\d+)\.fc1\.weight")
     found = [match for name in source.shapes if (match := pattern.fullmatch(name))]
-    count = 1 + max((int(match[1]) for match in found), default=0)
-    declared = router.get("num_layers")
+    count, declared = 1 + max((int(match[1]) for match in found), default=0), router.num_layers
     # The release builds one block for simple_mlp whatever num_layers says.
-    allowed = {declared, 1} if kind == "simple_mlp" else {declared}
+    allowed = {declared, 1} if router.router_type == "simple_mlp" else {declared}
     if type(declared) is int and count not in allowed:
         raise UserError(
             f"{source.name} has {count} blocks in router_layers.0, and router.num_layers in {path} "
@@ -269,26 +255,14 @@ def _router_blocks(source: Source, router: dict[str, Any], path: Path) -> int:
     return count
 
 
-def _adapter_size(
-    source: Source, fields: dict[str, Any], path: Path, section: str, first: str
-) -> int:
+def _adapter_size(source: Source, adapter: Adapter, switch: str, first: str) -> int:
     """Inner width of an adapter, 0 when there is none."""
-    adapter = _section(fields, path, section)
     present = first in source.shapes
-    enabled = adapter.get("enabled", present)
-    if not isinstance(enabled, bool):
-        raise UserError(f"{section}.enabled in {path} is {enabled!r}, not true or false.")
-    if not enabled:
-        if present:
-            raise UserError(
-                f"{source.name} has a tensor {first}, and {section}.enabled in {path} is false."
-            )
-        return 0
-    if not present:
-        raise UserError(
-            f"{source.name} has no tensor {first}, and {section}.enabled in {path} is true."
-        )
-    return _size(adapter.get("dim"), source, first)
+    if adapter.enabled and not present:
+        raise UserError(f"{source.name} has no tensor {first}, and {switch} is true.")
+    if adapter.enabled is False and present:
+        raise UserError(f"{source.name} has a tensor {first}, and {switch} is false.")
+    return _size(adapter.dim, source, first) if present else 0
 
 
 def _size(declared: Any, source: Source, name: str) -> int:
@@ -301,20 +275,18 @@ def _size(declared: Any, source: Source, name: str) -> int:
     return int(shape[0])
 
 
-def _router_scale(router: dict[str, Any], path: Path) -> tuple[float, list[str]]:
+def _router_scale(temperature: float) -> tuple[float, list[str]]:
     """What to multiply the routers' heads with, and what to tell the user about it."""
-    value = router.get("router_temp", 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise UserError(f"router.router_temp in {path} is {value!r}, and a number >= 0 is needed.")
-    if value == 0:
+    if temperature == 0:
         return 1.0, [
             "router_temp is 0 (leave when p > 0.5), a choice made while decoding: the learnt "
             "hazards are kept as they are."
         ]
-    if value == 1:
+    if temperature == 1:
         return 1.0, []
-    return 1.0 / value, [
-        f"router_temp is {value}: every router head is divided by it, which gives the same hazards."
+    return 1.0 / temperature, [
+        f"router_temp is {temperature}: every router head is divided by it, which gives the same "
+        "hazards."
     ]
 
 
@@ -325,17 +297,6 @@ def _authors_name(name: str) -> str:
     return name
 
 
-def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
-    got = source.shapes.get(name)
-    if got is None:
-        raise UserError(f"{source.name} has no tensor {name}, expected of shape {list(shape)}.")
-    if tuple(got) != shape:
-        raise UserError(
-            f"{name} in {source.name} has shape {list(got)}, and {list(shape)} is expected."
-        )
-
-
-def _loader(source: Source, name: str, scale: float) -> Any:
-    if scale == 1.0:
-        return lambda: source.load(name)
-    return lambda: source.load(name).float() * scale
+def _scaled(source: Source, name: str, scale: float) -> torch.Tensor:
+    tensor = source.load(name)
+    return tensor if scale == 1.0 else tensor.float() * scale

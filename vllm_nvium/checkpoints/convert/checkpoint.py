@@ -4,9 +4,8 @@ all. Both kinds of conversion go through here and differ only in the tensors the
 """
 
 import json
-import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from tqdm import tqdm
 
+from vllm_nvium.checkpoints.inputs import refusing
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.checkpoint_layout import (
@@ -69,11 +68,7 @@ class Source:
 
 
 def open_folder(folder: Path, name: str) -> Source:
-    """Open a Hugging Face folder: one or several `.safetensors` files, or `pytorch_model*.bin`.
-
-    Raises:
-        UserError: no readable configuration or no weights.
-    """
+    """Open a Hugging Face folder: one or several `.safetensors` files."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{name} has no config.json, so it is not a Hugging Face checkpoint.")
@@ -88,12 +83,8 @@ def open_folder(folder: Path, name: str) -> Source:
     def load_config() -> Any:
         from transformers import AutoConfig
 
-        try:
+        with refusing(f"transformers cannot read {config_file}"):
             return AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-            raise UserError(
-                f"transformers cannot read {config_file}: {first_line(error)}"
-            ) from error
 
     return Source(
         name=name,
@@ -111,7 +102,7 @@ def _open_weights(
 ) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
     files = _safetensors_files(folder)
     if not files:
-        return _open_bin_weights(folder, name)
+        raise UserError(f"{name} has no weights: there is no .safetensors file in it.")
     shapes: dict[str, Shape] = {}
     where: dict[str, Path] = {}
     for file in files:
@@ -135,21 +126,6 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def _open_bin_weights(
-    folder: Path, name: str
-) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"{name} has no weights: no .safetensors and no pytorch_model.bin.")
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            state.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{file} cannot be read as PyTorch weights.") from error
-    return {key: tuple(value.shape) for key, value in state.items()}, state.__getitem__
-
-
 def copy_companions(folder: Path, out: Path) -> None:
     """Copy what a server needs beside weights and configuration (see `COMPANIONS`)."""
     for pattern in COMPANIONS:
@@ -159,6 +135,28 @@ def copy_companions(folder: Path, out: Path) -> None:
                 shutil.copytree(path, target, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target)
+
+
+def check_tensors(
+    source: Source, wanted: Mapping[str, Shape], who_has: str, may_have: Sequence[str] = ()
+) -> None:
+    """Compare the tensors of a source with those that are wanted of it.
+
+    Args:
+        who_has: beginning of "... no place for it", for messages.
+        may_have: names that are passed over.
+    """
+    for name, shape in wanted.items():
+        got = source.shapes.get(name)
+        if got is None:
+            raise UserError(f"{source.name} has no tensor {name}, expected of shape {list(shape)}.")
+        if tuple(got) != tuple(shape):
+            raise UserError(
+                f"{name} in {source.name} has shape {list(got)}, and {list(shape)} is expected."
+            )
+    for name in sorted(set(source.shapes) - set(wanted) - set(may_have)):
+        if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints store the frequencies
+            raise UserError(f"{source.name} has a tensor {name}, for which {who_has} no place.")
 
 
 def source_dtype(source: Source, dtype: str) -> torch.dtype:

@@ -5,16 +5,17 @@ identity, and a router with a constant hazard. With hazards of zero the result i
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
+from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan, check_tensors
+from vllm_nvium.checkpoints.convert.options import DenseOptions
 from vllm_nvium.errors import UserError, first_line
-from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
+from vllm_nvium.model_executor.models.checkpoint_layout import Shape, expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.families import family_of
 from vllm_nvium.model_executor.models.parent import parent_of
@@ -22,30 +23,8 @@ from vllm_nvium.model_executor.models.parent import parent_of
 # sigmoid of this is exactly 0 in float32 (and of its negative exactly 1), it is finite in every
 # float dtype, and float16 still holds it.
 CERTAIN = 1e4
-
-
-@dataclass(frozen=True)
-class DenseOptions:
-    """What stands at the exits of a converted dense model.
-
-    Attributes:
-        exit_layers: layers already run at each exit; `None` spaces `num_exits` of them evenly.
-        num_exits: number of early exits, used when `exit_layers` is `None`.
-        hazards: chance of leaving at each exit for a token that got there; one value is for all.
-        exit_norm: `"final"` copies the final norm's weight into every exit's norm, `"ones"` does
-            not.
-        adapter_size: inner width of the adapters (exits and final head); 0 for none, `None` for H.
-        router_size: inner width of the routers; `None` for about 0.66 H.
-        seed: seed of the random weights that training starts from.
-    """
-
-    exit_layers: Sequence[int] | None = None
-    num_exits: int = 3
-    hazards: Sequence[float] = (0.0,)
-    exit_norm: str = "final"
-    adapter_size: int | None = None
-    router_size: int | None = None
-    seed: int = 0
+# How the names of tensors begin that a dense model has not.
+OWN = ("exits.", "final_adapter.")
 
 
 def evenly_spaced(num_exits: int, num_layers: int) -> list[int]:
@@ -92,11 +71,7 @@ def parent_config(source: Source) -> PretrainedConfig:
 
 
 def make_config(fields: dict[str, Any]) -> NviumConfig:
-    """`NviumConfig` of these fields.
-
-    Raises:
-        UserError: our configuration or transformers refuses one of them.
-    """
+    """`NviumConfig` of these fields."""
     try:
         return NviumConfig(**fields)
     except ValueError as error:
@@ -104,11 +79,7 @@ def make_config(fields: dict[str, Any]) -> NviumConfig:
 
 
 def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan]:
-    """The configuration of the N-vium model, and how to make each of its tensors.
-
-    Raises:
-        UserError: the source or the options cannot be converted.
-    """
+    """The configuration of the N-vium model, and how to make each of its tensors."""
     parent = parent_config(source)
     exit_layers = (
         evenly_spaced(options.num_exits, parent.num_hidden_layers)
@@ -129,43 +100,20 @@ def plan(source: Source, options: DenseOptions) -> tuple[NviumConfig, TensorPlan
     check_backbone(source, shapes)
     tensors: TensorPlan = {}
     for name, shape in shapes.items():
-        if name.startswith(("exits.", "final_adapter.")):
-            tensors[name] = _new_tensor(name, shape, source, config, hazards, options)
+        if name.startswith(OWN):
+            tensors[name] = partial(_new_tensor, name, shape, source, config, hazards, options)
         else:
-            tensors[name] = _loader(source, name)
+            tensors[name] = partial(source.load, name)
     return config, tensors
 
 
-def check_backbone(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compare the source's tensors with those the N-vium model takes over from it.
-
-    Args:
-        shapes: what the N-vium checkpoint holds.
-
-    Raises:
-        UserError: a tensor is missing, has another shape, or has no place in the model.
+def check_backbone(source: Source, shapes: Mapping[str, Shape]) -> None:
+    """Compare the source's tensors with those that an N-vium checkpoint of these shapes takes over
+    from it.
     """
-    wanted = {
-        name: shape
-        for name, shape in shapes.items()
-        if not name.startswith(("exits.", "final_adapter."))
-    }
-    for name, shape in wanted.items():
-        got = source.shapes.get(name)
-        if got is None:
-            raise UserError(f"{source.name} has no tensor {name}, which its config.json needs.")
-        if tuple(got) != shape:
-            raise UserError(
-                f"{name} in {source.name} has shape {list(got)}, and its config.json says "
-                f"{list(shape)}."
-            )
-    for name in source.shapes:
-        # Old checkpoints store the rotary frequencies, and tied ones may repeat the embeddings.
-        if name in wanted or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-            continue
-        raise UserError(
-            f"{source.name} has a tensor {name}, for which its config.json has no place."
-        )
+    wanted = {name: shape for name, shape in shapes.items() if not name.startswith(OWN)}
+    # Tied checkpoints may repeat the embeddings.
+    check_tensors(source, wanted, "its config.json has", may_have=("lm_head.weight",))
 
 
 def _one_per_exit(hazards: Sequence[float], num_exits: int) -> list[float]:
@@ -174,45 +122,33 @@ def _one_per_exit(hazards: Sequence[float], num_exits: int) -> list[float]:
         raise UserError(
             f"--hazards has {len(values)} values, and {num_exits} exits need 1 or {num_exits}."
         )
-    for value in values:
-        if not 0.0 <= value <= 1.0:
-            raise UserError(f"--hazards contains {value}, and a hazard lies in 0..1.")
     return values
-
-
-def _loader(source: Source, name: str) -> Any:
-    return lambda: source.load(name)
 
 
 def _new_tensor(
     name: str,
-    shape: tuple[int, ...],
+    shape: Shape,
     source: Source,
     config: NviumConfig,
     hazards: Sequence[float],
     options: DenseOptions,
-) -> Any:
-    """How to make one tensor of an exit or of the final adapter."""
+) -> torch.Tensor:
+    """One tensor of an exit or of the final adapter."""
     if name.endswith("adapter.fc2.weight"):
-        return lambda: torch.zeros(shape)  # makes the adapter the identity
+        return torch.zeros(shape)  # makes the adapter the identity
     if name.endswith("router.head.weight"):
-        return lambda: torch.zeros(shape)  # makes the hazard the same for every token
+        return torch.zeros(shape)  # makes the hazard the same for every token
     if name.endswith("router.head.bias"):
         hazard = hazards[int(name.split(".")[1])]
-        return lambda: torch.tensor([0.0, hazard_margin(hazard)])
-    if name.endswith("router.norm.weight"):
-        return lambda: torch.ones(shape)
+        return torch.tensor([0.0, hazard_margin(hazard)])
     if name.endswith(".norm.weight"):
-        if options.exit_norm == "final":  # an exit's own norm has no offset, whatever the family
-            return lambda: source.load("model.norm.weight").float() + config.family.norm_offset
-        return lambda: torch.ones(shape)
+        if options.exit_norm == "ones" or "router" in name:
+            return torch.ones(shape)
+        # An exit's own norm has no offset, whatever the family.
+        return source.load("model.norm.weight").float() + config.family.norm_offset
     if name.endswith(".bias"):
-        return lambda: torch.zeros(shape)
-    std = config.initializer_range
-
-    def random() -> torch.Tensor:
-        # Seeded by name, so that one tensor's values do not depend on which others exist.
-        seed = int.from_bytes(f"{options.seed}:{name}".encode(), "big") % (2**63 - 1)
-        return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-    return random
+        return torch.zeros(shape)
+    # Seeded by name, so that one tensor's values do not depend on which others exist.
+    seed = int.from_bytes(f"{options.seed}:{name}".encode(), "big") % (2**63 - 1)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return config.initializer_range * noise

@@ -11,16 +11,23 @@ its low-rank change, `lora.NAME.A` [r, in] and `lora.NAME.B` [out, r], with
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source, TensorPlan
-from vllm_nvium.checkpoints.convert.dense import check_backbone, make_config, parent_config
-from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.checkpoints.convert.dense import (
+    OWN,
+    check_backbone,
+    make_config,
+    parent_config,
+)
+from vllm_nvium.checkpoints.inputs import refusing
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
@@ -28,7 +35,10 @@ WEIGHTS = "exits.safetensors"
 RECORD = "training.json"
 # Of the dense parent, because the same configuration may hold other weights.
 FINGERPRINTED = "model.embed_tokens.weight"
-OWN = ("exits.", "final_adapter.")
+EXIT_FIELDS = (
+    "exit_layers", "exit_adapter_size", "final_adapter_size", "router_intermediate_size",
+    "router_hidden_size", "router_num_blocks", "exit_head", "greedy_margin",
+)  # fmt: skip
 # Fields of a parent that say nothing about what it computes.
 NO_MATTER = ("architectures", "dtype", "transformers_version", "use_cache", "_name_or_path")
 
@@ -37,13 +47,6 @@ def fingerprint(source: Source) -> str:
     """Tells parents of one shape apart: a digest of the embeddings, whatever dtype they are in."""
     embeddings = source.load(FINGERPRINTED).to(torch.bfloat16).contiguous()
     return hashlib.sha256(embeddings.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
-def merged(
-    weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """`W + scale * B A` in float32: `[out, in]` from A `[r, in]` and B `[out, r]`."""
-    return weight.float() + scale * (up.float() @ down.float())
 
 
 def write_exits(
@@ -80,8 +83,9 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
     """
     weights, scale = _read_weights(folder)
     config = _read_config(folder)
+    exits = {name: getattr(config, name) for name in EXIT_FIELDS}
     # Whatever the folder leaves open in the parent's own fields is filled in as it is for a parent.
-    theirs = make_config({"text_config": parent_config(source)} | _exit_fields(config)).parent
+    theirs = make_config({"text_config": parent_config(source)} | exits).parent
     ours = config.parent.to_dict()
     for name, value in theirs.to_dict().items():
         if ours.get(name) != value and name not in NO_MATTER:
@@ -97,50 +101,30 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
         if name.startswith(OWN):
             if name not in weights:
                 raise UserError(f"{folder / WEIGHTS} has no tensor {name}.")
-            tensors[name] = _given(weights[name])
+            tensors[name] = partial(weights.__getitem__, name)
         elif name in changed:
             down, up = weights[f"lora.{name}.A"], weights[f"lora.{name}.B"]
-            tensors[name] = _changed(source, name, down, up, scale)
+            tensors[name] = partial(_changed, source, name, down, up, scale)
         else:
-            tensors[name] = _taken_over(source, name)
+            tensors[name] = partial(source.load, name)
     if unknown := sorted(changed - set(shapes)):
         raise UserError(f"{folder / WEIGHTS} changes {unknown[0]}, which the model has not.")
     return config, tensors, _notes(source, folder)
 
 
-def _exit_fields(config: NviumConfig) -> dict[str, Any]:
-    names = (
-        "exit_layers",
-        "exit_adapter_size",
-        "final_adapter_size",
-        "router_intermediate_size",
-        "router_hidden_size",
-        "router_num_blocks",
-        "exit_head",
-        "greedy_margin",
-    )
-    return {name: getattr(config, name) for name in names}
-
-
 def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            scale = float((file.metadata() or {}).get("lora_scale", "1.0"))
-            return {name: file.get_tensor(name) for name in file.keys()}, scale  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read ({first_line(error)})."
-        ) from error
+    with (
+        refusing(f"--exits is {str(folder)!r}, and {WEIGHTS} in it cannot be read"),
+        safe_open(folder / WEIGHTS, framework="pt") as file,
+    ):
+        scale = float((file.metadata() or {}).get("lora_scale", "1.0"))
+        return {name: file.get_tensor(name) for name in file.keys()}, scale  # noqa: SIM118
 
 
 def _read_config(folder: Path) -> NviumConfig:
-    try:
+    what = f"--exits is {str(folder)!r}, and config.json in it is not that of an N-vium model"
+    with refusing(what):
         return NviumConfig(**json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"--exits is {str(folder)!r}, and config.json in it is not that of an N-vium model "
-            f"({first_line(error)})."
-        ) from error
 
 
 def _notes(source: Source, folder: Path) -> list[str]:
@@ -156,13 +140,8 @@ def _notes(source: Source, folder: Path) -> list[str]:
     return []
 
 
-def _given(tensor: torch.Tensor) -> Any:
-    return lambda: tensor
-
-
-def _taken_over(source: Source, name: str) -> Any:
-    return lambda: source.load(name)
-
-
-def _changed(source: Source, name: str, down: torch.Tensor, up: torch.Tensor, scale: float) -> Any:
-    return lambda: merged(source.load(name), down, up, scale)
+def _changed(
+    source: Source, name: str, down: torch.Tensor, up: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`W + scale * B A` in float32: `[out, in]` from A `[r, in]` and B `[out, r]`."""
+    return source.load(name).float() + scale * (up.float() @ down.float())

@@ -47,9 +47,6 @@ def open_gguf(path: Path, dtype: str) -> Source:
 def dequantise(path: Path, out: Path) -> None:
     """Write a GGUF file's model and tokenizer as a bfloat16 Hugging Face folder, which is there as
     a whole or not at all.
-
-    Raises:
-        UserError: the file cannot be read, or the folder not be written.
     """
     model, tokenizer = _load(path, torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())

@@ -3,15 +3,20 @@
 a time.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import torch
+import transformers
 
-from vllm_nvium.checkpoints.evaluate.measure import evaluate_dense, evaluate_nvium
+from vllm_nvium.checkpoints import require
+from vllm_nvium.checkpoints.evaluate.measure import (
+    dense_top_tokens,
+    evaluate_dense,
+    evaluate_nvium,
+)
+from vllm_nvium.checkpoints.evaluate.request import Request
 from vllm_nvium.checkpoints.evaluate.results import (
-    Comparison,
     DenseEvaluation,
-    Evaluation,
+    Report,
+    TextResult,
     compare,
 )
 from vllm_nvium.checkpoints.inputs import (
@@ -24,110 +29,55 @@ from vllm_nvium.checkpoints.inputs import (
     open_parent,
 )
 from vllm_nvium.checkpoints.text import check_tokenizer, load_blocks
-from vllm_nvium.console import progress
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from vllm_nvium.version import __version__
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to evaluate, and how.
+def evaluate(request: Request) -> Report:
+    """Evaluate an N-vium checkpoint on texts, beside its dense parent if one is given.
 
-    Attributes:
-        texts: name -> sources, as `load_blocks` takes them.
-        dense: folder or hub id of the dense parent.
-        agreement: also compare the most likely token of every head with the parent's.
-        max_tokens: of each text.
-        dtype: of both models, a name of PyTorch's.
+    Raises:
+        UserError: a model or a text cannot be used; found before any weights are loaded, unless
+            they are the reason.
     """
-
-    model: Path
-    texts: dict[str, list[str]]
-    dense: str | None = None
-    agreement: bool = False
-    block_size: int = 1024
-    max_tokens: int | None = None
-    batch_size: int = 1
-    dtype: str = "float32"
-    text_field: str | None = None
-    split: str = "train"
-
-
-@dataclass(frozen=True)
-class TextResult:
-    """Both models on one text; `dense` and `comparison` are `None` without a parent."""
-
-    nvium: Evaluation
-    dense: DenseEvaluation | None = None
-    comparison: Comparison | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything measured, by the name of the text, and on what device."""
-
-    request: Request
-    results: dict[str, TextResult]
-    device: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Every number, and what it was measured with."""
-        import torch
-        import transformers
-
-        from vllm_nvium.version import __version__
-
-        settings = ("dense", "dtype", "block_size", "batch_size", "max_tokens")
-        return {
-            "model": str(self.request.model),
-            **{name: getattr(self.request, name) for name in settings},
-            "device": self.device,
-            "texts": {
-                name: {
-                    "sources": self.request.texts[name],
-                    "nvium": result.nvium.to_json(),
-                    "dense": result.dense and result.dense.to_json(),
-                    "comparison": result.comparison and result.comparison.to_json(),
-                }
-                for name, result in self.results.items()
-            },
-            "versions": {
-                "vllm_nvium": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-
-def evaluate_checkpoint(request: Request) -> Report:
-    """Load texts and models, and evaluate them; see `evaluate` of this package."""
-    texts = _open_texts(request)
+    require("datasets")
+    texts, size = _open_texts(request), request.batch_size
     dense: dict[str, DenseEvaluation] = {}
+    top: dict[str, torch.Tensor] = {}
     if request.dense is not None:
         parent = load_model(request.dense, "--dense", request.dtype)
         for name, text in texts.items():
-            with progress(f"Dense parent on {name}", len(text), "block") as bar:
-                dense[name] = evaluate_dense(
-                    parent, text, request.batch_size, keep_top=request.agreement, progress=bar
-                )
+            dense[name] = evaluate_dense(parent, text, size, title=f"Dense parent on {name}")
+            if request.agreement:
+                top[name] = dense_top_tokens(parent, text, size)
         del parent  # one model in memory at a time
     model = load_model(str(request.model), "MODEL", request.dtype)
     results = {}
     for name, text in texts.items():
-        top = dense[name].top if dense else None
-        with progress(f"N-vium on {name}", len(text), "block") as bar:
-            found = evaluate_nvium(model, text, request.batch_size, parent_top=top, progress=bar)
-        results[name] = (
-            TextResult(found, dense[name], compare(found, dense[name]))
-            if dense
-            else TextResult(found)
+        found = evaluate_nvium(
+            model, text, size, parent_top=top.get(name), title=f"N-vium on {name}"
         )
-    return Report(request, results, model.device.type)
+        beside = (dense[name], compare(found, dense[name])) if dense else (None, None)
+        results[name] = TextResult(request.texts[name], found, *beside)
+    return Report(
+        model=str(request.model),
+        dense=request.dense,
+        dtype=request.dtype,
+        block_size=request.block_size,
+        batch_size=size,
+        max_tokens=request.max_tokens,
+        device=model.device.type,
+        texts=results,
+        versions={
+            "vllm_nvium": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
 
 
-def _open_texts(request: Request) -> "dict[str, Dataset]":
-    """The blocks of every text, after all that can be checked without weights."""
+def _open_texts(request: Request) -> dict[str, torch.Tensor]:
+    """The blocks of every text, `[blocks, T]` int64, after all that can be checked without
+    weights."""
     from vllm_nvium.model_executor.models.nvium_reference import register_with_transformers
 
     register_with_transformers()
@@ -147,10 +97,10 @@ def _open_texts(request: Request) -> "dict[str, Dataset]":
             max_tokens=request.max_tokens,
             text_field=request.text_field,
             split=request.split,
-        )
+        )[:]["input_ids"]
         for name, sources in request.texts.items()
     }
     if request.dense is not None:
-        some = tokenizer.decode(next(iter(texts.values()))[0]["input_ids"])
+        some = tokenizer.decode(next(iter(texts.values()))[0])
         check_tokenizers_agree(request.dense, tokenizer, some)
     return texts

@@ -6,12 +6,11 @@ depth went together over the training run that made the model. Drawn without a d
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from vllm_nvium.checkpoints.evaluate.history import HistoryPoint
     from vllm_nvium.checkpoints.evaluate.results import Evaluation
 
 # Blue and orange that colour-blind readers tell apart (Okabe and Ito).
@@ -21,13 +20,16 @@ LONGEST_TITLE = 36
 
 
 def draw(
-    path: Path, texts: "Mapping[str, Evaluation]", history: "Sequence[HistoryPoint]" = ()
+    path: Path,
+    texts: "Mapping[str, Evaluation]",
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a PNG: bars of exit shares for every text, and the frontier when there is a history.
 
     Args:
         path: file to write, whatever its name ends in.
         texts: the evaluation of each text, by the name that stands above its bars.
+        history: see `read_history`.
     """
     # A figure made without pyplot is drawn by Agg and leaves the caller's backend alone.
     from matplotlib.figure import Figure
@@ -78,18 +80,17 @@ def draw_shares(ax: "Axes", name: str, evaluation: "Evaluation", in_legend: bool
     )
 
 
-def draw_frontier(ax: "Axes", history: "Sequence[HistoryPoint]") -> None:
+def draw_frontier(ax: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
     """Validation loss over mean depth, one point per validation of the run."""
-    depth = [100 * point.mean_depth for point in history]
-    loss = [point.val_loss for point in history]
-    steps = [point.step for point in history]
+    depth = [100 * line["mean_depth"] for line in history]
+    loss = [line["val_loss"] for line in history]
+    steps = [line["step"] for line in history]
     ax.plot(depth, loss, color="0.8", linewidth=1, zorder=1)
     points = ax.scatter(depth, loss, c=steps, cmap="viridis", s=28, zorder=2)
     ax.figure.colorbar(points, ax=ax, label="training step")
-    parent = [point.parent_loss for point in history if point.parent_loss is not None]
-    if parent:
+    if (parent := history[-1].get("parent_loss")) is not None:
         label = "loss of the dense model"
-        ax.axhline(parent[-1], color="black", linestyle="--", linewidth=1, label=label)
+        ax.axhline(parent, color="black", linestyle="--", linewidth=1, label=label)
     ax.ticklabel_format(useOffset=False)
     ax.set_xlabel("mean depth (% of the layers)")
     ax.set_ylabel("validation loss (nats per token)")

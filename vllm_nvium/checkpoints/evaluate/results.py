@@ -5,39 +5,14 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from vllm_nvium.checkpoints.evaluate.formulas import paired_log_ratio, perplexity
 
-if TYPE_CHECKING:
-    import torch
-
 
 @dataclass(frozen=True)
-class Result:
-    """Numbers as fields and properties, all of which are written as JSON."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Every number as a plain value for `json.dumps`; what is not finite becomes `None`, for
-        which JSON has no word. Fields that are left out of `repr` are left out here too."""
-        names = [entry.name for entry in dataclasses.fields(self) if entry.repr]
-        names += [name for name, kind in vars(type(self)).items() if isinstance(kind, property)]
-        return {name: _plain(getattr(self, name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Result):
-        return value.to_json()
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-@dataclass(frozen=True)
-class ExitUse(Result):
+class ExitUse:
     """Where tokens leave under one rule, and what that saves.
 
     Attributes:
@@ -54,13 +29,13 @@ class ExitUse(Result):
 
 
 @dataclass(frozen=True)
-class Evaluation(Result):
-    """An N-vium model on one text.
+class Evaluation:
+    """An N-vium model on one text. Losses are in nats per token.
 
     Attributes:
         exit_layers: `l_k` of the early exits; `num_layers` is L.
-        tokens: how many tokens were predicted.
-        loss: mean `-log p_mix`, nats per token.
+        tokens: how many tokens were predicted, in so many `blocks`.
+        loss: mean `-log p_mix`; `perplexity` is of this.
         head_losses: mean `-log q_k` of each of the N heads alone.
         greedy_loss: mean `-log q` of the head that the greedy rule picks for each token. It is the
             price of what greedy exits save, as `loss` is the price of what drawn exits save.
@@ -75,10 +50,14 @@ class Evaluation(Result):
 
     exit_layers: tuple[int, ...]
     num_layers: int
+    blocks: int
     tokens: int
     loss: float
+    perplexity: float
     head_losses: tuple[float, ...]
+    head_perplexities: tuple[float, ...]
     greedy_loss: float
+    greedy_perplexity: float
     block_losses: tuple[float, ...]
     sampled: ExitUse
     greedy: ExitUse
@@ -86,62 +65,25 @@ class Evaluation(Result):
     agreement: tuple[float, ...] | None = None
     greedy_agreement: float | None = None
 
-    @property
-    def blocks(self) -> int:
-        """How many were read."""
-        return len(self.block_losses)
-
-    @property
-    def perplexity(self) -> float:
-        """Of the mixture."""
-        return perplexity(self.loss)
-
-    @property
-    def head_perplexities(self) -> tuple[float, ...]:
-        """Of each head alone."""
-        return tuple(perplexity(loss) for loss in self.head_losses)
-
-    @property
-    def greedy_perplexity(self) -> float:
-        """Of the head that the greedy rule picks for each token."""
-        return perplexity(self.greedy_loss)
-
     def depths(self) -> tuple[int, ...]:
         """Layers that a token of each head runs, N numbers."""
         return (*self.exit_layers, self.num_layers)
 
 
 @dataclass(frozen=True)
-class DenseEvaluation(Result):
-    """A dense model on one text.
+class DenseEvaluation:
+    """A dense model on one text; see `Evaluation`. `bytes_per_token` is at batch 1."""
 
-    Attributes:
-        tokens: how many tokens were predicted.
-        loss: mean `-log p`, nats per token.
-        block_losses: the mean loss in every block.
-        bytes_per_token: bytes of weights read for one token at batch 1.
-        top: `[blocks, T - 1]` int64 on the CPU, its most likely tokens, when they were asked for.
-    """
-
+    blocks: int
     tokens: int
     loss: float
+    perplexity: float
     block_losses: tuple[float, ...]
     bytes_per_token: int
-    top: "torch.Tensor | None" = field(default=None, repr=False, compare=False)
-
-    @property
-    def blocks(self) -> int:
-        """How many were read."""
-        return len(self.block_losses)
-
-    @property
-    def perplexity(self) -> float:
-        """`exp(loss)`."""
-        return perplexity(self.loss)
 
 
 @dataclass(frozen=True)
-class Comparison(Result):
+class Comparison:
     """An N-vium model beside a dense one on the same blocks.
 
     Attributes:
@@ -153,29 +95,57 @@ class Comparison(Result):
 
     log_ratio: float
     log_ratio_standard_error: float | None
+    perplexity_ratio: float
     sampled_expected_speedup: float
     greedy_expected_speedup: float
 
-    @property
-    def perplexity_ratio(self) -> float:
-        """Mixture perplexity over dense perplexity."""
-        return perplexity(self.log_ratio)
+
+@dataclass(frozen=True)
+class TextResult:
+    """Both models on one text; `dense` and `comparison` are `None` without a parent."""
+
+    sources: list[str]
+    nvium: Evaluation
+    dense: DenseEvaluation | None = None
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything measured, by the name of the text, and what it was measured with."""
+
+    model: str
+    dense: str | None
+    dtype: str
+    block_size: int
+    batch_size: int
+    max_tokens: int | None
+    device: str
+    texts: dict[str, TextResult]
+    versions: dict[str, str]
 
 
 def compare(evaluation: Evaluation, dense: DenseEvaluation) -> Comparison:
-    """Both on the same blocks, in the same order.
-
-    Raises:
-        ValueError: they did not see equally many blocks.
-    """
-    if evaluation.blocks != dense.blocks:
-        raise ValueError(
-            f"{evaluation.blocks} blocks cannot be paired with {dense.blocks} of the dense model."
-        )
+    """Both on the same blocks, in the same order."""
     log_ratio, error = paired_log_ratio(evaluation.block_losses, dense.block_losses)
     return Comparison(
         log_ratio=log_ratio,
         log_ratio_standard_error=error,
+        perplexity_ratio=perplexity(log_ratio),
         sampled_expected_speedup=dense.bytes_per_token / evaluation.sampled.bytes_per_token,
         greedy_expected_speedup=dense.bytes_per_token / evaluation.greedy.bytes_per_token,
     )
+
+
+def to_json(result: Any) -> dict[str, Any]:
+    """One of these as plain values for `json.dumps`; what is not finite becomes `None`, for which
+    JSON has no word."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return plain(dataclasses.asdict(result))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report as two tables on standard output: by head, and by text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from vllm_nvium.checkpoints.evaluate.checkpoint import Report, TextResult
 from vllm_nvium.checkpoints.evaluate.plots import layer_count, shortened
-from vllm_nvium.checkpoints.evaluate.results import Evaluation, ExitUse
+from vllm_nvium.checkpoints.evaluate.results import Comparison, Report, TextResult
 from vllm_nvium.console import say, table
 
 LONGEST_NAME = 24
@@ -13,19 +12,22 @@ LONGEST_NAME = 24
 
 def print_report(report: Report) -> None:
     """What was measured, the two tables, and how to read them."""
-    request, first = report.request, next(iter(report.results.values())).nvium
+    first = next(iter(report.texts.values())).nvium
     exits = ", ".join(map(str, first.exit_layers))
     say(
         "",
-        f"{request.model}: exits after {exits} of {first.num_layers} layers; {request.dtype}, "
-        f"blocks of {request.block_size} tokens",
+        f"{report.model}: exits after {exits} of {first.num_layers} layers; {report.dtype}, "
+        f"blocks of {report.block_size} tokens",
     )
-    if request.dense is not None:
-        say(f"dense parent: {request.dense}")
+    if report.dense is not None:
+        say(f"dense parent: {report.dense}")
     say("")
-    table(head_rows(report.results), numbers=True)
+    table(head_rows(report.texts), numbers=True)
     say("")
-    table(summary_rows(report.results), numbers=True)
+    columns = {shortened(name, LONGEST_NAME): summary(r) for name, r in report.texts.items()}
+    labels = next(iter(columns.values()))
+    rows = [(label, *(cells[label] for cells in columns.values())) for label in labels]
+    table([("", *columns), *rows], numbers=True)
     say(
         "",
         "drawn: exits drawn as at temperature 1; greedy: left where the log-odds of leaving "
@@ -65,53 +67,35 @@ def _columns(name: str, result: TextResult, length: int) -> list[list[str]]:
     return columns
 
 
-def summary_rows(results: Mapping[str, TextResult]) -> list[tuple[str, ...]]:
-    """One row per quantity that was measured, one column per text."""
-    quantities: dict[str, Callable[[TextResult], str]] = {
-        "predicted tokens": lambda r: f"{r.nvium.tokens:,}",
-        "perplexity, mixture": lambda r: _perplexity(r.nvium.perplexity),
-        "perplexity, greedy exits": lambda r: _perplexity(r.nvium.greedy_perplexity),
-        "perplexity, dense parent": lambda r: _perplexity(r.dense.perplexity) if r.dense else "",
-        "mixture / parent (standard error)": _ratio,
-        "mean depth, drawn": lambda r: _depth(r.nvium, r.nvium.sampled),
-        "mean depth, greedy": lambda r: _depth(r.nvium, r.nvium.greedy),
-        "expected speed-up, drawn": lambda r: f"{_speedups(r)[0]:.3f}x",
-        "expected speed-up, greedy": lambda r: f"{_speedups(r)[1]:.3f}x",
-        "greedy token is the parent's": _greedy_agreement,
+def summary(result: TextResult) -> dict[str, str]:
+    """Every quantity that was measured on one text."""
+    found, dense, comparison = result.nvium, result.dense, result.comparison
+    cells = {
+        "predicted tokens": f"{found.tokens:,}",
+        "perplexity, mixture": _perplexity(found.perplexity),
+        "perplexity, greedy exits": _perplexity(found.greedy_perplexity),
     }
-    rows = [("", *(shortened(name, LONGEST_NAME) for name in results))]
-    for label, cell in quantities.items():
-        cells = [cell(result) for result in results.values()]
-        if any(cells):
-            rows.append((label, *cells))
-    return rows
+    # Over the dense model given, else over the same backbone without exits.
+    drawn, greedy = found.sampled.expected_speedup, found.greedy.expected_speedup
+    if dense is not None and comparison is not None:
+        cells["perplexity, dense parent"] = _perplexity(dense.perplexity)
+        cells["mixture / parent (standard error)"] = _ratio(comparison)
+        drawn, greedy = comparison.sampled_expected_speedup, comparison.greedy_expected_speedup
+    for rule, use in (("drawn", found.sampled), ("greedy", found.greedy)):
+        layers = use.mean_depth * found.num_layers
+        cells[f"mean depth, {rule}"] = f"{use.mean_depth:.1%} ({layers:.1f} layers)"
+    cells["expected speed-up, drawn"] = f"{drawn:.3f}x"
+    cells["expected speed-up, greedy"] = f"{greedy:.3f}x"
+    if found.greedy_agreement is not None:
+        cells["greedy token is the parent's"] = f"{found.greedy_agreement:.1%}"
+    return cells
 
 
 def _perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 1e5 else f"{value:.2e}"
 
 
-def _ratio(result: TextResult) -> str:
-    comparison = result.comparison
-    if comparison is None:
-        return ""
+def _ratio(comparison: Comparison) -> str:
     ratio, log_error = comparison.perplexity_ratio, comparison.log_ratio_standard_error
     # d exp(x) = exp(x) dx
     return f"{ratio:.5f}" + ("" if log_error is None else f" ({ratio * log_error:.5f})")
-
-
-def _depth(evaluation: Evaluation, use: ExitUse) -> str:
-    layers = use.mean_depth * evaluation.num_layers
-    return f"{use.mean_depth:.1%} ({layers:.1f} layers)"
-
-
-def _speedups(result: TextResult) -> tuple[float, float]:
-    """Over the dense model given, else over the same backbone without exits; drawn and greedy."""
-    if (comparison := result.comparison) is not None:
-        return comparison.sampled_expected_speedup, comparison.greedy_expected_speedup
-    return result.nvium.sampled.expected_speedup, result.nvium.greedy.expected_speedup
-
-
-def _greedy_agreement(result: TextResult) -> str:
-    share = result.nvium.greedy_agreement
-    return "" if share is None else f"{share:.1%}"

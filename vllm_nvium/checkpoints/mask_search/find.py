@@ -2,7 +2,6 @@
 """A whole search for a mask: what it reads, the study, what it leaves."""
 
 import hashlib
-from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -19,6 +18,7 @@ from vllm_nvium.checkpoints.mask_search.search import (
     search,
 )
 from vllm_nvium.checkpoints.mask_search.target import load_target_config, load_text, make_score
+from vllm_nvium.checkpoints.options import flag_of
 from vllm_nvium.console import progress
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
@@ -34,16 +34,11 @@ from vllm_nvium.weights import fingerprint
 # How a message calls the fingerprint of the target's weights; `None` where it cannot be computed.
 WEIGHTS = "the fingerprint of TARGET's weights"
 # What may differ between a search and its continuation, and TARGET, which is no flag.
-NOT_IN_THE_RECORD = ("target", "out", "trials", "resume")
+NOT_IN_THE_RECORD = {"target", "out", "trials", "resume"}
 
 
 def find_mask(request: SearchRequest) -> MaskFile:
-    """Search, and write mask, record and picture.
-
-    Raises:
-        UserError: target or text cannot be used, the record is of another search, or a result
-            cannot be written.
-    """
+    """Search, and write mask, record and picture."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = load_target_config(request)
     identity = ModelIdentity.from_config(config)
@@ -99,13 +94,9 @@ def _recorded_settings(
     request: SearchRequest, identity: ModelIdentity, calibration: Calibration
 ) -> dict[str, Any]:
     """What a resumed search must agree with, by the name that a message gives it."""
-    flags = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in asdict(request).items()
-        if name not in NOT_IN_THE_RECORD
-    }
+    flags = request.model_dump(exclude=NOT_IN_THE_RECORD)
     return (
         {"TARGET": request.target, "TARGET's configuration": identity.model_dump()}
-        | flags
+        | {flag_of(name): value for name, value in flags.items()}
         | {"the SHA-256 of the text's tokens": calibration.sha256}
     )

@@ -2,7 +2,6 @@
 """What a search for a mask leaves: the mask's file, a table on standard output, a picture."""
 
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -25,9 +24,8 @@ AXES = {
     "agreement": "share of prefixes with the full model's top token",
     "speed": "speed (tokens per second)",
 }
-COLOURS = {"even": "black", "ranking": "#009E73", "random": "#0072B2", "bayes": "#E69F00"}
 # Fields of the mask file that are flags of the command.
-FLAGS = ("skip_ratio", "objective", "drafter", "seed", "random_share", "dtype")
+FLAGS = {"skip_ratio", "objective", "drafter", "seed", "random_share", "dtype"}
 
 
 def make_mask_file(
@@ -40,9 +38,8 @@ def make_mask_file(
         calibration: the text that the masks were scored on.
     """
     best, is_divergence = study.best_trial, request.objective == "divergence"
-    flags = {name: value for name, value in asdict(request).items() if name in FLAGS}
     return MaskFile.model_validate(
-        flags
+        request.model_dump(include=FLAGS)
         | {
             "model": request.target,
             "identity": identity,
@@ -102,19 +99,9 @@ def draw_history(path: Path, study: Study, objective: str) -> None:
     with pyplot.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         plot = optuna.visualization.matplotlib.plot_optimization_history
-        ax, figure = plot(study, target_name=AXES[objective]), pyplot.gcf()
-        for source, colour in COLOURS.items():
-            if trials := _by_source(study, source):
-                numbers, scores = [t.number for t in trials], [score_of(t) for t in trials]
-                ax.scatter(numbers, scores, color=colour, label=source, zorder=3)
-        ax.set_title("")
-        ax.locator_params(axis="x", integer=True)
-        # The first entry is that of Optuna's own points, which these points cover.
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(handles[1:], labels[1:], loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5)
-        figure.set_size_inches(7.2, 4.8)
-        figure.savefig(path, format="png", dpi=150)
-        pyplot.close(figure)
+        plot(study, target_name=AXES[objective])
+        pyplot.savefig(path, format="png", dpi=150)
+        pyplot.close()
 
 
 def _by_source(study: Study, source: str) -> list[FrozenTrial]:

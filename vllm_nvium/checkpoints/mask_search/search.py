@@ -251,9 +251,6 @@ def begin_study(path: Path, settings: Mapping[str, Any], maximise: bool) -> Stud
 
     Args:
         settings: what a resumed search must agree with, by the name to use in messages.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     try:
         study = optuna.create_study(

@@ -52,11 +52,7 @@ class SpeedRun:
 
 
 def measure_speed(run: SpeedRun, skipped: tuple[int, ...]) -> float:
-    """Tokens per second that VIA-SD generates greedily with a mask, all prompts at once.
-
-    Raises:
-        UserError: the engine stopped.
-    """
+    """Tokens per second that VIA-SD generates greedily with a mask, all prompts at once."""
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         request.write_text(json.dumps({"run": asdict(run), "skipped": skipped}))

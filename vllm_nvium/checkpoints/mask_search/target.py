@@ -26,11 +26,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def load_target_config(request: SearchRequest) -> Any:
-    """The target's configuration.
-
-    Raises:
-        UserError: it cannot be read, or no mask can be searched for such a model as asked.
-    """
+    """The target's configuration."""
     register_with_transformers()  # to refuse an N-vium model by its name
     config = load_config(request.target, "TARGET")
     if config.model_type == "nvium":
@@ -65,11 +61,7 @@ def _check_drafter(name: str, vocab_size: int) -> None:
 
 
 def load_text(request: SearchRequest, config: Any) -> torch.Tensor:
-    """The text as blocks of tokens, `[B, T]` int64.
-
-    Raises:
-        UserError: the tokenizer or the text cannot be used, or there are too many tokens.
-    """
+    """The text as blocks of tokens, `[B, T]` int64."""
     most = most_tokens(config.vocab_size)
     if request.objective == "divergence" and request.tokens > most:
         raise UserError(
@@ -87,11 +79,7 @@ def load_text(request: SearchRequest, config: Any) -> torch.Tensor:
 
 
 def make_score(request: SearchRequest, config: Any, blocks: torch.Tensor) -> Score:
-    """The function that scores masks on the text.
-
-    Raises:
-        UserError: the target cannot be loaded, or is no whole model.
-    """
+    """The function that scores masks on the text."""
     if request.objective == "speed":
         half = request.block_size // 2
         run = SpeedRun(

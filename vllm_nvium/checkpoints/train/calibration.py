@@ -10,50 +10,14 @@ from typing import Any
 
 import torch
 
-from vllm_nvium.checkpoints import IGNORED
-from vllm_nvium.checkpoints.evaluate.formulas import greedy_exits
-from vllm_nvium.checkpoints.train.loss import mixture_target_log_probs, next_tokens
-from vllm_nvium.checkpoints.train.validation import Losses
+from vllm_nvium.checkpoints.train.validation import Losses, Observed, depths_of, observe
 from vllm_nvium.console import say, table
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.model_executor.ops.mixture import exit_log_weights, expected_depth
 
 # Log-odds; beyond these a router is as good as closed or wide open.
 LARGEST_SHIFT = 8.0
 STEP = 0.05
-COUNT = round(2 * LARGEST_SHIFT / STEP) + 1
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What `observe` found on one text.
-
-    Attributes:
-        heads: `[T, N]` float32, log-probability of the next token under every head.
-        margins: `[T, N-1]` float32, `e - c`.
-    """
-
-    heads: torch.Tensor
-    margins: torch.Tensor
-
-    def loss(self, shift: float) -> float:
-        """`-mean_t log sum_k pi_k(margins + shift) q_k(y)`."""
-        weights = exit_log_weights(self.margins + shift)
-        return -float(torch.logsumexp(weights + self.heads, dim=-1).mean())
-
-    def greedy_loss(self, greedy_margin: float) -> float:
-        """`-mean_t log q_g(y)`, g the head that speaks at temperature 0; see `greedy_exits`."""
-        exits = greedy_exits(self.margins, greedy_margin)
-        return -float(self.heads.gather(-1, exits[:, None]).mean())
-
-    def shifted(self, shift: float) -> "Observed":
-        """What would have been observed with `shift` added to every margin."""
-        return Observed(self.heads, self.margins + shift)
-
-    def depth(self, shift: float, depths: torch.Tensor) -> float:
-        """Mean share of the layers, from the share `depths` `[N]` in front of each head."""
-        weights = exit_log_weights(self.margins + shift)
-        return float((weights.exp() @ depths.to(weights)).mean())
+TRIED = torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, round(2 * LARGEST_SHIFT / STEP) + 1).tolist()
 
 
 @dataclass(frozen=True)
@@ -133,10 +97,7 @@ def find_shift(
     def excess(shift: float) -> float:
         return max(text.loss(shift) - largest[name] for name, text in texts.items())
 
-    tried = {
-        shift: excess(shift)
-        for shift in torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, COUNT).tolist()
-    }
+    tried = {shift: excess(shift) for shift in TRIED}
     good = [shift for shift, found in tried.items() if found <= 0.0]
     shift = max(good) if good else min(tried, key=lambda shift: tried[shift])
     return Calibration(
@@ -159,7 +120,7 @@ def find_greedy_margin(texts: dict[str, Observed], largest: dict[str, float]) ->
     """
     nobody = max(float(text.margins.max()) for text in texts.values())
     margin = max(nobody, LARGEST_SHIFT)
-    for tried in reversed(torch.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, COUNT).tolist()):
+    for tried in reversed(TRIED):
         if any(text.greedy_loss(tried) > largest[name] for name, text in texts.items()):
             break
         margin = tried
@@ -167,35 +128,7 @@ def find_greedy_margin(texts: dict[str, Observed], largest: dict[str, float]) ->
 
 
 @torch.no_grad()
-def observe(model: NviumForCausalLM, blocks: Any, batch_size: int) -> Observed:
-    """What every head makes of a text, and what the routers do.
-
-    Args:
-        blocks: a dataset of `input_ids` and `labels`, `[T]` each.
-    """
-    heads, margins = [], []
-    for first in range(0, len(blocks), batch_size):
-        rows = blocks[first : first + batch_size]
-        targets = next_tokens(rows["labels"].to(model.device))
-        batch = rows["input_ids"].to(model.device)
-        output = model(input_ids=batch, compute_logits=False, use_cache=False)
-        _, found = mixture_target_log_probs(model, output, targets)
-        scored = targets != IGNORED
-        assert output.margins is not None
-        heads.append(found[scored].float().cpu())
-        margins.append(output.margins[scored].float().cpu())
-    return Observed(torch.cat(heads), torch.cat(margins))
-
-
-@torch.no_grad()
 def shift_margins(model: NviumForCausalLM, shift: float) -> None:
     """Adds `shift` to every margin `e - c`."""
     for exit_ in model.exits:
         exit_.router.head.bias[1] += shift
-
-
-def depths_of(model: NviumForCausalLM) -> torch.Tensor:
-    """`[N]` float32, share of the layers in front of each head."""
-    count = len(model.exits) + 1
-    certain = torch.full((count, count), -torch.inf).fill_diagonal_(0.0)
-    return expected_depth(certain, model.config.exit_layers, model.config.num_hidden_layers)

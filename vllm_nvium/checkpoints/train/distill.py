@@ -4,20 +4,19 @@ what they will meet. Samples are answers of batch jobs (`vllm-nvium batch`), whi
 anything was killed and run on as many engines as there are.
 """
 
-import glob
 import hashlib
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
 from vllm_nvium.console import say
@@ -32,46 +31,6 @@ SPARE = 1.05
 FEWEST_SAMPLES = 8
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file of samples depends on; kept beside it."""
-
-    parent: str
-    config_sha256: str
-    tokens: int
-    seed: int
-    temperature: float
-    max_new_tokens: int
-    prompts: int
-    prompts_sha256: str
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where samples are: `partial` has those of all rounds that are done, and becomes `out` when
-    there are enough."""
-
-    out: Path
-
-    @property
-    def partial(self) -> Path:
-        return self.out.with_name(self.out.name + ".partial")
-
-    @property
-    def header(self) -> Path:
-        return self.out.with_name(self.out.name + ".header.json")
-
-    def of_round(self, rows: str) -> tuple[Path, Path]:
-        """Input and output of the batch job of a round. Named after what it is asked, so that a
-        round is never taken for that of another run."""
-        name = f"{self.out.stem}.round-{hashlib.sha256(rows.encode()).hexdigest()[:12]}"
-        return self.out.with_name(f"{name}.jsonl"), self.out.with_name(f"{name}.answers.jsonl")
-
-    def remove_rounds(self) -> None:
-        for file in self.out.parent.glob(f"{glob.escape(self.out.stem)}.round-*.jsonl"):
-            file.unlink()
-
-
 def self_distill(
     parent: str | Path,
     out: str | Path,
@@ -80,12 +39,9 @@ def self_distill(
     prompts: Sequence[str] | None = None,
     prompt_files: Sequence[str] = (),
     seed: int = 0,
-    temperature: float = 1.0,
     max_new_tokens: int = 256,
-    max_num_seqs: int = 64,
-    enforce_eager: bool = False,
-    dtype: str = "auto",
     replicas: int = 1,
+    engine: Sequence[str] = (),
 ) -> Path:
     """Sample about `tokens` new tokens from a dense model, into a JSONL file.
 
@@ -104,13 +60,8 @@ def self_distill(
         prompt_files: sources as in `text.load_blocks`. Rows give their `question`, `prompt`,
             `instruction`, first of `turns`, or `messages` up to the last answer; of a text file,
             each line that is not empty is a prompt. Without any prompt, samples start from bos.
-        seed: of samples and of the order of prompts.
-        temperature: of sampling, above 0.
-        max_new_tokens: longest answer.
-        max_num_seqs: samples that vLLM computes together.
-        enforce_eager: without vLLM's compilation.
-        dtype: vLLM's `dtype`.
         replicas: engines that sample together.
+        engine: more flags of `vllm-nvium batch`.
 
     Returns:
         `out`, complete.
@@ -119,56 +70,47 @@ def self_distill(
         UserError: there is nothing to sample from, `out` was made in another way, Ray is not
             installed, or a job stopped; what was sampled until then is kept.
     """
-    parent, files = Path(parent).expanduser(), Files(Path(out).expanduser())
-    counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "max_num_seqs": max_num_seqs}
-    counts["replicas"] = replicas
-    _check_arguments(files, temperature, counts)
+    parent, out = Path(parent).expanduser(), Path(out).expanduser()
+    counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "replicas": replicas}
+    _check_arguments(out, counts)
     context = _context(parent)
     given = [*(prompts or ()), *read_prompts(prompt_files)]
     ids = prompt_ids(parent, given, max_new_tokens, context)
-    header = Header(
-        parent=str(parent.resolve()),
-        config_sha256=hashlib.sha256((parent / "config.json").read_bytes()).hexdigest(),
-        tokens=tokens,
-        seed=seed,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        prompts=len(ids),
-        prompts_sha256=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-    )
-    _check_header(files, header)
-    if files.out.exists():
-        return files.out
-    check_disk_space(files.out.parent, BYTES_PER_TOKEN * tokens, "The file of samples")
-    files.out.parent.mkdir(parents=True, exist_ok=True)
-    if not files.header.exists():
-        text = json.dumps(asdict(header), indent=1) + "\n"
-        write_atomically(files.header, lambda beside: beside.write_text(text))
-    flags = ["--max-num-seqs", str(max_num_seqs), "--dtype", dtype, "--replicas", str(replicas)]
+    # What the samples depend on.
+    header = {
+        "parent": str(parent.resolve()),
+        "config_sha256": hashlib.sha256((parent / "config.json").read_bytes()).hexdigest(),
+        "tokens": tokens,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "prompts": len(ids),
+        "prompts_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+    }
+    is_new = _check_header(out, header)
+    if out.exists():
+        shutil.rmtree(_rounds_of(out), ignore_errors=True)
+        return out
+    check_disk_space(out.parent, BYTES_PER_TOKEN * tokens, "The file of samples")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        shutil.rmtree(_rounds_of(out), ignore_errors=True)
+        _write(_header_of(out), json.dumps(header, indent=1) + "\n")
+    flags = ["--max-num-seqs", "64", "--replicas", str(replicas)]
     # No longer than needed, so that the KV cache holds as many samples as possible.
     flags += ["--max-model-len", str(max(map(len, ids)) + max_new_tokens)]
-    flags += ["--enforce-eager"] if enforce_eager else []
     # Sampled as is said here, whatever the checkpoint's generation_config.json would add.
-    flags += ["--generation-config", "vllm"]
-    _sample(files, header, ids, flags)
-    return files.out
+    flags += ["--generation-config", "vllm", *engine]
+    _sample(out, header, ids, flags)
+    return out
 
 
-def _check_arguments(files: Files, temperature: float, counts: Mapping[str, int]) -> None:
+def _check_arguments(out: Path, counts: Mapping[str, int]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} of self-distillation is {value}: give 1 or more.")
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"The temperature of self-distillation is {temperature}: give a number above 0."
-        )
-    if files.out.suffix != ".jsonl":
-        raise UserError(f"Samples are JSONL, and {files.out} must end in .jsonl to be read.")
-    if find_spec("ray") is None:
-        raise UserError(
-            "self-distillation runs batch jobs, and the package 'ray' is not installed: pip "
-            "install 'vllm-nvium[ray]'."
-        )
+    if out.suffix != ".jsonl":
+        raise UserError(f"Samples are JSONL, and {out} must end in .jsonl to be read.")
+    require("ray", extra="ray")  # of batch jobs
 
 
 def _context(parent: Path) -> float:
@@ -184,122 +126,104 @@ def _context(parent: Path) -> float:
     return config.get("max_position_embeddings") or math.inf
 
 
-def _check_header(files: Files, header: Header) -> None:
-    """Refuse samples that were made in another way than `header` says."""
-    if not files.header.exists():
-        if files.out.exists() or files.partial.exists():
+def _header_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.header.json")
+
+
+def _rounds_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rounds")
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda beside: beside.write_text(text))
+
+
+def _check_header(out: Path, header: Mapping[str, Any]) -> bool:
+    """Refuse samples that were made in another way than `header` says; True where there are none
+    yet."""
+    file = _header_of(out)
+    if not file.exists():
+        if out.exists():
             raise UserError(
-                f"{files.out} or its .partial exists without {files.header.name}, which says how "
-                "it was sampled: move it away or name another file."
+                f"{out} exists without {file.name}, which says how it was sampled: move it away or "
+                "name another file."
             )
-        return
-    try:
-        found = json.loads(files.header.read_text())
-    except ValueError:
-        raise UserError(f"{files.header} is not JSON: remove it and its samples.") from None
-    for name, value in asdict(header).items():
+        return True
+    found = json.loads(file.read_text())
+    for name, value in header.items():
         if found.get(name) != value:
             raise UserError(
-                f"{files.out} was sampled with {name} = {found.get(name)}, and {value} is asked "
-                f"for now: remove it and {files.header.name}, or name another file."
+                f"{out} was sampled with {name} = {found.get(name)}, and {value} is asked for now: "
+                f"remove it and {file.name}, or name another file."
             )
+    return False
 
 
 # --- rounds ---------------------------------------------------------------------------------------
 
 
-def _sample(files: Files, header: Header, ids: Sequence[list[int]], flags: Sequence[str]) -> None:
-    """Samples what is missing, and gives the file its name."""
-    lines, tokens = counted(files.partial)
-    if lines:
-        say(f"Going on behind {tokens} tokens in {files.partial}.")
-    while tokens < header.tokens:
-        if lines == 0:
-            count = math.ceil(header.tokens / header.max_new_tokens)
+def _sample(
+    out: Path, header: Mapping[str, Any], ids: Sequence[list[int]], flags: Sequence[str]
+) -> None:
+    """Round after round until there are enough tokens. What a round asks follows from those before
+    it, so after a kill the rounds that have their answers are read, and the next one goes on."""
+    folder, entries, tokens = _rounds_of(out), list[str](), 0
+    folder.mkdir(exist_ok=True)
+    for number in count():
+        if tokens >= header["tokens"]:
+            break
+        if entries:
+            wanted = SPARE * (header["tokens"] - tokens) * len(entries) / tokens
         else:
-            count = math.ceil(SPARE * (header.tokens - tokens) * lines / tokens)
-        upcoming = schedule(ids, header.seed)
-        samples = list(islice(upcoming, lines, lines + max(count, FEWEST_SAMPLES)))
-        answers = _answers(files, header, samples, flags)
-        new = []
+            wanted = header["tokens"] / header["max_new_tokens"]
+        first, upcoming = len(entries), schedule(ids, header["seed"])
+        samples = list(islice(upcoming, first, first + max(math.ceil(wanted), FEWEST_SAMPLES)))
+        answers = _answers(folder / f"{number}.jsonl", header, samples, flags)
         for (prompt, _), answer in zip(samples, answers, strict=True):
-            if tokens >= header.tokens:
+            if tokens >= header["tokens"]:
                 break
             entry = {"input_ids": [*prompt, *answer], "prompt_tokens": len(prompt)}
-            new.append(json.dumps(entry, separators=(",", ":")) + "\n")
-            lines += 1
+            entries.append(json.dumps(entry, separators=(",", ":")) + "\n")
             tokens += len(answer)
-        _append(files.partial, new)
-        # Not before: without them a killed run would draw the round again.
-        files.remove_rounds()
-        say(f"Sampled {tokens} of {header.tokens} tokens.")
-    files.remove_rounds()
-    files.partial.rename(files.out)
-
-
-def counted(partial: Path) -> tuple[int, int]:
-    """Samples and their new tokens in a file, which need not be there."""
-    lines = tokens = 0
-    if partial.exists():
-        with partial.open() as file:
-            for line in file:
-                entry = json.loads(line)
-                lines += 1
-                tokens += len(entry["input_ids"]) - entry["prompt_tokens"]
-    return lines, tokens
+        say(f"Sampled {tokens} of {header['tokens']} tokens.")
+    _write(out, "".join(entries))
+    shutil.rmtree(folder)
 
 
 def schedule(prompt_ids: Sequence[list[int]], seed: int) -> Iterator[tuple[list[int], int]]:
     """Prompt and seed of sample 0, 1, 2, ...: all prompts shuffled, again and again."""
     order = list(range(len(prompt_ids)))
     random.Random(f"{seed}/prompts").shuffle(order)
-    index = 0
-    while True:
+    for index in count():
         digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
         # torch.Generator takes 64 bits with a sign.
         yield prompt_ids[order[index % len(order)]], int.from_bytes(digest[:8]) >> 1
-        index += 1
-
-
-def _append(partial: Path, lines: Sequence[str]) -> None:
-    """All of a round or nothing: what a round begins with depends on where the last one ended."""
-
-    def write(beside: Path) -> None:
-        with beside.open("w") as file:
-            if partial.exists():
-                with partial.open() as old:
-                    file.writelines(old)
-            file.writelines(lines)
-
-    write_atomically(partial, write)
 
 
 def _answers(
-    files: Files,
-    header: Header,
+    rows: Path,
+    header: Mapping[str, Any],
     samples: Sequence[tuple[list[int], int]],
     flags: Sequence[str],
 ) -> list[list[int]]:
     """New tokens of each sample of a round, by a batch job in a process of its own."""
-    asked: dict[str, Any] = {
-        "max_tokens": header.max_new_tokens,
-        "temperature": header.temperature,
-        "return_token_ids": True,
-    }
-    text = "".join(
-        json.dumps({"prompt": prompt, "seed": seed} | asked) + "\n" for prompt, seed in samples
-    )
-    rows, out = files.of_round(text)
-    if not out.exists():
-        write_atomically(rows, lambda beside: beside.write_text(text))
-        command = [sys.executable, "-m", "vllm_nvium.cli", "batch", str(rows), str(out)]
-        command += ["--model", header.parent, *flags]
+    answered = rows.with_suffix(".answers.jsonl")
+    if not answered.exists():
+        asked: dict[str, Any] = {
+            "max_tokens": header["max_new_tokens"],
+            "temperature": 1.0,
+            "return_token_ids": True,
+        }
+        lines = (json.dumps({"prompt": ids, "seed": seed} | asked) + "\n" for ids, seed in samples)
+        _write(rows, "".join(lines))
+        command = [sys.executable, "-m", "vllm_nvium.cli", "batch", str(rows), str(answered)]
+        command += ["--model", header["parent"], *flags]
         if status := subprocess.run(command, check=False).returncode:
             raise UserError(
-                f"Sampling from {header.parent} stopped with status {status} (its own messages "
+                f"Sampling from {header['parent']} stopped with status {status} (its own messages "
                 "are above): what it sampled is kept, and the same command goes on."
             )
-    return [_answer(json.loads(line)) for line in out.read_text().splitlines()]
+    return [_answer(json.loads(line)) for line in answered.read_text().splitlines()]
 
 
 def _answer(result: Mapping[str, Any]) -> list[int]:

@@ -61,11 +61,7 @@ def unclaim(out: Path) -> None:
 
 
 def check_twin(history: Path, options: TrainOptions) -> None:
-    """Refuses a dense twin whose losses were measured on other text, or in other tokens.
-
-    Raises:
-        UserError: they were.
-    """
+    """Refuses a dense twin whose losses were measured on other text, or in other tokens."""
     record = history.with_name(RECORD)
     if not record.is_file():
         return  # another program wrote the history: only the user knows how

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vllm_nvium.checkpoints import IGNORED
 from vllm_nvium.model_executor.models.parent import capped, logits_cap
@@ -21,81 +22,14 @@ if TYPE_CHECKING:
 CHUNK = 128
 
 
-class _TargetLogProbs(torch.autograd.Function):
-    """`log softmax(z)[y]` of every row, a chunk of rows at a time, with `z = u W^T`, or
-    `z = c tanh(u W^T / c)` where the model caps its logits.
-
-    The gradient of row t with respect to `u_t` is `d_t W` times one number that comes from above,
-    with `d = (onehot(y) - softmax(z)) * dz / d(u W^T)`. While `W` is not trained that vector is
-    computed in the forward pass, where the softmax is at hand, and the backward pass has nothing
-    left to compute; else the softmax is recomputed there.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        unembedding: torch.Tensor,
-        targets: torch.Tensor,
-        chunk: int,
-        cap: float | None,
-    ) -> torch.Tensor:
-        trains_hidden, trains_unembedding = ctx.needs_input_grad[:2]
-        ctx.wide = torch.promote_types(hidden.dtype, torch.float32)
-        result = hidden.new_empty(len(hidden), dtype=ctx.wide)
-        direction = torch.empty_like(hidden) if trains_hidden and not trains_unembedding else None
-        for rows in _chunks(len(hidden), chunk):
-            logits = capped(F.linear(hidden[rows], unembedding), cap)
-            log_q = F.log_softmax(logits, dim=-1, dtype=ctx.wide)
-            result[rows] = log_q.gather(1, targets[rows, None]).squeeze(1)
-            if direction is not None and cap is None:
-                softmax = log_q.exp_().to(hidden.dtype)
-                direction[rows] = unembedding[targets[rows]] - softmax @ unembedding
-            elif direction is not None:
-                direction[rows] = _slope(logits, targets[rows], cap, hidden.dtype) @ unembedding
-        ctx.chunk, ctx.cap = chunk, cap
-        ctx.save_for_backward(direction, hidden, unembedding, targets)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        direction, hidden, unembedding, targets = ctx.saved_tensors
-        if direction is not None:
-            return (grad[:, None] * direction).to(hidden.dtype), None, None, None, None
-        trains_hidden, trains_unembedding = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if trains_hidden else None
-        grad_unembedding = (
-            torch.zeros_like(unembedding, dtype=ctx.wide) if trains_unembedding else None
-        )
-        for rows in _chunks(len(hidden), ctx.chunk):
-            logits = capped(F.linear(hidden[rows], unembedding), ctx.cap)
-            slope = _slope(logits, targets[rows], ctx.cap, ctx.wide)
-            slope = slope.mul_(grad[rows, None]).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = slope @ unembedding
-            if grad_unembedding is not None:
-                grad_unembedding += slope.T @ hidden[rows]
-        if grad_unembedding is not None:
-            grad_unembedding = grad_unembedding.to(unembedding.dtype)
-        return grad_hidden, grad_unembedding, None, None, None
-
-
-def _slope(
-    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, dtype: torch.dtype
+def _target_log_probs(
+    hidden: torch.Tensor, unembedding: torch.Tensor, targets: torch.Tensor, cap: float | None
 ) -> torch.Tensor:
-    """`d log q(y) / d(u W^T) = (onehot(y) - softmax(z)) (1 - (z / c)^2)` `[T, V]` from z `[T, V]`;
-    the last factor is that of a cap c."""
-    wide = torch.promote_types(dtype, torch.float32)
-    slope = F.softmax(logits, dim=-1, dtype=wide).neg_()
-    slope.scatter_add_(1, targets[:, None], slope.new_ones(len(slope), 1))
-    if cap is not None:
-        slope *= 1 - (logits.to(wide) / cap).square()
-    return slope.to(dtype)
-
-
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    """`log softmax(z)[y]` of every row, with `z = u W^T`, or `z = c tanh(u W^T / c)` where the
+    model caps its logits: `[T]` from `[T, H]`, `[V, H]` and `[T]`."""
+    logits = capped(F.linear(hidden, unembedding), cap)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits, dim=-1, dtype=wide).gather(1, targets[:, None]).squeeze(1)
 
 
 def head_target_log_probs(
@@ -109,7 +43,8 @@ def head_target_log_probs(
 
         log q(y) = u . W[y] - logsumexp_v u . W[v]
 
-    Memory: `chunk * V` numbers at a time, in the forward and in the backward pass.
+    Memory: `chunk * V` numbers at a time, in the forward and in the backward pass, which computes
+    the logits again.
 
     Args:
         hidden: `[..., H]`, `u`, the head's inputs.
@@ -121,19 +56,19 @@ def head_target_log_probs(
     Returns:
         `[...]` float32 (float64 for float64 inputs).
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, unembedding = hidden.to(dtype), unembedding.to(dtype)
-    unembedding = unembedding.to(hidden.dtype)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        unembedding = unembedding.to(hidden.dtype)
     flat = targets.reshape(-1)
     scored = (flat != IGNORED).nonzero().squeeze(1)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if len(scored) < len(flat):
-        rows, flat = rows[scored], flat[scored]
-    found = _TargetLogProbs.apply(rows, unembedding, flat, chunk, cap)
-    if len(scored) < targets.numel():
-        found = found.new_zeros(targets.numel()).index_copy(0, scored, found)
-    return found.view(targets.shape)
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1])[scored], flat[scored]
+    found = torch.cat(
+        [
+            checkpoint(_target_log_probs, u, unembedding, y, cap, use_reentrant=False)
+            for u, y in zip(rows.split(chunk), wanted.split(chunk), strict=True)
+        ]
+    )
+    result = found.new_zeros(len(flat)).index_copy(0, scored, found)
+    return result.view(targets.shape)
 
 
 def unembedding_of(model: "NviumForCausalLM", head: int) -> torch.Tensor:

@@ -4,17 +4,11 @@ as its chat template lays them out.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_nvium.checkpoints.documents import (
-    RECORD_SUFFIXES,
-    Record,
-    dataset_records,
-    file_records,
-    find_files,
-)
+from vllm_nvium.checkpoints.documents import entries
 from vllm_nvium.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +28,12 @@ def read_prompts(sources: Sequence[str], split: str = "train") -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for source in sources:
-        found = [prompt for prompt in _source_prompts(source, split) if prompt]
+        found: list[Prompt] = []
+        for where, row in entries(source, split):
+            if isinstance(row, str):
+                found += [line for line in row.splitlines() if line.strip()]
+            elif prompt := _row_prompt(row, where):
+                found.append(prompt)
         if not found:
             raise UserError(f"{source!r} has no prompts: it must not be empty.")
         prompts += found
@@ -68,14 +67,11 @@ def prompt_ids(
             f"No prompt leaves room for max_new_tokens={max_new_tokens} in the context of "
             f"{parent}, which is {context:.0f} tokens: give shorter prompts or a smaller number."
         )
-    if len(fitting) < len(encoded):
+    if left_out := len(encoded) - len(fitting):
         logger.warning(
             "%d of %d prompts are left out: with %d new tokens they exceed the context of %d",
-            len(encoded) - len(fitting),
-            len(encoded),
-            max_new_tokens,
-            context,
-        )
+            left_out, len(encoded), max_new_tokens, context,
+        )  # fmt: skip
     return fitting
 
 
@@ -91,43 +87,18 @@ def _encode(prompt: Prompt, tokenizer: Any, parent: Path) -> list[int]:
     )
 
 
-def _source_prompts(source: str, split: str) -> Iterator[Prompt]:
-    files = find_files(source)
-    if files is None:
-        yield from map(_row_prompt, dataset_records(source, split))
-        return
-    for path in files:
-        if path.suffix in RECORD_SUFFIXES:
-            yield from map(_row_prompt, file_records(path))
-        else:
-            yield from _lines(path)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: give text, JSON or JSONL.") from None
-
-
-def _row_prompt(record: Record) -> Prompt:
-    fields = record.row if isinstance(record.row, Mapping) else {}
+def _row_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     for name in PROMPT_FIELDS:
-        match name, fields.get(name):
+        match name, row.get(name):
             case "messages", [*messages]:
-                return _before_last_answer(messages)
+                while messages and messages[-1].get("role") == "assistant":
+                    messages.pop()
+                return messages
             case "turns", [str(first), *_]:
                 return first
             case "question" | "prompt" | "instruction", str(text):
                 return text
     raise UserError(
-        f"{record.where} has no prompt ({', '.join(PROMPT_FIELDS)}), only "
-        f"{', '.join(fields) or type(record.row).__name__}: rename the field or give another file."
+        f"{where} has no prompt ({', '.join(PROMPT_FIELDS)}), only {', '.join(row) or 'nothing'}: "
+        "rename the field or give another file."
     )
-
-
-def _before_last_answer(messages: list[Any]) -> list[dict[str, Any]]:
-    end = len(messages)
-    while end and messages[end - 1].get("role") == "assistant":
-        end -= 1
-    return messages[:end]

@@ -5,7 +5,6 @@ weights are trained, and afterwards the folder of trained exits and the finished
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 
 from vllm_nvium.checkpoints.convert import convert, open_source
 from vllm_nvium.checkpoints.convert.checkpoint import copy_companions
-from vllm_nvium.checkpoints.convert.dense import CERTAIN, DenseOptions
+from vllm_nvium.checkpoints.convert.dense import CERTAIN
 from vllm_nvium.checkpoints.convert.exits import OWN, fingerprint, write_exits
+from vllm_nvium.checkpoints.convert.options import DenseOptions
 from vllm_nvium.checkpoints.inputs import (
     check_parent,
     check_tokenizers_agree,
     load_tokenizer,
     open_model,
     open_parent,
+    refusing,
 )
 from vllm_nvium.checkpoints.train.options import TrainOptions
-from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.errors import UserError
 from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import (
@@ -36,8 +37,8 @@ from vllm_nvium.model_executor.models.nvium_reference import (
 )
 
 START = "start"
-# The matrices of every layer that --method lora changes.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The matrices that --method lora changes: only layers of the backbone have these names.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # A change of the backbone is `LORA_SCALE * B A`, whatever its rank.
 LORA_SCALE = 2
 # peft's names around those of the model it wraps.
@@ -68,9 +69,6 @@ def open_start(options: TrainOptions, out: Path) -> Start:
 
     Args:
         out: folder of the run; a converted dense start is kept in it.
-
-    Raises:
-        UserError: the model, its configuration or its tokenizer cannot be used.
     """
     register_with_transformers()
     if options.method == "scratch":
@@ -105,32 +103,13 @@ def open_start(options: TrainOptions, out: Path) -> Start:
     return Start(model, load_tokenizer(str(folder), "MODEL"), False, has_parent, folder)
 
 
-def open_dense(options: TrainOptions) -> PreTrainedModel:
-    """The dense parent of an N-vium start.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    try:
-        return AutoModelForCausalLM.from_pretrained(options.dense, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--dense is {options.dense!r}, which cannot be read ({first_line(error)})."
-        ) from error
-
-
 def _from_scratch(options: TrainOptions) -> Start:
     path = Path(options.model).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text())
-        config = AutoConfig.for_model(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"MODEL is {options.model!r}, and --method scratch needs the config.json of a model "
-            f"({error})."
-        ) from error
+    with refusing(
+        f"MODEL is {options.model!r}, and --method scratch needs the config.json of a model"
+    ):
+        config = AutoConfig.for_model(**json.loads(path.read_text()))
     set_seed(options.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     is_dense = not isinstance(config, NviumConfig)
@@ -169,29 +148,17 @@ def planned_bytes(start: Start, options: TrainOptions) -> int:
     A checkpoint is float32 weights and AdamW's two moments of what is trained. Two are kept, and
     the next is complete before the oldest goes.
     """
-    trained = sum(
-        parameter.numel()
-        for name, parameter in start.model.named_parameters()
-        if options.method in ("full", "scratch") or name.startswith(OWN)
-    )
-    if options.method == "lora":
-        pattern = re.compile(lora_targets())
-        trained += options.lora_rank * sum(
-            module.in_features + module.out_features
-            for name, module in start.model.named_modules()
-            if isinstance(module, nn.Linear) and pattern.fullmatch(name)
-        )
+    trained = 0
+    for name, parameter in start.model.named_parameters():
+        if options.method in ("full", "scratch") or name.startswith(OWN):
+            trained += parameter.numel()
+        elif options.method == "lora" and ".layers." in name and parameter.ndim == 2:
+            trained += options.lora_rank * sum(parameter.shape)
     finished = 2 * sum(parameter.numel() for parameter in start.model.parameters())
     if start.has_parent and start.folder is not None:
         # Written in the parent's own dtype, as the start was.
         finished = sum(file.stat().st_size for file in start.folder.glob("*.safetensors"))
     return 3 * 12 * trained + finished
-
-
-def lora_targets() -> str:
-    """A pattern of the modules that `--method lora` changes: the backbone's layers only, because
-    exits are trained as a whole."""
-    return rf"model\.layers\.\d+\.\w+\.({'|'.join(LORA_TARGETS)})"
 
 
 def choose_trainable(model: PreTrainedModel, options: TrainOptions) -> nn.Module:
@@ -213,7 +180,7 @@ def choose_trainable(model: PreTrainedModel, options: TrainOptions) -> nn.Module
             LoraConfig(
                 r=options.lora_rank,
                 lora_alpha=LORA_SCALE * options.lora_rank,
-                target_modules=lora_targets(),
+                target_modules=LORA_TARGETS,
             ),
         )
     for name, parameter in model.named_parameters():
@@ -226,20 +193,6 @@ def choose_trainable(model: PreTrainedModel, options: TrainOptions) -> nn.Module
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained tensors by name; tied ones once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trainable_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Puts back what `trainable_state` gave.
-
-    Raises:
-        UserError: the names or shapes are those of another run.
-    """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in state.items()}:
-        raise UserError("the checkpoint to resume from holds other weights than this run has.")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
 
 
 def exit_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

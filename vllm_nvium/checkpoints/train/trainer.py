@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vllm_nvium.checkpoints.train.controller import BetaController
+from vllm_nvium.checkpoints.train.controller import BetaController, Curve
 from vllm_nvium.checkpoints.train.loss import (
     dense_target_log_probs,
     mean_of_scored,
@@ -30,7 +30,7 @@ from vllm_nvium.checkpoints.train.loss import (
     warm_up_penalty,
 )
 from vllm_nvium.checkpoints.train.options import TrainOptions
-from vllm_nvium.checkpoints.train.retrofit import load_trainable_state, trainable_state
+from vllm_nvium.checkpoints.train.retrofit import trainable_state
 from vllm_nvium.checkpoints.train.validation import Losses, worst_text
 from vllm_nvium.errors import UserError, first_line
 from vllm_nvium.files import write_atomically
@@ -38,35 +38,10 @@ from vllm_nvium.model_executor.ops.mixture import expected_depth
 
 WEIGHTS = "trained.safetensors"
 STATE = "trainer_state.json"
-HISTORY = "history.jsonl"
-
-
-@dataclass
-class Schedule:
-    """Which terms the loss has at which step (arXiv:2605.13190, training; `head_loss` is ours).
-
-    Attributes:
-        hazard_warm_up_steps: before this step hazards are pulled to equal exit weights, and from
-            it on the compute penalty counts.
-        head_loss_steps: before this step every head's own cross entropy is added. The mixture's
-            gradient reaches a head only as far as the head already explains the next token, so a
-            retrofit's exits, which start knowing nothing, would never begin to learn.
-    """
-
-    hazard_warm_up_steps: int
-    head_loss_steps: int
-
-    @classmethod
-    def of(cls, options: TrainOptions, steps: int) -> "Schedule":
-        """The shares that the options name, of a number of steps."""
-        return cls(
-            hazard_warm_up_steps=round(options.hazard_warm_up * steps),
-            head_loss_steps=round(options.head_loss_share * steps),
-        )
 
 
 def nvium_loss(
-    model: Any, output: Any, targets: torch.Tensor, step: int, schedule: Schedule, beta: float
+    model: Any, output: Any, targets: torch.Tensor, warms_up: bool, adds_heads: bool, beta: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one batch, and its terms for the log.
 
@@ -79,6 +54,11 @@ def nvium_loss(
         model: the reference model, without peft's wrapper.
         output: of `model(input_ids, compute_logits=False)`.
         targets: `[B, T]` int64, the next token of every position; -100 where it is not learned.
+        warms_up: in the first steps hazards are pulled to equal exit weights, and only after them
+            the compute penalty counts (arXiv:2605.13190, training).
+        adds_heads: in the first steps every head's own cross entropy is added. The mixture's
+            gradient reaches a head only as far as the head already explains the next token, so a
+            retrofit's exits, which start knowing nothing, would never begin to learn.
         beta: weight of the compute penalty.
     """
     mixture, heads = mixture_target_log_probs(model, output, targets)
@@ -88,11 +68,8 @@ def nvium_loss(
     depth = expected_depth(
         output.exit_log_weights[:, :-1], config.exit_layers, config.num_hidden_layers
     ).mean()
-    if step < schedule.hazard_warm_up_steps:
-        loss = loss + warm_up_penalty(output.margins[:, :-1])
-    else:
-        loss = loss + beta * depth
-    if step < schedule.head_loss_steps:
+    loss = loss + (warm_up_penalty(output.margins[:, :-1]) if warms_up else beta * depth)
+    if adds_heads:
         loss = loss - mean_of_scored(heads.mean(dim=-1), targets)
     return loss, {"mixture_loss": float(mixture_loss.detach()), "mean_depth": float(depth.detach())}
 
@@ -116,14 +93,16 @@ class NviumTrainer(Trainer):
         *args: Any,
         plain: Any,
         is_dense: bool,
-        schedule: Schedule,
+        warm_up_steps: int,
+        head_loss_steps: int,
         controller: BetaController,
         autocast: Callable[[], contextlib.AbstractContextManager],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.plain, self.is_dense, self.schedule = plain, is_dense, schedule
+        self.plain, self.is_dense = plain, is_dense
+        self.warm_up_steps, self.head_loss_steps = warm_up_steps, head_loss_steps
         self.controller, self.autocast = controller, autocast
         self.terms: dict[str, float] = {}
 
@@ -141,9 +120,14 @@ class NviumTrainer(Trainer):
                 loss = -mean_of_scored(dense_target_log_probs(model, input_ids, targets), targets)
             else:
                 output = model(input_ids=input_ids, compute_logits=False, use_cache=False)
-                step, beta = self.state.global_step, self.controller.beta
+                step = self.state.global_step
                 loss, self.terms = nvium_loss(
-                    self.plain, output, targets, step, self.schedule, beta
+                    self.plain,
+                    output,
+                    targets,
+                    step < self.warm_up_steps,
+                    step < self.head_loss_steps,
+                    self.controller.beta,
                 )
         return (loss, None) if return_outputs else loss
 
@@ -160,60 +144,48 @@ class NviumTrainer(Trainer):
         state = {name: t.contiguous() for name, t in trainable_state(self.model).items()}
         save_file(state, Path(output_dir) / WEIGHTS)
 
-    def load(self, checkpoint: Path) -> None:
-        """Takes a checkpoint's weights and trains nothing."""
-        self._load_from_checkpoint(str(checkpoint))
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainable_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        found = self.model.load_state_dict(state, strict=False)
+        assert not found.unexpected_keys, found.unexpected_keys
 
 
-class Validation(TrainerCallback, ExportableState):
-    """Measures the validation loss every few steps, steers beta by it, and keeps the history.
+@dataclass(eq=False)
+class Validation(TrainerCallback):
+    """Measures the validation loss every few steps, steers beta by it, and keeps the history: with
+    Trainer's own log, which a resumed run gets back as it was, and as a file beside it.
 
     Against a parent it steers by the text on which the mixture is worst: by their mean it would
     sell one kind of text for another. A dense twin's curve only has the mean.
 
-    Args:
+    Attributes:
         measure: the model as it is.
         parent: losses of the dense parent by text, or None.
         curve: mean loss of a dense twin at a step, or None.
         controller: holds beta.
         steers_from: the controller changes beta after this step.
         every: steps.
-        history: file to add a line to at every measurement.
+        history: file of all measurements.
         starts_as_parent: before the first step the model is the parent.
     """
 
-    def __init__(
-        self,
-        measure: Callable[[], Losses],
-        parent: Losses | None,
-        curve: Callable[[int], float] | None,
-        controller: BetaController,
-        steers_from: int,
-        every: int,
-        history: Path,
-        starts_as_parent: bool,
-    ) -> None:
-        self.measure, self.parent, self.curve, self.controller = measure, parent, curve, controller
-        self.steers_from, self.every, self.history = steers_from, every, history
-        self.starts_as_parent = starts_as_parent
-
-    def state(self) -> dict[str, Any]:
-        """What `trainer_state.json` keeps of this callback."""
-        return {"args": {}, "attributes": {"beta": self.controller.beta}}
+    measure: Callable[[], Losses]
+    parent: Losses | None
+    curve: Curve | None
+    controller: BetaController
+    steers_from: int
+    every: int
+    history: Path
+    starts_as_parent: bool
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and isinstance(kept, dict):
-            self.controller.beta = kept["attributes"]["beta"]
-        keep_history(self.history, state.global_step)
         if state.global_step == 0 and self.starts_as_parent and self.parent is not None:
-            self.history.unlink(missing_ok=True)
-            self._record(0, self.parent, self.parent.mean, 0.0)
+            self._record(state, self.parent)
+        elif lines := self._lines(state):
+            self.controller.beta = lines[-1]["beta"]
+            self._steer(lines[-1])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -221,44 +193,36 @@ class Validation(TrainerCallback, ExportableState):
         step = state.global_step
         if step % self.every and step != state.max_steps:
             return
-        losses = self.measure()
-        dense = self.parent.mean if self.parent is not None else None
-        if self.curve is not None:
-            dense = self.curve(step)
-        self._record(step, losses, dense, self.controller.beta)
-        # At this very step the hazards are still where the warm-up pulled them.
-        if step <= self.steers_from:
-            return
-        if self.curve is not None:
-            self.controller.update(self.curve(step), losses.mean)
-        elif self.parent is not None:
-            self.controller.update(*worst_text(self.parent.by_text, losses.by_text))
+        self._steer(self._record(state, self.measure()))
 
-    def _record(self, step: int, losses: Losses, dense: float | None, beta: float) -> None:
+    def _record(self, state: TrainerState, losses: Losses) -> dict[str, Any]:
+        dense = None if self.parent is None else self.parent.mean
         line = {
-            "step": step,
+            "step": state.global_step,
             "val_loss": losses.mean,
-            "parent_loss": dense,
+            "parent_loss": dense if self.curve is None else self.curve(state.global_step),
             "mean_depth": losses.depth,
-            "beta": beta,
+            "beta": self.controller.beta,
             "val_losses": losses.by_text,
             "parent_losses": None if self.parent is None else self.parent.by_text,
         }
-        with self.history.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        state.log_history.append(line)
+        text = "".join(json.dumps(line) + "\n" for line in self._lines(state))
+        write_atomically(self.history, lambda beside: beside.write_text(text))
+        return line
 
+    def _lines(self, state: TrainerState) -> list[dict[str, Any]]:
+        return [line for line in state.log_history if "val_loss" in line]
 
-def keep_history(path: Path, up_to: int) -> None:
-    """Drops what a killed run wrote after the checkpoint that it is resumed from."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-            if json.loads(line)["step"] <= up_to:
-                kept.append(line)
-    text = "".join(line + "\n" for line in kept)
-    write_atomically(path, lambda beside: beside.write_text(text))
+    def _steer(self, line: dict[str, Any]) -> None:
+        """Changes beta by what was measured last."""
+        # At the last step of the warm-up the hazards are still where it pulled them.
+        if line["step"] <= self.steers_from:
+            return
+        if self.curve is not None:
+            self.controller.update(line["parent_loss"], line["val_loss"])
+        elif self.parent is not None:
+            self.controller.update(*worst_text(self.parent.by_text, line["val_losses"]))
 
 
 def last_complete_checkpoint(run: Path) -> Path | None:

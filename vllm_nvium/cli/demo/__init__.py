@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_nvium.cli.common import check_at_least
 from vllm_nvium.cli.demo.checkpoint import Models, prepare
-from vllm_nvium.cli.demo.report import Answer, Palette, Result, colours_of, show_answer, summary
+from vllm_nvium.cli.demo.report import Answer, Result, show_answer, shows_colours, summary
 from vllm_nvium.cli.demo.runs import Run, answers_of, runs_of
 from vllm_nvium.cli.demo.server import check_port, serve
 from vllm_nvium.console import comma_separated, say, table
@@ -85,11 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the checkpoints, then compare, serve, or print the path of the N-vium one.
-
-    Raises:
-        UserError: a checkpoint cannot be had, a number is out of range, or an engine fails.
-    """
+    """Prepare the checkpoints, then compare, serve, or print the path of the N-vium one."""
     check_at_least(args, max_tokens=1, port=1)
     if args.temperature is not None and not args.temperature >= 0:
         raise UserError(f"--temperature is {args.temperature}, and it must be at least 0.")
@@ -102,13 +98,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     eager = _is_cpu_build() if args.compile is None else not args.compile
     if args.serve:
-        return serve(
+        serve(
             models.nvium,
             port=args.port,
             eager=eager,
             sampling=args.sampling,
             max_model_len=args.max_model_len,
-            verbose=args.verbose,
         )
     if args.compile is None and eager:
         say("vLLM's compilation is off, which takes minutes on CPUs; --compile switches it on.")
@@ -117,13 +112,13 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(models: Models, args: argparse.Namespace, eager: bool, started: float) -> int:
     """One engine after another, each in a process of its own, and the table of them all."""
-    palette = colours_of(os.environ)
+    coloured = shows_colours(os.environ)
     prompts = list(args.prompt or PROMPTS)
     runs = runs_of(models, args.temperature, args.sampling)
     results = []
     for number, each in enumerate(runs, 1):
         say("", f"[{number}/{len(runs)}] {each.title}", "Starting the engine ...")
-        results.append(_one(each, prompts, args, eager, palette))
+        results.append(_one(each, prompts, args, eager, coloured))
     say("")
     table(summary(results), numbers=True)
     say("")
@@ -135,7 +130,7 @@ def compare(models: Models, args: argparse.Namespace, eager: bool, started: floa
 
 
 def _one(
-    each: Run, prompts: list[str], args: argparse.Namespace, eager: bool, palette: Palette
+    each: Run, prompts: list[str], args: argparse.Namespace, eager: bool, coloured: bool
 ) -> Result:
     """Run one engine and show its answers as they come."""
     result = Result(each)
@@ -153,11 +148,11 @@ def _one(
     for event in answers_of(request, environment, verbose=args.verbose):
         if event.pop("event") == "loaded":
             result.start(event["num_layers"], event["exit_layers"])
-            say(f"Started in {event['seconds']:.0f} s.", *result.legend(palette))
+            say(f"Started in {event['seconds']:.0f} s.", *result.legend(coloured))
             continue
         answer = Answer(**event)
         result.answers.append(answer)
-        show_answer(answer, result.sources, palette)
+        show_answer(answer, result.sources, coloured)
     say("", result.shares())
     return result
 

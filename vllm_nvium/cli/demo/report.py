@@ -10,10 +10,8 @@ from itertools import groupby
 from vllm_nvium.cli.demo.runs import Run
 from vllm_nvium.console import interactive, say
 
-RESET = "\x1b[0m"
-# Red, green and blue from the cheapest source to the dearest, and the same in basic colours.
-CHEAPEST, DEAREST = (60, 200, 90), (235, 150, 40)
-BASIC = (32, 36, 33, 35, 34, 31)
+# Of the terminal, from the cheapest source to the dearest.
+COLOURS = (32, 36, 33, 35, 34, 31)
 WIDTH = 80
 
 
@@ -43,33 +41,20 @@ class Answer:
     full_passes: int
 
 
-@dataclass(frozen=True)
-class Palette:
-    """What the terminal can: `depth` 0 is no colours, 8 basic ones, 24 bits of them."""
-
-    depth: int
-
-    def paint(self, text: str, place: int, count: int, mark: str) -> str:
-        """Text of source `place` of `count`; the last, the whole model, has no colour."""
-        if not mark or not text:
-            return text
-        if not self.depth:
-            return f"[{mark}:{text}]"
-        if self.depth == 8:
-            code = str(BASIC[place % len(BASIC)])
-        else:
-            share = place / max(count - 2, 1)
-            mixed = (round(a + share * (b - a)) for a, b in zip(CHEAPEST, DEAREST, strict=True))
-            code = "38;2;" + ";".join(map(str, mixed))
-        # Line by line, so that a pager or a log that cuts lines keeps colours apart.
-        return "\n".join(f"\x1b[{code}m{line}{RESET}" if line else "" for line in text.split("\n"))
+def paint(text: str, place: int, source: Source, coloured: bool) -> str:
+    """Text of the source at `place`; that of the whole model stays as it is."""
+    if not source.mark or not text:
+        return text
+    if not coloured:
+        return f"[{source.mark}:{text}]"
+    code = COLOURS[place % len(COLOURS)]
+    # Line by line, so that a pager or a log that cuts lines keeps colours apart.
+    return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 
-def colours_of(environment: Mapping[str, str]) -> Palette:
-    """What standard output can show; NO_COLOR (https://no-color.org) switches colours off."""
-    if environment.get("NO_COLOR") or environment.get("TERM") == "dumb" or not interactive():
-        return Palette(0)
-    return Palette(24 if environment.get("COLORTERM") in ("truecolor", "24bit") else 8)
+def shows_colours(environment: Mapping[str, str]) -> bool:
+    """Whether standard output does; NO_COLOR (https://no-color.org) switches them off."""
+    return interactive() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
 @dataclass
@@ -96,16 +81,10 @@ class Result:
         elif self.run.kind == "via_sd":
             self.sources = list(TIERS)
 
-    def legend(self, palette: Palette) -> list[str]:
-        """One line, of several if it is long."""
-        if not self.sources:
-            return []
-        count = len(self.sources)
-        parts = [
-            palette.paint(source.meaning, place, count, source.mark)
-            for place, source in enumerate(self.sources)
-        ]
-        return ["Tokens: " + ", ".join(parts)]
+    def legend(self, coloured: bool) -> list[str]:
+        """One line, or none where there is one source."""
+        parts = [paint(s.meaning, place, s, coloured) for place, s in enumerate(self.sources)]
+        return ["Tokens: " + ", ".join(parts)] if parts else []
 
     @property
     def num_tokens(self) -> int:
@@ -167,7 +146,7 @@ def exits_of(exit_layers: Sequence[int], num_layers: int) -> list[Source]:
     return [*exits, Source("", "final head", f"final head (all {num_layers} layers)")]
 
 
-def painted(answer: Answer, sources: Sequence[Source], palette: Palette) -> str:
+def painted(answer: Answer, sources: Sequence[Source], coloured: bool) -> str:
     """The text of an answer, with runs of tokens of one source coloured or marked together."""
     if not sources:
         return "".join(answer.pieces)
@@ -176,13 +155,13 @@ def painted(answer: Answer, sources: Sequence[Source], palette: Palette) -> str:
     text = ""
     for place, run in groupby(zip(known, answer.pieces, strict=True), key=lambda pair: pair[0]):
         joined = "".join(piece for _, piece in run)
-        text += palette.paint(joined, place, len(sources), sources[place].mark)
+        text += paint(joined, place, sources[place], coloured)
     return text
 
 
-def show_answer(answer: Answer, sources: Sequence[Source], palette: Palette) -> None:
+def show_answer(answer: Answer, sources: Sequence[Source], coloured: bool) -> None:
     """Print a prompt and what was said."""
-    say("", f"> {textwrap.shorten(answer.prompt, WIDTH - 2)}", painted(answer, sources, palette))
+    say("", f"> {textwrap.shorten(answer.prompt, WIDTH - 2)}", painted(answer, sources, coloured))
 
 
 def same_text(plain: Sequence[Answer], other: Sequence[Answer]) -> str:
