@@ -39,7 +39,7 @@ test: $(TEST_READY)
 	for part in "tests/unit tests/gpu" $(ENGINES) "tests/server" \
 	  "tests/engine $(addprefix --ignore=,$(ENGINES))"; do \
 	  echo "pytest $$part"; \
-	  $(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile $$part || status=1; \
+	  $(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile --durations 12 $$part || status=1; \
 	done; exit $$status
 
 # Formulas and files: no engine is started, and nothing that takes seconds. Two minutes on two cores.

@@ -46,6 +46,10 @@ OF_OTHERS = {
     *("Repr", "json_schema", "validate_python", "validate_strings", "inc", "set", "object"),
     *("disable_guard_check", "get_memory_info", "aten", "_buffers", "training"),
     *("zeros_", "mkdtemp", "rmtree", "disk_usage"),
+    # torch's quantised operators
+    *("linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32"),
+    # configurations of models with experts
+    *("decoder_sparse_step", "mlp_only_layers", "num_experts_per_tok"),
     # outputs and models of transformers
     *("gradient_checkpointing", "hidden_states", "last_hidden_state", "no_init_weights"),
 }
