@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of linear layers at low precision, for a slim verifier that is the target itself with
-cheaper weights. The kernels are torch's and vLLM's; which of them this machine has, and how fast
-they are, is found out by running them.
+cheaper weights. Which of torch's and vLLM's kernels a machine has is found out by running them.
 """
 
 import itertools
+import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -29,6 +29,7 @@ KINDS = (INT4, INT8, FP8)
 GROUPS = (128, 64)
 # Rows of a weight that are quantised at a time: the steps between need several times their memory.
 ROWS_AT_A_TIME = 4096
+_ENGINE = threading.Lock()  # torch's engine for quantised operators is that of all threads
 
 
 def bounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -239,8 +240,8 @@ class Int8LinearByOneDNN(LowPrecisionLinear):
 
 
 class Int8LinearByFBGEMM(LowPrecisionLinear):
-    """FBGEMM's product of int8 weights and int8 activations, which have a scale per row, through
-    torch's quantised operators. It is the fastest on processors without AVX-512."""
+    """FBGEMM's product of int8 weights and activations, through torch's quantised operators: the
+    fastest on processors without AVX-512."""
 
     kernel, kind, device_type = "FBGEMM W8A8", INT8, "cpu"
     bytes_per_weight = 1.0
@@ -250,7 +251,7 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
     # Slim verifiers with 64 and 127, or 127 and 63, agreed with their targets less often.
     LARGEST_WEIGHT, LARGEST = 81, 100
 
-    # What torch packs is no tensor, so that compiled code knows it by a number.
+    # What torch packs is no tensor: compiled code knows it by a number.
     _all: "WeakValueDictionary[int, Int8LinearByFBGEMM]" = WeakValueDictionary()
     _numbers = itertools.count()
 
@@ -281,16 +282,15 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
 
 def _packed_by_fbgemm(levels: torch.Tensor, scales: torch.Tensor) -> Any:
     """Levels [N, K] int8 and scales [N], as FBGEMM wants them."""
-    quantised, engine = torch.backends.quantized, torch.backends.quantized.engine
-    quantised.engine = "fbgemm"
-    try:
-        with warnings.catch_warnings():  # torch is going to move quantised tensors elsewhere
-            warnings.simplefilter("ignore")
-            zeros = torch.zeros(len(scales), dtype=torch.long)
+    quantised, zeros = torch.backends.quantized, torch.zeros(len(scales), dtype=torch.long)
+    with _ENGINE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is going to move quantised tensors elsewhere
+        engine, quantised.engine = quantised.engine, "fbgemm"
+        try:
             tensor = torch._make_per_channel_quantized_tensor(levels, scales.double(), zeros, 0)
             return torch.ops.quantized.linear_prepack(tensor, None)
-    finally:
-        quantised.engine = engine
+        finally:
+            quantised.engine = engine
 
 
 class FP8Linear(LowPrecisionLinear):

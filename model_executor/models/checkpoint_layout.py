@@ -225,6 +225,7 @@ def _is_ignored(config: NviumConfig, name: str) -> bool:
 _FIELDS = (
     (r"model\.layers\.\d+\.self_attn\.\w+\.bias", "attention_bias"),
     (r"model\.layers\.\d+\.mlp\.\w+\.bias", "mlp_bias"),
+    (r"model\.layers\.\d+\.mlp\.", "mlp_only_layers"),
     (r"exits\.\d+\.adapter\.", "exit_adapter_size"),
     (r"exits\.\d+\.router\.blocks\.", "router_num_blocks"),
     (r"exits\.\d+\.lm_head\.", "exit_head"),

@@ -114,6 +114,8 @@ def _check_experts(config: Any) -> None:
     experts = getattr(config, "num_experts", None)
     if experts is None:
         return
+    if experts < 1:
+        raise UserError(f"num_experts is {experts}, and it must be at least 1.")
     if config.num_experts_per_tok > experts:
         raise UserError(
             f"num_experts_per_tok is {config.num_experts_per_tok}, and it must be at most "

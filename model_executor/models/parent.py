@@ -25,8 +25,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 1,
     "max_position_embeddings": 1,
-    # Of families with experts; transformers keeps `num_experts` by this name.
-    "num_local_experts": 1,
+    # Of families with experts.
     "num_experts_per_tok": 1,
     "moe_intermediate_size": 1,
     "decoder_sparse_step": 1,

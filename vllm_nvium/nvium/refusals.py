@@ -89,7 +89,23 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--quantization",
         lambda c: c.model_config.quantization if _experts_only(c.model_config) else None,
-        "it covers the experts of a mixture of experts, and an N-vium model has none",
+        "it quantises experts only, which has not been tried with N-vium",
+        "leave it out",
+    ),
+    Unsupported(
+        "--data-parallel-size",
+        lambda c: (
+            above_one(c.parallel_config.data_parallel_size) if c.model_config.is_moe else None
+        ),
+        "engines exchange rows in every layer with experts, and an N-vium model leaves its rows at "
+        "different depths",
+        "set it to 1, or start a server for each",
+    ),
+    Unsupported(
+        "--enable-return-routed-experts",
+        lambda c: c.aux_output_config.enable_return_routed_experts or None,
+        "vLLM takes the rows of a layer for those of its batch, and an N-vium model leaves rows "
+        "out and runs others later",
         "leave it out",
     ),
     Unsupported(

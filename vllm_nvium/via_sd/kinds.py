@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 from vllm.utils.platform_utils import is_uva_available
+from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.layers.low_precision_linear import (
@@ -48,7 +49,9 @@ def check_copies(kind: str, vllm_config: "VllmConfig", is_int8: bool) -> None:
         layers = partial(layers_for if device_type == "cpu" else _written_for, device_type)
         shapes = shapes_of_config(vllm_config.model_config, parallel)
         kinds = (INT4,) if is_int8 else KINDS
-        candidates_for(kind, kinds, shapes, parallel.tensor_parallel_size, layers)
+        # A process that has had several of OpenMP's threads must not fork any more.
+        with set_default_torch_num_threads(1):
+            candidates_for(kind, kinds, shapes, parallel.tensor_parallel_size, layers)
 
 
 def candidates_for(

@@ -29,6 +29,8 @@ from vllm_nvium.via_sd.options import AUTO, DEFAULT_MASK, SKIP, ViaSDOptions
 logger = logging.getLogger("vllm.via_sd")
 
 GIB = 1 << 30
+# What vLLM calls the processes of engines and of tensor-parallel ranks.
+OF_VLLM = ("EngineCore", "VllmWorker")
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def refusal_is_a_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if multiprocessing.parent_process() is None:
+        if not multiprocessing.current_process().name.startswith(OF_VLLM):
             raise
         logger.error("%s", error)
         raise SystemExit(1) from None

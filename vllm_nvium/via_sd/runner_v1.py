@@ -173,10 +173,11 @@ class ViaSDModelRunnerMixin(Runner):
     def _most_sampled_rows(self) -> int:
         """Rows of logits in one step: behind each request's newest token and all of its drafts. Of
         the slim verifier there are no more."""
-        options = self.via_sd
+        options, requests = self.via_sd, self.max_num_reqs
         has_windows = self.slim is not None and options.rounds != 0
-        drafts = options.window if has_windows else options.drafts
-        return min(self.max_num_reqs * (1 + drafts), self.max_num_tokens)
+        windows = min(options.max_batch or requests, requests) if has_windows else 0
+        drafted = max(requests * options.drafts, windows * options.window)
+        return min(requests + drafted, self.max_num_tokens)
 
     # --- one step -------------------------------------------------------------------------------
 

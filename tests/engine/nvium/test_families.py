@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -42,6 +43,9 @@ def served(request, tmp_path_factory):
     kind, fields, exits = MODELS[request.param]
     parent = dense_config(kind, **fields)
     reference = make_nvium(path, exit_layers=[1, 2, 3], seed=1, parent=parent, **exits)
+    # vLLM keeps its groups of ranks for the next engine of a process, and those of a dense model
+    # have none for experts.
+    cleanup_dist_env_and_memory()
     # 10 blocks of 32: one long sequence or a few short ones fit, so preemption is common.
     return reference, TraceEngine(str(path), num_gpu_blocks_override=10)
 

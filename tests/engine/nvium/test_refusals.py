@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from starts import refusal, start
 
+from tiny_models import dense_config, make_nvium
 from vllm_nvium.nvium.cuda_graphs import ASKED
 from vllm_nvium.nvium.refusals import UNSUPPORTED
 from vllm_nvium.nvium.start import CPU_WORKER
@@ -78,6 +79,16 @@ def test_refused_at_start(
 ) -> None:
     message = refusal(nvium_checkpoint, **options)
     assert all(word in message for word in words), message
+
+
+def test_experts_in_several_engines(tmp_path: Path, nvium_checkpoint: Path) -> None:
+    make_nvium(tmp_path, parent=dense_config("qwen3_moe"))
+    message = refusal(tmp_path, data_parallel_size=2)
+    assert "--data-parallel-size is 2" in message and "experts" in message
+    start(nvium_checkpoint, data_parallel_size=2)
+    assert "--enable-return-routed-experts is True" in refusal(
+        tmp_path, enable_return_routed_experts=True
+    )
 
 
 def test_kv_connector(nvium_checkpoint: Path) -> None:

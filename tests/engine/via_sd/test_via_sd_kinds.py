@@ -130,7 +130,7 @@ def test_what_a_worker_refuses_is_a_sentence_too(
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(UserError, match="--via-sd-slim is 'int8', whose copies need"):
         ViaSDEngine(str(tmp_path), NGRAM, {"slim": "int8"})
-    monkeypatch.setattr(loading.multiprocessing, "parent_process", object)
+    monkeypatch.setattr(loading.multiprocessing.current_process(), "_name", "EngineCore_DP0")
     loading.logger.addHandler(caplog.handler)
     try:
         with pytest.raises(SystemExit) as end:

@@ -429,6 +429,11 @@ MIXED = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 
         ("gemma3", {"use_bidirectional_attention": True}, r"with False only"),
         ("qwen3_moe", MIXED, r"sliding_window is 64, .* with None only"),
         ("qwen3_moe", {"attention_bias": True}, r"attention_bias is True, .* with False only"),
+        (
+            "qwen3_moe",
+            {"num_experts": 0, "num_experts_per_tok": 1},
+            r"num_experts is 0, .* least 1",
+        ),
         ("qwen3_moe", {"num_experts_per_tok": 7}, r"at most num_experts = 6"),
         ("qwen3_moe", {"decoder_sparse_step": 5}, r"decoder_sparse_step is 5 .* no layer has exp"),
     ],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from vllm_nvium.checkpoints.convert.checkpoint import Source
 from vllm_nvium.errors import UserError, first_line
@@ -25,7 +26,7 @@ def open_gguf(path: Path, dtype: str) -> Source:
         UserError: the optional packages are missing, or transformers cannot read the file.
     """
     model, tokenizer = _load(path, torch.float32 if dtype == "float32" else torch.bfloat16)
-    state = model.state_dict()
+    state = revert_weight_conversion(model, model.state_dict())  # names as in a folder
 
     def copy_companions(out: Path) -> None:
         tokenizer.save_pretrained(out)
