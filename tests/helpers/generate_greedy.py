@@ -24,7 +24,10 @@ def prompts(vocab_size: int = 256) -> list[list[int]]:
 def greedy_tokens(model: str, **engine_args: Any) -> dict[str, list[list[int]]]:
     """128 tokens a prompt: `alone` the first by itself, `together` all eight in one batch."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
+    # Groups of ranks that an earlier engine of this process has left have none for experts.
+    cleanup_dist_env_and_memory()
     llm = LLM(
         model,
         dtype="float32",
