@@ -18,6 +18,7 @@ from torch import nn
 
 from vllm_nvium.model_executor.ops.quantise import (
     dequantise_int4,
+    dequantise_int8,
     quantise_fp8,
     quantise_int4,
     quantise_int8,
@@ -196,7 +197,7 @@ class Int8Linear(LowPrecisionLinear):
     @classmethod
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
         levels, scales = quantise_int8(weight)
-        return levels.float() * scales.to(torch.bfloat16).float()[:, None]
+        return dequantise_int8(levels, scales.to(torch.bfloat16)[:, None])
 
 
 class Int8LinearByOneDNN(LowPrecisionLinear):
@@ -236,7 +237,7 @@ class Int8LinearByOneDNN(LowPrecisionLinear):
     @classmethod
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
         levels, scales = quantise_int8(weight)
-        return levels.float() * scales[:, None]
+        return dequantise_int8(levels, scales[:, None])
 
 
 class Int8LinearByFBGEMM(LowPrecisionLinear):
@@ -248,7 +249,6 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
     activations = torch.float32
     # The largest weight of an output and the largest activation of a row. Processors without VNNI
     # add two products in 16 bits. These fit, with a zero point of LARGEST + 1: 2 * 81 * 201 < 2^15.
-    # Slim verifiers with 64 and 127, or 127 and 63, agreed with their targets less often.
     LARGEST_WEIGHT, LARGEST = 81, 100
 
     # What torch packs is no tensor: compiled code knows it by a number.
@@ -277,7 +277,7 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
     @classmethod
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
         levels, scales = quantise_int8(weight, cls.LARGEST_WEIGHT)
-        return levels.float() * scales[:, None]
+        return dequantise_int8(levels, scales[:, None])
 
 
 def _packed_by_fbgemm(levels: torch.Tensor, scales: torch.Tensor) -> Any:

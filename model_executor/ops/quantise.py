@@ -53,6 +53,19 @@ def quantise_int8(weight: torch.Tensor, largest: int = 127) -> tuple[torch.Tenso
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
+def dequantise_int8(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`w = q s`, with s per output, or one for all of them.
+
+    Args:
+        levels: q, [N, K] int8.
+        scale: s, [N, 1] or [1].
+
+    Returns:
+        [N, K] float32.
+    """
+    return levels.float() * scale.float()
+
+
 def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per row, so that the largest of the row is the largest number of float8_e4m3fn.
 

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 
 from vllm_nvium.model_executor.layers.low_precision_linear import INT4, KINDS
+from vllm_nvium.model_executor.ops.quantise import dequantise_int8
 
 
 def head_of(model: Any) -> Any:
@@ -80,19 +81,6 @@ def weight_of(module: Any, outputs: int | None = None) -> torch.Tensor:
         return dequantise_int8(module.weight.data, scale)
     weight: torch.Tensor = module.weight.data[:outputs]
     return weight
-
-
-def dequantise_int8(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`w = q s`, as compressed-tensors stores layers in eight bits.
-
-    Args:
-        levels: q, [N, K] int8.
-        scale: s, [N, 1], one per output, or [1] for all of them.
-
-    Returns:
-        [N, K] float32.
-    """
-    return levels.float() * scale.float()
 
 
 # --- Timing ---------------------------------------------------------------------------------------

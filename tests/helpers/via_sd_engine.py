@@ -24,6 +24,13 @@ from vllm_nvium.via_sd.planner import FixedRounds, Planner
 TIE = 1e-4
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3,
          "prompt_lookup_min": 1}  # fmt: skip
+# Fields of `make_dense`, with sizes that all kinds of copies can take.
+TARGET: dict[str, Any] = {
+    "vocab_size": 64,
+    "intermediate_size": 128,
+    "bigrams": 0.7,
+    "whisper": 0.2,
+}
 
 
 def _many_engines_in_one_process() -> None:

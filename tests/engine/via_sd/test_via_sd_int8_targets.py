@@ -15,18 +15,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from starts import refusal, start
 from trace_engine import Arrival, TraceEngine
-from via_sd_engine import NGRAM, ViaSDEngine
+from via_sd_engine import NGRAM, TARGET, ViaSDEngine
 
 from tiny_models import make_dense, quantise_to_int8
 from vllm_nvium.model_executor.layers.low_precision_linear import INT4, Int4Linear
 from vllm_nvium.via_sd.options import options_of
 
-TARGET: dict[str, Any] = {
-    "vocab_size": 64,
-    "intermediate_size": 128,
-    "bigrams": 0.7,
-    "whisper": 0.2,
-}
 # Whole prompts at once: plain vLLM ends on CPU where a seeded request's prompt comes in parts.
 ROOM = {"num_gpu_blocks_override": 30, "max_num_batched_tokens": 512}
 

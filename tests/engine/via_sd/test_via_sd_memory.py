@@ -13,18 +13,11 @@ import torch
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from test_via_sd_traces import Served, crowd, play
-from via_sd_engine import NGRAM, ViaSDEngine
+from via_sd_engine import NGRAM, TARGET, ViaSDEngine
 
 from tiny_models import make_dense
 from vllm_nvium.via_sd.options import ViaSDOptions
 from vllm_nvium.via_sd.runner_v1 import ViaSDModelRunnerMixin
-
-TARGET: dict[str, Any] = {
-    "vocab_size": 64,
-    "intermediate_size": 128,
-    "bigrams": 0.7,
-    "whisper": 0.2,
-}
 
 
 class OfVllm:
@@ -49,6 +42,8 @@ class Runner(ViaSDModelRunnerMixin, OfVllm):  # type: ignore[misc]
         (object(), {"window": 10}, 8 * 11),
         (object(), {"window": 16}, 100),  # of 136, which never fit into one step
         (object(), {"window": 10, "rounds": 0}, 8 * 5),
+        (object(), {"window": 10, "max_batch": 2}, 8 * 5),  # more than 8 + 2 * 10
+        (object(), {"window": 10, "max_batch": 5}, 8 + 5 * 10),
         (None, {"window": 10}, 8 * 5),
     ],
 )

@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from test_via_sd_traces import MANY, Look, Served, crowd, greedy, play, via_sd_traces
 from trace_engine import Arrival
-from via_sd_engine import NGRAM, ViaSDEngine, slim_logits
+from via_sd_engine import NGRAM, TARGET, ViaSDEngine, slim_logits
 
 from tiny_models import make_dense, make_eagle
 from vllm_nvium.errors import UserError
@@ -36,12 +36,6 @@ from vllm_nvium.via_sd.kinds import Shapes, shapes_of_config
 
 KINDS = {"int4": Int4Linear, "int8": Int8Linear}
 WINDOW = 12
-TARGET: dict[str, Any] = {
-    "vocab_size": 64,
-    "intermediate_size": 128,
-    "bigrams": 0.7,
-    "whisper": 0.2,
-}
 # Logits are rounded to bfloat16 in every layer: candidates within this share of their spread may
 # change places.
 ROUNDING = 0.05

@@ -324,6 +324,15 @@ def test_history_is_read_where_nothing_is_missing(tmp_path: Path) -> None:
     assert len(read_history(path, "--controller", "step", "val_loss")) == 2
 
 
+def test_a_history_is_read_by_step_and_the_last_line_of_a_step_counts(tmp_path: Path) -> None:
+    """Runs of earlier versions that were resumed have some steps twice."""
+    path = tmp_path / "history.jsonl"
+    steps = [(10, 3.0), (30, 2.5), (20, 2.8), (30, 2.6)]
+    path.write_text("".join(history_line(step, val_loss=loss) for step, loss in steps))
+    found = read_history(path, "--history", "step", "val_loss")
+    assert [(line["step"], line["val_loss"]) for line in found] == [(10, 3.0), (20, 2.8), (30, 2.6)]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -6,6 +6,7 @@ Notation: N heads, `p_k` the hazard of exit k, `pi_k` its weight, `q_k` head k's
 the next token, V vocabulary, H hidden size, T tokens.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +62,11 @@ def head_target_log_probs(
     flat = targets.reshape(-1)
     scored = (flat != IGNORED).nonzero().squeeze(1)
     rows, wanted = hidden.reshape(-1, hidden.shape[-1])[scored], flat[scored]
+    # Nothing is drawn, so that no random state need be kept.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     found = torch.cat(
         [
-            checkpoint(_target_log_probs, u, unembedding, y, cap, use_reentrant=False)
+            again(_target_log_probs, u, unembedding, y, cap)
             for u, y in zip(rows.split(chunk), wanted.split(chunk), strict=True)
         ]
     )
