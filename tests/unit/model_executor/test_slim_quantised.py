@@ -7,12 +7,18 @@ import torch
 from torch import nn
 
 from vllm_nvium.model_executor.via_sd.slim import with_copies
-from vllm_nvium.model_executor.via_sd.slim_quantised import Timing, promise
+from vllm_nvium.model_executor.via_sd.slim_quantised import Timing, not_falling, promise
 
 
 def test_times_between_and_beyond_those_measured() -> None:
     timing = Timing(None, {1: 1.0, 2: 1.5, 8: 3.0})
     assert [timing.at(rows) for rows in (1, 1.5, 5, 8, 12)] == [1.0, 1.25, 2.25, 3.0, 4.0]
+
+
+def test_a_size_that_was_disturbed_costs_no_kind_its_place() -> None:
+    assert not_falling({1: 36.0, 2: 26.0, 4: 30.0, 8: 29.0}) == {1: 26.0, 2: 26.0, 4: 29.0, 8: 29.0}
+    rising = {1: 1.0, 2: 2.0, 4: 3.0, 8: 9.0}
+    assert not_falling(rising) == rising
 
 
 @pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
