@@ -241,20 +241,26 @@ def time_candidates(
     # What a part of a weight was timed for is scaled to all of them.
     scale = {shape: n * shape[0] / weights[shape].shape[0] for shape, n in count.items()}
     inputs = {shape: input_of(module) for shape, module in example.items()}
-    timings = [Timing(None, _time(full, inputs, scale))]
+    timings = [Timing(None, time_by_rows(full, inputs, scale))]
     for layer in candidates:
         copies = {shape: layer(weight).multiply for shape, weight in weights.items()}
-        timings.append(Timing(layer, _time(copies, inputs, scale)))
+        timings.append(Timing(layer, time_by_rows(copies, inputs, scale)))
     return timings[0], timings[1:]
 
 
-def _time(
+def time_by_rows(
     products: Mapping[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]],
     ones: Mapping[tuple[int, int], torch.Tensor],
     scale: Mapping[tuple[int, int], float],
 ) -> dict[int, float]:
-    """Seconds by rows. All sizes take turns: a pause of the machine, or the processor's clock that
-    is still rising, would otherwise be one size's."""
+    """Seconds of a pass by its rows. All sizes take turns: a pause of the machine, or the
+    processor's clock that is still rising, would otherwise be one size's.
+
+    Args:
+        products: by the shape of a weight, what multiplies with one of that shape.
+        ones: an input of one row for each of them.
+        scale: how many times each counts in a pass.
+    """
     cases = [(rows, shape) for rows in TIMED_ROWS for shape in products]
     inputs = {(rows, shape): ones[shape].repeat(rows, 1) for rows, shape in cases}
     seconds: dict[tuple[int, tuple[int, int]], list[float]] = {case: [] for case in cases}

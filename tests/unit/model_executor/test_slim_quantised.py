@@ -2,12 +2,21 @@
 """Which low-precision copies a slim verifier gets: what is timed, what each kind promises, and what
 stands in a model afterwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from vllm_nvium.model_executor.via_sd.slim import with_copies
-from vllm_nvium.model_executor.via_sd.slim_quantised import Timing, not_falling, promise
+from vllm_nvium.model_executor.via_sd import slim_quantised
+from vllm_nvium.model_executor.via_sd.slim_quantised import (
+    TIMED_ROWS,
+    Timing,
+    not_falling,
+    promise,
+    time_by_rows,
+)
 
 
 def test_times_between_and_beyond_those_measured() -> None:
@@ -19,6 +28,42 @@ def test_a_size_that_was_disturbed_costs_no_kind_its_place() -> None:
     assert not_falling({1: 36.0, 2: 26.0, 4: 30.0, 8: 29.0}) == {1: 26.0, 2: 26.0, 4: 29.0, 8: 29.0}
     rising = {1: 1.0, 2: 2.0, 4: 3.0, 8: 9.0}
     assert not_falling(rising) == rising
+
+
+class Machine:
+    """A clock, and a product that takes a second for each row, or what `longer` says of its rows,
+    and a hundred times as long in its first `slow` calls."""
+
+    def __init__(self, slow: int = 0, longer: dict[int, float] | None = None) -> None:
+        self.now, self.calls, self.slow, self.longer = 0.0, 0, slow, longer or {}
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        seconds = self.longer.get(len(x), float(len(x)))
+        self.now += seconds * (100 if self.calls < self.slow else 1)
+        self.calls += 1
+        return x
+
+    def timed(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(slim_quantised, "time", clock)
+        small, large = (2, 3), (4, 3)
+        products = {small: self.multiply, large: self.multiply}
+        ones = {small: torch.ones(1, 3), large: torch.ones(1, 3)}
+        return time_by_rows(products, ones, {small: 1.0, large: 2.0})
+
+
+# So many calls that one size after another would have all of the first size's among them.
+@pytest.mark.parametrize("slow", [0, 20])
+def test_a_machine_that_is_slow_at_first_is_slow_for_no_size(
+    slow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {rows: 3.0 * rows for rows in TIMED_ROWS}
+    assert Machine(slow).timed(monkeypatch) == pytest.approx(expected)
+
+
+def test_what_is_timed_does_not_fall_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Machine(longer={1: 5.0}).timed(monkeypatch)
+    assert times == pytest.approx({1: 6.0, 2: 6.0, 4: 12.0, 8: 24.0})
 
 
 @pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
