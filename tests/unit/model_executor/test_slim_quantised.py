@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_nvium.model_executor.via_sd.slim import with_copies
 from vllm_nvium.model_executor.via_sd import slim_quantised
+from vllm_nvium.model_executor.via_sd.slim import with_copies
 from vllm_nvium.model_executor.via_sd.slim_quantised import (
     TIMED_ROWS,
     Timing,
