@@ -227,8 +227,8 @@ def _processed_first(module: Any, do: Callable[[nn.Module], None]) -> None:
 def time_candidates(
     linears: Sequence[Any], head: Any, candidates: Sequence[type[LowPrecisionLinear]]
 ) -> tuple[Timing, list[Timing]]:
-    """The target's own products and those of every candidate, timed in turn on one weight of each
-    shape, so that hardly any finds its weights in the cache."""
+    """The target's own products and those of every candidate, one after another, each timed on one
+    weight of each shape in turn, so that hardly any finds its weights in the cache."""
     modules = [*linears, head]
     count: dict[tuple[int, int], int] = {}
     example: dict[tuple[int, int], Any] = {}
@@ -281,8 +281,11 @@ def time_by_rows(
 
 
 def not_falling(seconds: Mapping[int, float]) -> dict[int, float]:
-    """Times by rows in which no pass is taken to last longer than one of more rows: what was
-    measured longer was disturbed."""
+    """Times by rows in which no pass is taken to last longer than one of more rows.
+
+    What was measured longer is taken to have been disturbed, as it was on processors. A kernel that
+    really is slower with fewer rows is promised too much, and with such a target too little.
+    """
     sizes = sorted(seconds)
     return {rows: min(seconds[more] for more in sizes[at:]) for at, rows in enumerate(sizes)}
 
