@@ -39,12 +39,12 @@ test: $(TEST_READY)
 	for part in "tests/unit tests/gpu" $(ENGINES) "tests/server" \
 	  "tests/engine $(addprefix --ignore=,$(ENGINES))"; do \
 	  echo "pytest $$part"; \
-	  $(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile --durations 12 $$part || status=1; \
+	  $(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $$part || status=1; \
 	done; exit $$status
 
 # Formulas and files: no engine is started, and nothing that takes seconds. Two minutes on two cores.
 test-fast: $(TEST_READY)
-	$(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit -m "not slow" $(ARGS)
+	$(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/unit -m "not slow" $(ARGS)
 
 # Hours. ARGS="--tokens 20000 --seed 3" for less, or other crowds.
 soak-exactness: $(VENV)/.installed-test

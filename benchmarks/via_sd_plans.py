@@ -303,8 +303,10 @@ class Engine:
         recorder.source = auto
         at_hand = best_plans(recorder, dict(plans), case)
         recorder.source = recorder
+        slim = self.runner.slim
         return {
             "case": asdict(case),
+            "copies": "none: the tier is off" if slim is None else slim.kind,
             "runs": runs,
             "plans": {name: plan.cell for name, plan in plans.items()},
             "promised": own,
@@ -584,6 +586,8 @@ def main() -> None:
     about = {"target": args.target.name} | tier | about_run(args)
     found = measure(str(args.target), tier, prompts, about, args)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
+    # Results of older versions do not say it.
+    print("slim verifier:", ", ".join(sorted({each.get("copies", "not noted") for each in found})))
     print(
         f"greedy, {args.dtype}, decode steps only, runs in turn, ratios of all of them {SPREAD}", ""
     )

@@ -39,9 +39,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--via-sd-most-prompts", default=164, type=int, help="use so many of them")
 
 
+# Files that take minutes, the longest first. With two processes they are started first: one that is
+# left for the end keeps one process waiting for the other.
+LONG_FILES = (
+    "gpu/test_model_runner_v2.py",
+    "unit/via_sd/test_planner.py",
+    "engine/nvium/test_traces.py",
+    "engine/nvium/test_dense_equality.py",
+    "engine/nvium/test_tensor_parallel.py",
+    "engine/nvium/test_memory.py",
+    "engine/via_sd/test_via_sd_traces.py",
+    "engine/via_sd/test_via_sd_tensor_parallel.py",
+    "engine/via_sd/test_via_sd_metrics.py",
+    "engine/via_sd/test_via_sd_left_behind.py",
+    "server/test_serve.py",
+    "engine/test_demo_runs.py",
+    "engine/batch/test_batch_kills.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test is marked by the folder that it stands in."""
+    """A test is marked by the folder that it stands in; long files come first."""
     root = Path(__file__).parent
+    turn = {root / name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: turn.get(item.path, len(turn)))  # keeps the order otherwise
     for item in items:
         folder = item.path.relative_to(root).parts[0]
         if folder in ("engine", "server", "gpu"):

@@ -72,7 +72,7 @@ class SlimVerifier:
         copies: Mapping[nn.Module, nn.Module] | None = None,
         kind: str = "skip",
     ) -> None:
-        self.vllm_config = vllm_config
+        self.vllm_config, self.kind = vllm_config, kind
         self.skipped = tuple(skipped)
         inner, copies = model.model, copies or {}
         kept = [
