@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,12 @@ TIMED_ROWS = (1, 2, 4, 8)
 # A weight with more outputs is timed by a part of it.
 TIMED_OUTPUTS = 16384
 REPETITIONS = 5
+
+K = TypeVar("K")
+# (outputs, inputs) of a weight.
+Shape = tuple[int, int]
+# What multiplies with a weight of each shape.
+Products = Mapping[Shape, Callable[[torch.Tensor], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -227,11 +233,11 @@ def _processed_first(module: Any, do: Callable[[nn.Module], None]) -> None:
 def time_candidates(
     linears: Sequence[Any], head: Any, candidates: Sequence[type[LowPrecisionLinear]]
 ) -> tuple[Timing, list[Timing]]:
-    """The target's own products and those of every candidate, one after another, each timed on one
-    weight of each shape in turn, so that hardly any finds its weights in the cache."""
+    """The target's own products and those of every candidate, each timed on one weight of each shape,
+    all in turn, so that hardly any finds its weights in the cache."""
     modules = [*linears, head]
-    count: dict[tuple[int, int], int] = {}
-    example: dict[tuple[int, int], Any] = {}
+    count: dict[Shape, int] = {}
+    example: dict[Shape, Any] = {}
     for module in modules:
         shape = tuple(module.weight.shape)
         count[shape] = count.get(shape, 0) + 1
@@ -241,43 +247,45 @@ def time_candidates(
     # What a part of a weight was timed for is scaled to all of them.
     scale = {shape: n * shape[0] / weights[shape].shape[0] for shape, n in count.items()}
     inputs = {shape: input_of(module) for shape, module in example.items()}
-    timings = [Timing(None, time_by_rows(full, inputs, scale))]
+    products: dict[type[LowPrecisionLinear] | None, Products] = {None: full}
     for layer in candidates:
-        copies = {shape: layer(weight).multiply for shape, weight in weights.items()}
-        timings.append(Timing(layer, time_by_rows(copies, inputs, scale)))
-    return timings[0], timings[1:]
+        products[layer] = {shape: layer(weight).multiply for shape, weight in weights.items()}
+    found = time_by_rows(products, inputs, scale)
+    return Timing(None, found[None]), [Timing(layer, found[layer]) for layer in candidates]
 
 
 def time_by_rows(
-    products: Mapping[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]],
-    ones: Mapping[tuple[int, int], torch.Tensor],
-    scale: Mapping[tuple[int, int], float],
-) -> dict[int, float]:
-    """Seconds of a pass by its rows. All sizes take turns: a pause of the machine, or the
-    processor's clock that is still rising, would otherwise be one size's.
+    products: Mapping[K, Products], ones: Mapping[Shape, torch.Tensor], scale: Mapping[Shape, float]
+) -> dict[K, dict[int, float]]:
+    """Seconds of a pass by its rows, of every kind. All kinds and all sizes take turns: while a
+    machine is slow, or the processor's clock still rises, it is so for each of them.
 
     Args:
-        products: by the shape of a weight, what multiplies with one of that shape.
-        ones: an input of one row for each of them.
-        scale: how many times each counts in a pass.
+        products: by kind and by the shape of a weight, what multiplies with one of that shape.
+        ones: an input of one row for each shape.
+        scale: how many times each shape counts in a pass.
     """
-    cases = [(rows, shape) for rows in TIMED_ROWS for shape in products]
-    inputs = {(rows, shape): ones[shape].repeat(rows, 1) for rows, shape in cases}
-    seconds: dict[tuple[int, tuple[int, int]], list[float]] = {case: [] for case in cases}
+    cases = [(kind, rows, shape) for rows in TIMED_ROWS for kind in products for shape in ones]
+    inputs = {(rows, shape): ones[shape].repeat(rows, 1) for rows in TIMED_ROWS for shape in ones}
+    seconds: dict[tuple[K, int, Shape], list[float]] = {case: [] for case in cases}
     for repetition in range(REPETITIONS + 1):
-        for case in cases:
-            x, product = inputs[case], products[case[1]]
+        for kind, rows, shape in cases:
+            x, product = inputs[rows, shape], products[kind][shape]
             _synchronise(x)
             start = time.perf_counter()
             product(x)
             _synchronise(x)
             if repetition:  # the first makes what is made once
-                seconds[case].append(time.perf_counter() - start)
-    found = {
-        rows: sum(median(seconds[rows, shape]) * scale[shape] for shape in products)
-        for rows in TIMED_ROWS
+                seconds[kind, rows, shape].append(time.perf_counter() - start)
+    return {
+        kind: not_falling(
+            {
+                rows: sum(median(seconds[kind, rows, shape]) * scale[shape] for shape in ones)
+                for rows in TIMED_ROWS
+            }
+        )
+        for kind in products
     }
-    return not_falling(found)
 
 
 def not_falling(seconds: Mapping[int, float]) -> dict[int, float]:

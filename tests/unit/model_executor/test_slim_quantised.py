@@ -2,6 +2,7 @@
 """Which low-precision copies a slim verifier gets: what is timed, what each kind promises, and what
 stands in a model afterwards."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,40 +31,59 @@ def test_a_size_that_was_disturbed_costs_no_kind_its_place() -> None:
     assert not_falling(rising) == rising
 
 
+SMALL, LARGE = (2, 3), (4, 3)
+
+
 class Machine:
-    """A clock, and a product that takes a second for each row, or what `longer` says of its rows,
-    and a hundred times as long in its first `slow` calls."""
+    """A clock, and products that take a second for each row, or what `longer` says of its rows, and
+    a hundred times as long in the machine's first `slow` calls."""
 
     def __init__(self, slow: int = 0, longer: dict[int, float] | None = None) -> None:
         self.now, self.calls, self.slow, self.longer = 0.0, 0, slow, longer or {}
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        seconds = self.longer.get(len(x), float(len(x)))
+    def multiply(self, x: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        seconds = share * self.longer.get(len(x), float(len(x)))
         self.now += seconds * (100 if self.calls < self.slow else 1)
         self.calls += 1
         return x
 
-    def timed(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    def timed(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, float]]:
+        """Of the target, and of a kind that takes half of its time."""
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(slim_quantised, "time", clock)
-        small, large = (2, 3), (4, 3)
-        products = {small: self.multiply, large: self.multiply}
-        ones = {small: torch.ones(1, 3), large: torch.ones(1, 3)}
-        return time_by_rows(products, ones, {small: 1.0, large: 2.0})
+        ones = {SMALL: torch.ones(1, 3), LARGE: torch.ones(1, 3)}
+        half = partial(self.multiply, share=0.5)
+        products = {
+            "target": dict.fromkeys(ones, self.multiply),
+            "half": dict.fromkeys(ones, half),
+        }
+        return time_by_rows(products, ones, {SMALL: 1.0, LARGE: 2.0})
 
 
-# So many calls that one size after another would have all of the first size's among them.
-@pytest.mark.parametrize("slow", [0, 20])
-def test_a_machine_that_is_slow_at_first_is_slow_for_no_size(
+# So many calls that one size after another would have all of the first size's among them, and one
+# kind after another most of the target's.
+@pytest.mark.parametrize("slow", [0, 40])
+def test_a_machine_that_is_slow_at_first_is_so_for_no_size_and_no_kind(
     slow: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = {rows: 3.0 * rows for rows in TIMED_ROWS}
-    assert Machine(slow).timed(monkeypatch) == pytest.approx(expected)
+    times = Machine(slow).timed(monkeypatch)
+    assert times["target"] == pytest.approx({rows: 3.0 * rows for rows in TIMED_ROWS})
+    assert times["half"] == pytest.approx({rows: 1.5 * rows for rows in TIMED_ROWS})
+
+
+# All of the first four or five turns.
+@pytest.mark.parametrize("slow", [64, 80])
+def test_a_machine_that_is_slow_for_longer_is_so_for_every_kind(
+    slow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = Machine(slow).timed(monkeypatch)
+    for rows in TIMED_ROWS:
+        assert times["half"][rows] == pytest.approx(times["target"][rows] / 2)
 
 
 def test_what_is_timed_does_not_fall_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Machine(longer={1: 5.0}).timed(monkeypatch)
-    assert times == pytest.approx({1: 6.0, 2: 6.0, 4: 12.0, 8: 24.0})
+    assert times["target"] == pytest.approx({1: 6.0, 2: 6.0, 4: 12.0, 8: 24.0})
 
 
 @pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
