@@ -62,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test is marked by the folder that it stands in; long files come first."""
     root = Path(__file__).parent
     turn = {root / name: i for i, name in enumerate(LONG_FILES)}
+    if gone := [str(path) for path in turn if not path.is_file()]:
+        raise pytest.UsageError(f"LONG_FILES of {__file__} names {', '.join(gone)}, which is gone.")
     items.sort(key=lambda item: turn.get(item.path, len(turn)))  # keeps the order otherwise
     for item in items:
         folder = item.path.relative_to(root).parts[0]
