@@ -8,7 +8,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
@@ -63,20 +63,22 @@ class Timing:
         return self.seconds[sizes[0]]
 
 
-def promise(full: Timing, slim: Timing, survival: float, longest: int) -> float:
-    """Tokens per time of plain decoding when the slim verifier drafts for itself, with the best
-    length n of a window.
+def promise(full: Timing, slim: Timing, survival: float, longest: int, batch: int = 1) -> float:
+    """Tokens per time of plain decoding when the slim verifier drafts for itself for all of b
+    requests, with the best length n of their windows.
 
-        max_n  (1 + s + ... + s^n) full(1) / (n slim(1) + full(n + 1))
+        max_n  (1 + s + ... + s^n) full(b) / (n slim(b) + full(b (n + 1)))
 
     Args:
         survival: s, the chance that the target keeps a slim token.
         longest: most tokens of a window.
+        batch: b.
     """
     best, tokens = 0.0, 0.0
     for n in range(longest + 1):
         tokens += survival**n
-        best = max(best, tokens * full.at(1) / (n * slim.at(1) + full.at(n + 1)))
+        seconds = n * slim.at(batch) + full.at(batch * (n + 1))
+        best = max(best, tokens * full.at(batch) / seconds)
     return best
 
 
@@ -89,8 +91,10 @@ class Copies:
     Args:
         model: the target, its weights loaded and not processed yet.
         layers: those of its decoder layers that the slim verifier runs.
-        candidates: kinds of copies; the one that promises most is taken.
+        candidates: kinds of copies; the one that promises most is taken, in the mean over batches
+            of `TIMED_ROWS` requests: the cheapest for one request may be dear for eight.
         longest: most tokens of a window.
+        most_requests: that a step may have.
     """
 
     def __init__(
@@ -99,15 +103,19 @@ class Copies:
         layers: Sequence[nn.Module],
         candidates: Sequence[type[LowPrecisionLinear]],
         longest: int,
+        most_requests: int,
     ) -> None:
         self.of: dict[nn.Module, nn.Module] = {}
         # Those that were copied since anybody last asked for new copies.
         self._new: set[nn.Module] = set()
         self.linears, self.head = linears_of(layers), head_of(model)
         self.full, self.timings = time_candidates(self.linears, self.head, candidates)
-        self.promises = [
-            promise(self.full, timing, SURVIVAL[_kind(timing)], longest) for timing in self.timings
+        self.batches = [size for size in TIMED_ROWS if size <= max(most_requests, 1)]
+        self.promises_by_batch = [
+            [promise(self.full, timing, SURVIVAL[_kind(timing)], longest, b) for b in self.batches]
+            for timing in self.timings
         ]
+        self.promises = [fmean(gains) for gains in self.promises_by_batch]
         self.layer = self._best()
 
     def take(self, kind: str) -> None:
@@ -178,16 +186,18 @@ class Copies:
     def table(self) -> str:
         """For the log: milliseconds by rows, and what each kind promises."""
         lines = []
-        gains = [None, *self.promises]
-        for timing, gain in zip([self.full, *self.timings], gains, strict=True):
+        gains = [None, *self.promises_by_batch]
+        for timing, promised in zip([self.full, *self.timings], gains, strict=True):
             name = (
                 "target" if timing.layer is None else f"{timing.layer.kind}, {timing.layer.kernel}"
             )
             cells = "  ".join(f"{1e3 * timing.seconds[rows]:8.2f}" for rows in TIMED_ROWS)
-            end = "" if gain is None else f"   {gain:.2f}"
-            lines.append(f"  {name:<28}{cells}{end}")
+            lines.append(f"  {name:<28}{cells}")
+            if promised is not None:
+                lines[-1] += "   " + "  ".join(f"{gain:.2f}" for gain in promised)
         rows = "  ".join(f"{rows:>8}" for rows in TIMED_ROWS)
-        return "\n".join([f"  {'rows':<28}{rows}   promise", *lines])
+        batches = ", ".join(map(str, self.batches))
+        return "\n".join([f"  {'rows':<28}{rows}   promise at batch {batches}", *lines])
 
 
 class _ByCopy:
@@ -233,8 +243,8 @@ def _processed_first(module: Any, do: Callable[[nn.Module], None]) -> None:
 def time_candidates(
     linears: Sequence[Any], head: Any, candidates: Sequence[type[LowPrecisionLinear]]
 ) -> tuple[Timing, list[Timing]]:
-    """The target's own products and those of every candidate, each timed on one weight of each shape,
-    all in turn, so that hardly any finds its weights in the cache."""
+    """The target's own products and those of every candidate, each timed on one weight of each
+    shape, all in turn, so that hardly any finds its weights in the cache."""
     modules = [*linears, head]
     count: dict[Shape, int] = {}
     example: dict[Shape, Any] = {}

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_nvium.model_executor.layers.low_precision_linear import Int8Linear
 from vllm_nvium.model_executor.via_sd import slim_quantised
 from vllm_nvium.model_executor.via_sd.slim import with_copies
 from vllm_nvium.model_executor.via_sd.slim_quantised import (
     TIMED_ROWS,
+    Copies,
     Timing,
     not_falling,
     promise,
@@ -88,18 +90,45 @@ def test_what_is_timed_does_not_fall_with_the_rows(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
 @pytest.mark.parametrize("per_row", [0.0, 0.2])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_the_promise_is_that_of_the_best_window(
-    slim: float, survival: float, per_row: float
+    slim: float, survival: float, per_row: float, batch: int
 ) -> None:
     """By adding up what every token of every window is worth."""
     full = Timing(None, {rows: 2 * (1 + per_row * (rows - 1)) for rows in (1, 2, 4, 8)})
     cheaper = Timing(None, dict.fromkeys((1, 2, 4, 8), 2 * slim))
+    plain = 1 + per_row * (batch - 1)  # of a pass of one row
     rates = []
     for n in range(17):
         kept = sum(survival**k for k in range(1, n + 1))
-        rates.append((1 + kept) / (n * slim + 1 + per_row * n))
-    assert promise(full, cheaper, survival, 16) == pytest.approx(max(rates))
-    assert promise(full, cheaper, survival, 0) == pytest.approx(1.0)
+        verified = 1 + per_row * (batch * (n + 1) - 1)
+        rates.append((1 + kept) * plain / (n * slim + verified))
+    assert promise(full, cheaper, survival, 16, batch) == pytest.approx(max(rates))
+    assert promise(full, cheaper, survival, 0, batch) == pytest.approx(1.0)
+
+
+class Cheap(Int8Linear):
+    """Cheap for one row, dear for eight."""
+
+
+class Level(Int8Linear):
+    """Takes as long for eight rows as for one."""
+
+
+@pytest.mark.parametrize("most_requests,chosen", [(1, Cheap), (256, Level)])
+def test_a_kind_that_is_cheap_for_one_request_only_is_taken_for_one_only(
+    most_requests: int, chosen: type[Int8Linear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Timing(None, {1: 10.0, 2: 10.5, 4: 11.5, 8: 13.5})
+    timings = [
+        Timing(Cheap, {1: 3.5, 2: 6.0, 4: 10.0, 8: 20.0}),
+        Timing(Level, {1: 4.0, 2: 4.0, 4: 4.0, 8: 4.0}),
+    ]
+    monkeypatch.setattr(slim_quantised, "time_candidates", lambda *_: (full, timings))
+    model = nn.Module()
+    model.lm_head = nn.Linear(2, 2)
+    copies = Copies(model, [], [Cheap, Level], longest=16, most_requests=most_requests)
+    assert copies.layer is chosen
 
 
 class Block(nn.Module):
