@@ -110,10 +110,9 @@ def _copies_of(
         number_of_ranks(),
         partial(layers_for, device.type),
     )
-    most_requests = runner.vllm_config.scheduler_config.max_num_seqs
-    if options.max_batch is not None:
-        most_requests = min(most_requests, options.max_batch)
-    copies = Copies(model, layers, candidates, options.window, most_requests)
+    requests = runner.max_num_reqs
+    with_windows = min(options.max_batch or requests, requests)
+    copies = Copies(model, layers, candidates, options.window, with_windows)
     seconds = time.perf_counter() - start
     if kind != AUTO:
         copies.take(kind)
