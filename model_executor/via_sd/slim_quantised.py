@@ -30,6 +30,8 @@ from vllm_nvium.model_executor.via_sd.target_weights import (
 SURVIVAL = {"int4": 0.95, "fp8": 0.97, "int8": 0.98}
 # Rows of the passes that are timed: a request's newest token, and windows to be verified.
 TIMED_ROWS = (1, 2, 4, 8)
+# And of the target's passes, which verify the windows of a batch.
+VERIFIED_ROWS = (*TIMED_ROWS, 32)
 # A weight with more outputs is timed by a part of it.
 TIMED_OUTPUTS = 16384
 REPETITIONS = 5
@@ -63,20 +65,22 @@ class Timing:
         return self.seconds[sizes[0]]
 
 
-def promise(full: Timing, slim: Timing, survival: float, longest: int, batch: int = 1) -> float:
+def promise(
+    full: Timing, slim: Timing, survival: float, longest: int, batch: int = 1, shortest: int = 0
+) -> float:
     """Tokens per time of plain decoding when the slim verifier drafts for itself for all of b
-    requests, with the best length n of their windows.
+    requests, with the best length n of their windows. A window of length 0 is plain decoding.
 
         max_n  (1 + s + ... + s^n) full(b) / (n slim(b) + full(b (n + 1)))
 
     Args:
         survival: s, the chance that the target keeps a slim token.
-        longest: most tokens of a window.
+        shortest, longest: least and most tokens of a window.
         batch: b.
     """
-    best, tokens = 0.0, 0.0
-    for n in range(longest + 1):
-        tokens += survival**n
+    best = 0.0
+    for n in range(shortest, longest + 1):
+        tokens = sum(survival**k for k in range(n + 1))
         seconds = n * slim.at(batch) + full.at(batch * (n + 1))
         best = max(best, tokens * full.at(batch) / seconds)
     return best
@@ -111,18 +115,20 @@ class Copies:
         self.linears, self.head = linears_of(layers), head_of(model)
         self.full, self.timings = time_candidates(self.linears, self.head, candidates)
         self.batches = [size for size in TIMED_ROWS if size <= max(most_requests, 1)]
-        self.promises_by_batch = [
-            [promise(self.full, timing, SURVIVAL[_kind(timing)], longest, b) for b in self.batches]
-            for timing in self.timings
-        ]
+        self.promises_by_batch = [self._promised(timing, longest, 0) for timing in self.timings]
         self.promises = [fmean(gains) for gains in self.promises_by_batch]
+        # Where windows pay for no kind, all promise what plain decoding does.
+        self._with_windows = [fmean(self._promised(timing, longest, 1)) for timing in self.timings]
         self.layer = self._best()
+
+    def _promised(self, timing: Timing, longest: int, shortest: int) -> list[float]:
+        """By batch."""
+        survival = SURVIVAL[_kind(timing)]
+        return [promise(self.full, timing, survival, longest, b, shortest) for b in self.batches]
 
     def take(self, kind: str) -> None:
         """Of the candidates of this kind the one that promises most, whatever that is."""
-        pairs = zip(self.promises, self.timings, strict=True)
-        own = [(gain, timing.layer) for gain, timing in pairs if _kind(timing) == kind]
-        self.layer = max(own, key=lambda pair: pair[0])[1]
+        self.layer = self._most_promising(lambda timing: _kind(timing) == kind)
 
     @property
     def kind(self) -> str | None:
@@ -147,12 +153,16 @@ class Copies:
 
     def _best(self) -> type[LowPrecisionLinear] | None:
         """None where no kind is cheaper than the target itself at any number of rows."""
-        cheaper = [
-            (gain, timing.layer)
-            for gain, timing in zip(self.promises, self.timings, strict=True)
-            if any(timing.seconds[rows] < self.full.seconds[rows] for rows in TIMED_ROWS)
-        ]
-        return max(cheaper, key=lambda pair: pair[0])[1] if cheaper else None
+        return self._most_promising(
+            lambda timing: any(timing.seconds[r] < self.full.seconds[r] for r in TIMED_ROWS)
+        )
+
+    def _most_promising(
+        self, is_meant: Callable[[Timing], bool]
+    ) -> type[LowPrecisionLinear] | None:
+        gains = zip(self.promises, self._with_windows, self.timings, strict=True)
+        meant = [(gain, least, timing.layer) for gain, least, timing in gains if is_meant(timing)]
+        return max(meant, key=lambda found: found[:2])[2] if meant else None
 
     def install(self) -> None:
         """From here on a layer's copy is made when vLLM processes its weights."""
@@ -184,18 +194,20 @@ class Copies:
         self._new.add(module)
 
     def table(self) -> str:
-        """For the log: milliseconds by rows, and what each kind promises."""
+        """For the log: milliseconds by rows, and what each kind promises by batch."""
         lines = []
         gains = [None, *self.promises_by_batch]
         for timing, promised in zip([self.full, *self.timings], gains, strict=True):
             name = (
                 "target" if timing.layer is None else f"{timing.layer.kind}, {timing.layer.kernel}"
             )
-            cells = "  ".join(f"{1e3 * timing.seconds[rows]:8.2f}" for rows in TIMED_ROWS)
-            lines.append(f"  {name:<28}{cells}")
-            if promised is not None:
-                lines[-1] += "   " + "  ".join(f"{gain:.2f}" for gain in promised)
-        rows = "  ".join(f"{rows:>8}" for rows in TIMED_ROWS)
+            cells = [
+                f"{1e3 * timing.seconds[rows]:8.2f}" if rows in timing.seconds else " " * 8
+                for rows in VERIFIED_ROWS
+            ]
+            ends = [f"{gain:.2f}" for gain in promised or ()]
+            lines.append(f"  {name:<28}{'  '.join(cells)}   {'  '.join(ends)}".rstrip())
+        rows = "  ".join(f"{rows:>8}" for rows in VERIFIED_ROWS)
         batches = ", ".join(map(str, self.batches))
         return "\n".join([f"  {'rows':<28}{rows}   promise at batch {batches}", *lines])
 
@@ -260,23 +272,35 @@ def time_candidates(
     products: dict[type[LowPrecisionLinear] | None, Products] = {None: full}
     for layer in candidates:
         products[layer] = {shape: layer(weight).multiply for shape, weight in weights.items()}
-    found = time_by_rows(products, inputs, scale)
+    sizes = {kind: VERIFIED_ROWS if kind is None else TIMED_ROWS for kind in products}
+    found = time_by_rows(products, sizes, inputs, scale)
     return Timing(None, found[None]), [Timing(layer, found[layer]) for layer in candidates]
 
 
 def time_by_rows(
-    products: Mapping[K, Products], ones: Mapping[Shape, torch.Tensor], scale: Mapping[Shape, float]
+    products: Mapping[K, Products],
+    sizes: Mapping[K, Sequence[int]],
+    ones: Mapping[Shape, torch.Tensor],
+    scale: Mapping[Shape, float],
 ) -> dict[K, dict[int, float]]:
     """Seconds of a pass by its rows, of every kind. All kinds and all sizes take turns: while a
     machine is slow, or the processor's clock still rises, it is so for each of them.
 
     Args:
         products: by kind and by the shape of a weight, what multiplies with one of that shape.
+        sizes: rows of the passes of each kind.
         ones: an input of one row for each shape.
         scale: how many times each shape counts in a pass.
     """
-    cases = [(kind, rows, shape) for rows in TIMED_ROWS for kind in products for shape in ones]
-    inputs = {(rows, shape): ones[shape].repeat(rows, 1) for rows in TIMED_ROWS for shape in ones}
+    all_rows = sorted({rows for of_kind in sizes.values() for rows in of_kind})
+    inputs = {(rows, shape): ones[shape].repeat(rows, 1) for rows in all_rows for shape in ones}
+    cases = [
+        (kind, rows, shape)
+        for rows in all_rows
+        for kind in products
+        if rows in sizes[kind]
+        for shape in ones
+    ]
     seconds: dict[tuple[K, int, Shape], list[float]] = {case: [] for case in cases}
     for repetition in range(REPETITIONS + 1):
         for kind, rows, shape in cases:
@@ -291,7 +315,7 @@ def time_by_rows(
         kind: not_falling(
             {
                 rows: sum(median(seconds[kind, rows, shape]) * scale[shape] for shape in ones)
-                for rows in TIMED_ROWS
+                for rows in sizes[kind]
             }
         )
         for kind in products

@@ -120,8 +120,7 @@ def _copies_of(
     if is_first_rank():
         logger.info(
             "Slim verifier: milliseconds of all linear layers in a pass, and tokens per time of "
-            "plain decoding that each kind promises; the best in the mean is taken (timed in "
-            "%.1f s)\n%s",
+            "plain decoding that each kind promises (timed in %.1f s)\n%s",
             seconds,
             copies.table(),
         )
@@ -151,6 +150,7 @@ def _choice_of_first_rank(
 
 
 def _check_memory(copies: Copies, runner: Any) -> None:
+    assert copies.layer is not None
     needed, weights = copies.num_bytes, copies.num_bytes_copied
     if runner.device.type == "cpu":
         # Ranks of one machine have one memory.
@@ -165,9 +165,10 @@ def _check_memory(copies: Copies, runner: Any) -> None:
             f"{free / GIB:.2f} GiB are free; give --via-sd-slim skip, which needs none."
         )
     logger.info(
-        "VIA-SD: %s copies of %.2f GiB of weights take %.2f GiB (%.0f %%)",
+        "VIA-SD: %s copies of %.2f GiB of weights take %.2f GiB (%.0f %%), kernel %s",
         copies.kind,
         weights / GIB,
         needed / GIB,
         100 * needed / weights,
+        copies.layer.kernel,
     )

@@ -119,6 +119,7 @@ def test_the_memory_of_a_copy_is_what_is_said(layer: type[LowPrecisionLinear]) -
         assert held == pytest.approx(1024 * 1024 * layer.bytes_per_weight, rel=0.01)
 
 
+@pytest.mark.skipif(Int8LinearByFBGEMM not in HERE, reason="a processor without FBGEMM")
 def test_copies_that_are_gone_are_not_kept() -> None:
     """Compiled code knows FBGEMM's by a number only."""
     copy = Int8LinearByFBGEMM(weight_of(32, 64))

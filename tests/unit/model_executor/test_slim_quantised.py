@@ -4,6 +4,7 @@ stands in a model afterwards."""
 
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vllm_nvium.model_executor.via_sd import slim_quantised
 from vllm_nvium.model_executor.via_sd.slim import with_copies
 from vllm_nvium.model_executor.via_sd.slim_quantised import (
     TIMED_ROWS,
+    VERIFIED_ROWS,
     Copies,
     Timing,
     not_falling,
@@ -59,33 +61,38 @@ class Machine:
             "target": dict.fromkeys(ones, self.multiply),
             "half": dict.fromkeys(ones, half),
         }
-        return time_by_rows(products, ones, {SMALL: 1.0, LARGE: 2.0})
+        sizes = {"target": VERIFIED_ROWS, "half": TIMED_ROWS}
+        return time_by_rows(products, sizes, ones, {SMALL: 1.0, LARGE: 2.0})
 
 
-# So many calls that one size after another would have all of the first size's among them, and one
+# Calls of a turn: for each of two weights, the target's five sizes and four of the other kind.
+TURN = 2 * (len(VERIFIED_ROWS) + len(TIMED_ROWS))
+
+
+# Two turns and a bit: one size after another would have all of the first size's among them, and one
 # kind after another most of the target's.
-@pytest.mark.parametrize("slow", [0, 40])
+@pytest.mark.parametrize("slow", [0, 2 * TURN + 10])
 def test_a_machine_that_is_slow_at_first_is_so_for_no_size_and_no_kind(
     slow: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = Machine(slow).timed(monkeypatch)
-    assert times["target"] == pytest.approx({rows: 3.0 * rows for rows in TIMED_ROWS})
+    assert times["target"] == pytest.approx({rows: 3.0 * rows for rows in VERIFIED_ROWS})
     assert times["half"] == pytest.approx({rows: 1.5 * rows for rows in TIMED_ROWS})
 
 
-# All of the first four or five turns.
-@pytest.mark.parametrize("slow", [64, 80])
+@pytest.mark.parametrize("turns", [4, 5])
 def test_a_machine_that_is_slow_for_longer_is_so_for_every_kind(
-    slow: int, monkeypatch: pytest.MonkeyPatch
+    turns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = Machine(slow).timed(monkeypatch)
+    times = Machine(turns * TURN).timed(monkeypatch)
+    assert times["target"][1] > 3.0
     for rows in TIMED_ROWS:
         assert times["half"][rows] == pytest.approx(times["target"][rows] / 2)
 
 
 def test_what_is_timed_does_not_fall_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Machine(longer={1: 5.0}).timed(monkeypatch)
-    assert times["target"] == pytest.approx({1: 6.0, 2: 6.0, 4: 12.0, 8: 24.0})
+    assert times["target"] == pytest.approx({1: 6.0, 2: 6.0, 4: 12.0, 8: 24.0, 32: 96.0})
 
 
 @pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
@@ -104,6 +111,7 @@ def test_the_promise_is_that_of_the_best_window(
         verified = 1 + per_row * (batch * (n + 1) - 1)
         rates.append((1 + kept) * plain / (n * slim + verified))
     assert promise(full, cheaper, survival, 16, batch) == pytest.approx(max(rates))
+    assert promise(full, cheaper, survival, 16, batch, shortest=1) == pytest.approx(max(rates[1:]))
     assert promise(full, cheaper, survival, 0, batch) == pytest.approx(1.0)
 
 
@@ -115,20 +123,60 @@ class Level(Int8Linear):
     """Takes as long for eight rows as for one."""
 
 
-@pytest.mark.parametrize("most_requests,chosen", [(1, Cheap), (256, Level)])
-def test_a_kind_that_is_cheap_for_one_request_only_is_taken_for_one_only(
-    most_requests: int, chosen: type[Int8Linear], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = Timing(None, {1: 10.0, 2: 10.5, 4: 11.5, 8: 13.5})
-    timings = [
-        Timing(Cheap, {1: 3.5, 2: 6.0, 4: 10.0, 8: 20.0}),
-        Timing(Level, {1: 4.0, 2: 4.0, 4: 4.0, 8: 4.0}),
-    ]
-    monkeypatch.setattr(slim_quantised, "time_candidates", lambda *_: (full, timings))
+def copies_of(
+    full: dict[int, float],
+    times: dict[type[Int8Linear], dict[int, float]],
+    most_requests: int = 256,
+) -> Copies:
+    """Of a model whose products take these times."""
+    timings = [Timing(layer, seconds) for layer, seconds in times.items()]
     model = nn.Module()
     model.lm_head = nn.Linear(2, 2)
-    copies = Copies(model, [], [Cheap, Level], longest=16, most_requests=most_requests)
-    assert copies.layer is chosen
+    with patch.object(slim_quantised, "time_candidates", lambda *_: (Timing(None, full), timings)):
+        return Copies(model, [], [*times], longest=16, most_requests=most_requests)
+
+
+@pytest.mark.parametrize("most_requests,chosen", [(1, Cheap), (8, Level), (256, Level)])
+def test_a_kind_that_is_cheap_for_one_request_only_is_taken_for_one_only(
+    most_requests: int, chosen: type[Int8Linear]
+) -> None:
+    times = {
+        Cheap: {1: 3.5, 2: 6.0, 4: 10.0, 8: 20.0},
+        Level: {1: 4.0, 2: 4.0, 4: 4.0, 8: 4.0},
+    }
+    found = copies_of({1: 10.0, 2: 10.5, 4: 11.5, 8: 13.5, 32: 20.0}, times, most_requests)
+    assert found.layer is chosen
+    assert found.batches == [size for size in (1, 2, 4, 8) if size <= most_requests]
+    found.take("int8")
+    assert found.layer is chosen
+
+
+def test_where_windows_pay_for_no_kind_the_cheaper_one_is_taken() -> None:
+    """All promise what plain decoding does, then."""
+    full = {rows: 10.0 * rows for rows in VERIFIED_ROWS}
+    times = {
+        Cheap: {1: 9.0, 2: 19.0, 4: 39.0, 8: 79.0},
+        Level: {1: 5.0, 2: 5.0, 4: 5.0, 8: 5.0},
+    }
+    found = copies_of(full, times)
+    assert found.promises == [1.0, 1.0]
+    assert found.layer is Level
+
+
+def test_no_kind_is_taken_that_is_cheaper_at_no_number_of_rows() -> None:
+    full = {rows: 10.0 + rows for rows in VERIFIED_ROWS}
+    dear = {rows: 11.0 + rows for rows in TIMED_ROWS}
+    assert copies_of(full, {Cheap: dear, Level: dear}).layer is None
+
+
+def test_the_log_has_every_time_and_promise() -> None:
+    full = {rows: 0.01 * rows for rows in VERIFIED_ROWS}
+    lines = copies_of(full, {Level: dict.fromkeys(TIMED_ROWS, 0.002)}).table().splitlines()
+    assert lines[0].split()[:6] == ["rows", *map(str, VERIFIED_ROWS)]
+    assert lines[1].split() == ["target", "10.00", "20.00", "40.00", "80.00", "320.00"]
+    kind, *numbers = lines[2].rsplit(maxsplit=8)
+    assert kind.split() == ["int8,", "torch", "W8A16"]
+    assert numbers[:4] == ["2.00"] * 4 and all(float(gain) >= 1.0 for gain in numbers[4:])
 
 
 class Block(nn.Module):
