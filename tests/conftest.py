@@ -44,17 +44,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONG_FILES = (
     "gpu/test_model_runner_v2.py",
     "unit/via_sd/test_planner.py",
-    "engine/nvium/test_traces.py",
     "engine/nvium/test_dense_equality.py",
+    "engine/nvium/test_families.py",
+    "engine/nvium/test_traces.py",
     "engine/nvium/test_tensor_parallel.py",
+    "engine/nvium/test_state_pool.py",
     "engine/nvium/test_memory.py",
-    "engine/via_sd/test_via_sd_traces.py",
     "engine/via_sd/test_via_sd_tensor_parallel.py",
-    "engine/via_sd/test_via_sd_metrics.py",
+    "engine/via_sd/test_via_sd_traces.py",
     "engine/via_sd/test_via_sd_left_behind.py",
+    "engine/via_sd/test_via_sd_metrics.py",
+    "server/test_http_fuzz.py",
     "server/test_serve.py",
-    "engine/test_demo_runs.py",
     "engine/batch/test_batch_kills.py",
+    "engine/checkpoints/test_distill.py",
+    "engine/test_plugin.py",
+    "engine/test_demo_runs.py",
 )
 
 
