@@ -110,9 +110,8 @@ def _copies_of(
         number_of_ranks(),
         partial(layers_for, device.type),
     )
-    requests = runner.max_num_reqs
-    with_windows = min(options.max_batch or requests, requests)
-    copies = Copies(model, layers, candidates, options.window, with_windows)
+    most_requests = options.most_with_windows(runner.max_num_reqs)
+    copies = Copies(model, layers, candidates, options.window, most_requests)
     seconds = time.perf_counter() - start
     if kind != AUTO:
         copies.take(kind)

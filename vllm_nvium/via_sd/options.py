@@ -165,6 +165,10 @@ class ViaSDOptions:
         """`slim`, with its default filled in."""
         return self.slim or (AUTO if self.mask is None else SKIP)
 
+    def most_with_windows(self, requests: int) -> int:
+        """Of so many requests in a step, those that may have windows at the same time."""
+        return min(self.max_batch or requests, requests)
+
     @classmethod
     def from_config(cls, additional_config: Any) -> "ViaSDOptions | None":
         """Read and check the keys `via_sd*`; None when VIA-SD is off.

@@ -175,7 +175,7 @@ class ViaSDModelRunnerMixin(Runner):
         the slim verifier there are no more."""
         options, requests = self.via_sd, self.max_num_reqs
         has_windows = self.slim is not None and options.rounds != 0
-        windows = min(options.max_batch or requests, requests) if has_windows else 0
+        windows = options.most_with_windows(requests) if has_windows else 0
         drafted = max(requests * options.drafts, windows * options.window)
         return min(requests + drafted, self.max_num_tokens)
 
