@@ -4,6 +4,7 @@ stands in a model afterwards."""
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +15,7 @@ from vllm_nvium.model_executor.layers.low_precision_linear import Int8Linear
 from vllm_nvium.model_executor.via_sd import slim_quantised
 from vllm_nvium.model_executor.via_sd.slim import with_copies
 from vllm_nvium.model_executor.via_sd.slim_quantised import (
+    TIMED_OUTPUTS,
     TIMED_ROWS,
     VERIFIED_ROWS,
     Copies,
@@ -21,6 +23,7 @@ from vllm_nvium.model_executor.via_sd.slim_quantised import (
     not_falling,
     promise,
     time_by_rows,
+    time_candidates,
 )
 
 
@@ -177,6 +180,31 @@ def test_the_log_has_every_time_and_promise() -> None:
     kind, *numbers = lines[2].rsplit(maxsplit=8)
     assert kind.split() == ["int8,", "torch", "W8A16"]
     assert numbers[:4] == ["2.00"] * 4 and all(float(gain) >= 1.0 for gain in numbers[4:])
+
+
+def test_what_is_timed_stands_for_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight of each shape, a part of a large one; the target at the rows of windows too."""
+    seen: dict[str, Any] = {}
+
+    def time_and_note(products: Any, sizes: Any, ones: Any, scale: Any) -> Any:
+        seen.update(sizes=sizes, scale=scale, shapes={kind: [*of] for kind, of in products.items()})
+        return {kind: dict.fromkeys(sizes[kind], 1.0) for kind in products}
+
+    def part(module: Any, outputs: int) -> torch.Tensor:
+        return module.weight[:outputs]
+
+    monkeypatch.setattr(slim_quantised, "time_by_rows", time_and_note)
+    monkeypatch.setattr(slim_quantised, "product_of_vllm", lambda *_: None)
+    monkeypatch.setattr(slim_quantised, "weight_of", part)
+    monkeypatch.setattr(slim_quantised, "input_of", lambda module: module.weight[:1])
+    small, large = (
+        SimpleNamespace(weight=torch.zeros(rows, 32)) for rows in (64, 3 * TIMED_OUTPUTS)
+    )
+    full, [timing] = time_candidates([small, small], large, [Int8Linear])
+    assert full.layer is None and [*full.seconds] == [1, 2, 4, 8, 32]
+    assert timing.layer is Int8Linear and [*timing.seconds] == [1, 2, 4, 8]
+    assert seen["scale"] == {(64, 32): 2, (3 * TIMED_OUTPUTS, 32): 3}
+    assert seen["shapes"][None] == seen["shapes"][Int8Linear] == [*seen["scale"]]
 
 
 class Block(nn.Module):
