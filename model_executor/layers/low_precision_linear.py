@@ -7,7 +7,6 @@ import itertools
 import threading
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,6 +18,8 @@ from torch import nn
 from vllm_nvium.model_executor.ops.quantise import (
     dequantise_int4,
     dequantise_int8,
+    in_parts,
+    parts_of,
     quantise_fp8,
     quantise_int4,
     quantise_int8,
@@ -28,8 +29,6 @@ INT4, INT8, FP8 = "int4", "int8", "fp8"
 KINDS = (INT4, INT8, FP8)
 # Inputs of one int4 group share a scale and a zero point. Larger groups are cheaper and less true.
 GROUPS = (128, 64)
-# Rows of a weight that are quantised at a time: the steps between need several times their memory.
-ROWS_AT_A_TIME = 4096
 _ENGINE = threading.Lock()  # torch's engine for quantised operators is that of all threads
 
 
@@ -119,7 +118,7 @@ class Int4Linear(LowPrecisionLinear):
 
     def copy_weight(self, weight: torch.Tensor) -> None:
         packed, scales = [], []
-        for part in weight.split(ROWS_AT_A_TIME):
+        for part in parts_of(weight):
             levels, of_part = quantise_int4(part, group_of(weight.shape[1]))
             packed.append(self.packed(levels))
             scales.append(of_part.to(torch.bfloat16))
@@ -185,7 +184,7 @@ class Int8Linear(LowPrecisionLinear):
         return None
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = _in_parts(quantise_int8, weight)
+        levels, scales = in_parts(quantise_int8, weight)
         self._keep(levels=levels, scales=scales.to(torch.bfloat16))
 
     @staticmethod
@@ -214,7 +213,7 @@ class Int8LinearByOneDNN(LowPrecisionLinear):
         return None if custom_ops()._supports_onednn else "vLLM was built without oneDNN"
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = _in_parts(quantise_int8, weight)
+        levels, scales = in_parts(quantise_int8, weight)
         # oneDNN packs the levels and keeps a pointer to the scales: those that stay.
         self._keep(scales=scales)
         handler = custom_ops().create_onednn_scaled_mm(
@@ -256,7 +255,7 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
     _numbers = itertools.count()
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = _in_parts(partial(quantise_int8, largest=self.LARGEST_WEIGHT), weight)
+        levels, scales = in_parts(partial(quantise_int8, largest=self.LARGEST_WEIGHT), weight)
         self.packed = _packed_by_fbgemm(levels, scales)
         if "levels" not in self._buffers:
             number = next(self._numbers)
@@ -306,7 +305,7 @@ class FP8Linear(LowPrecisionLinear):
         return None
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = _in_parts(quantise_fp8, weight)
+        levels, scales = in_parts(quantise_fp8, weight)
         self._keep(levels=levels, scales=scales.t())
 
     @staticmethod
@@ -390,11 +389,3 @@ def custom_ops() -> Any:
     from vllm import _custom_ops
 
     return _custom_ops
-
-
-def _in_parts(
-    quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels and scales of all outputs, a part of them at a time."""
-    parts = [quantise(part) for part in weight.split(ROWS_AT_A_TIME)]
-    return torch.cat([levels for levels, _ in parts]), torch.cat([scale for _, scale in parts])

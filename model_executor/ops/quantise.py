@@ -3,9 +3,14 @@
 multiply with them are in `layers/low_precision_linear.py`.
 """
 
+from collections.abc import Callable
+
 import torch
 
 LARGEST_FP8 = 448.0
+# Weights that are rounded at a time, whose steps need several times their memory: on a processor so
+# few that all of them stay in its cache, on a GPU many, because each step is a launch.
+AT_A_TIME_ON_CPU, AT_A_TIME = 2**18, 2**24
 
 
 def quantise_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,3 +83,17 @@ def quantise_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight = weight.float()
     scale = (weight.abs().amax(dim=1, keepdim=True) / LARGEST_FP8).clamp(min=1e-8)
     return (weight / scale).to(torch.float8_e4m3fn), scale
+
+
+def parts_of(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Some outputs each of [N, K], a multiple of the 64 that kernels lay out together."""
+    most = AT_A_TIME_ON_CPU if weight.device.type == "cpu" else AT_A_TIME
+    return weight.split(max(most // weight.shape[1] // 64, 1) * 64)
+
+
+def in_parts(
+    quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels and scales of all outputs, a part of them at a time."""
+    parts = [quantise(part) for part in parts_of(weight)]
+    return torch.cat([levels for levels, _ in parts]), torch.cat([scale for _, scale in parts])

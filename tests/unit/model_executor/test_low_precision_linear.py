@@ -19,9 +19,10 @@ from vllm_nvium.model_executor.layers.low_precision_linear import (
     group_of,
     layers_for,
 )
-from vllm_nvium.model_executor.ops.quantise import quantise_int4
+from vllm_nvium.model_executor.ops.quantise import AT_A_TIME, parts_of, quantise_int4
 
 HERE = layers_for("cpu")
+OF_256 = AT_A_TIME // 256  # outputs of 256 inputs that are rounded at a time on a GPU
 
 
 def weight_of(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -40,11 +41,12 @@ def test_some_kernel_of_each_kind_runs_on_cpu() -> None:
 @pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, 33])
-@pytest.mark.parametrize("outputs,inputs", [(96, 128), (4096 + 160, 64), (32, 192)])
+@pytest.mark.parametrize("outputs,inputs", [(96, 128), (1344 + 160, 192), (32, 192)])
 def test_kernels_compute_what_their_copies_stand_for(
     layer: type[LowPrecisionLinear], dtype: torch.dtype, rows: int, outputs: int, inputs: int
 ) -> None:
-    """4256 outputs are copied in two parts."""
+    """1504 outputs are copied in two parts."""
+    assert len(parts_of(weight_of(outputs, inputs))) == (2 if outputs > 96 else 1)
     weight = weight_of(outputs, inputs).to(dtype)
     x = weight_of(rows, inputs, seed=1).to(dtype)
     found = layer(weight).multiply(x)
@@ -155,7 +157,7 @@ def test_rows_have_scales_of_their_own(layer: type[LowPrecisionLinear]) -> None:
 
 def test_large_weights_are_quantised_in_parts_on_gpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps between take many times the memory of a copy."""
-    rows = []
+    rows: list[int] = []
 
     def quantise_and_count(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows.append(len(weight))
@@ -163,10 +165,10 @@ def test_large_weights_are_quantised_in_parts_on_gpus_too(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(low_precision_linear, "quantise_int4", quantise_and_count)
     # Nothing is computed: the shapes are those of torch's operators.
-    copy = Int4LinearOnCUDA(torch.empty(2 * 4096 + 96, 256, device="meta"))
-    assert rows == [4096, 4096, 96]
-    assert copy.levels.shape == ((2 * 4096 + 96) // 8, 2, 32, 4)
-    assert copy.scales.shape == (2, 2 * 4096 + 96, 2)
+    copy = Int4LinearOnCUDA(torch.empty(2 * OF_256 + 96, 256, device="meta"))
+    assert rows == [OF_256, OF_256, 96]
+    assert copy.levels.shape == ((2 * OF_256 + 96) // 8, 2, 32, 4)
+    assert copy.scales.shape == (2, 2 * OF_256 + 96, 2)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
