@@ -66,10 +66,12 @@ def read_prompts(path: Path, model: str, longest: int = 512, chat: bool = True) 
 
 
 def drafter_config(drafter: str, drafts: int) -> dict[str, Any]:
-    """vLLM's `speculative_config` of `ngram`, or of a draft model in a folder."""
+    """vLLM's `speculative_config` of `ngram`, `suffix`, or a draft model in a folder."""
     found: dict[str, Any] = {"method": "draft_model", "model": drafter}
     if drafter == "ngram":
         found = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    elif drafter == "suffix":
+        found = {"method": "suffix"}
     return found | {"num_speculative_tokens": drafts}
 
 

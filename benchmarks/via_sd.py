@@ -27,7 +27,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", help="checkpoint of the target (Hugging Face folder)")
     parser.add_argument(
-        "--drafter", nargs="+", default=["ngram"], help="ngram or checkpoints: engines of each"
+        "--drafter",
+        nargs="+",
+        default=["ngram"],
+        help="ngram, suffix or checkpoints: engines of each",
     )
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines")
     parser.add_argument("--drafts", default="2,4", help="of the plain engines, one for each")

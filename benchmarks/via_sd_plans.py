@@ -69,7 +69,7 @@ class Case:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What both programs that measure plans take."""
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSON lines")
-    parser.add_argument("--drafter", default="ngram", help="ngram, or a checkpoint")
+    parser.add_argument("--drafter", default="ngram", help="ngram, suffix, or a checkpoint")
     parser.add_argument("--modes", default="lossless", help="lossless,paper")
     parser.add_argument("--batches", default="1", help="requests at a time")
     parser.add_argument("--chat", action="store_true", help="use the chat template")

@@ -33,8 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "VIA-SD on real models", "tests/engine/via_sd/test_via_sd_real_models.py"
     )
     group.addoption("--via-sd-target", default="", help="checkpoint of the target")
-    group.addoption("--via-sd-drafter", default="", help="draft model (default: n-gram lookup)")
-    group.addoption("--via-sd-kind", default="skip", help="value of --via-sd-slim")
+    group.addoption(
+        "--via-sd-drafter",
+        default="ngram",
+        help="ngram, a draft model, or none for no --speculative-config; several with commas",
+    )
+    group.addoption("--via-sd-kind", default="skip", help="values of --via-sd-slim, with commas")
+    group.addoption("--via-sd-rounds", default="auto,2", help="values of it, with commas")
     group.addoption("--via-sd-prompts", default="", help="JSON lines with `prompt`")
     group.addoption("--via-sd-most-prompts", default=164, type=int, help="use so many of them")
 

@@ -5,7 +5,6 @@ cheaper weights. Which of torch's and vLLM's kernels a machine has is found out 
 
 import itertools
 import threading
-import warnings
 from abc import abstractmethod
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from vllm_nvium.model_executor.layers import fbgemm
 from vllm_nvium.model_executor.ops.quantise import (
     dequantise_int4,
     dequantise_int8,
@@ -29,7 +29,6 @@ INT4, INT8, FP8 = "int4", "int8", "fp8"
 KINDS = (INT4, INT8, FP8)
 # Inputs of one int4 group share a scale and a zero point. Larger groups are cheaper and less true.
 GROUPS = (128, 64)
-_ENGINE = threading.Lock()  # torch's engine for quantised operators is that of all threads
 
 
 def bounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,6 +82,10 @@ class LowPrecisionLinear(nn.Module):
     @abstractmethod
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
         """[N, K] float32, the weights that a copy stands for, by the formulas above."""
+
+    def prepare(self) -> None:
+        """What of a copy can be made without the weight, beside other work; otherwise the first
+        product makes it."""
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """`x W^T`, in the dtype of x."""
@@ -254,13 +257,31 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
     _all: "WeakValueDictionary[int, Int8LinearByFBGEMM]" = WeakValueDictionary()
     _numbers = itertools.count()
 
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._lock = threading.Lock()
+        super().__init__(weight)
+
     def copy_weight(self, weight: torch.Tensor) -> None:
         levels, scales = in_parts(partial(quantise_int8, largest=self.LARGEST_WEIGHT), weight)
-        self.packed = _packed_by_fbgemm(levels, scales)
+        with self._lock:
+            self._unpacked: torch.Tensor | None = fbgemm.quantised(levels, scales)
+            self._packed: Any = None
         if "levels" not in self._buffers:
             number = next(self._numbers)
             self._all[number] = self
             self._keep(levels=torch.tensor(number), scales=torch.empty(0))  # packed with the weight
+
+    def prepare(self) -> None:
+        """Packs: FBGEMM does in one thread, and takes longer than all that goes before."""
+        with self._lock:
+            if self._unpacked is not None:
+                self._packed, self._unpacked = fbgemm.packed(self._unpacked), None
+
+    @property
+    def packed(self) -> Any:
+        if self._packed is None:
+            self.prepare()
+        return self._packed
 
     @classmethod
     def product(
@@ -277,19 +298,6 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
         levels, scales = quantise_int8(weight, cls.LARGEST_WEIGHT)
         return dequantise_int8(levels, scales[:, None])
-
-
-def _packed_by_fbgemm(levels: torch.Tensor, scales: torch.Tensor) -> Any:
-    """Levels [N, K] int8 and scales [N], as FBGEMM wants them."""
-    quantised, zeros = torch.backends.quantized, torch.zeros(len(scales), dtype=torch.long)
-    with _ENGINE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch is going to move quantised tensors elsewhere
-        engine, quantised.engine = quantised.engine, "fbgemm"
-        try:
-            tensor = torch._make_per_channel_quantized_tensor(levels, scales.double(), zeros, 0)
-            return torch.ops.quantized.linear_prepack(tensor, None)
-        finally:
-            quantised.engine = engine
 
 
 class FP8Linear(LowPrecisionLinear):

@@ -5,8 +5,13 @@ embeddings and attention modules are the target's own, and so is the KV cache.
 """
 
 import copy
+import multiprocessing
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, TypeVar
@@ -33,8 +38,11 @@ TIMED_ROWS = (1, 2, 4, 8)
 # And of the target's passes, which verify the windows of a batch.
 VERIFIED_ROWS = (*TIMED_ROWS, 32)
 # A weight with more outputs is timed by a part of it.
-TIMED_OUTPUTS = 16384
-REPETITIONS = 5
+TIMED_OUTPUTS = 8192
+# Everything is timed so often, fewer times if that takes longer than so many seconds.
+REPETITIONS, FEWEST_REPETITIONS, TIMED_SECONDS = 5, 3, 1.0
+# Copies that threads have to prepare at a time.
+MOST_PREPARED = 32
 
 K = TypeVar("K")
 # (outputs, inputs) of a weight.
@@ -112,6 +120,8 @@ class Copies:
         self.of: dict[nn.Module, nn.Module] = {}
         # Those that were copied since anybody last asked for new copies.
         self._new: set[nn.Module] = set()
+        # Of copies, in threads, while the target loads.
+        self._preparing: deque[Future[None]] = deque()
         self.linears, self.head = linears_of(layers), head_of(model)
         self.full, self.timings = time_candidates(self.linears, self.head, candidates)
         self.batches = [size for size in TIMED_ROWS if size <= max(most_requests, 1)]
@@ -166,12 +176,16 @@ class Copies:
 
     def install(self) -> None:
         """From here on a layer's copy is made when vLLM processes its weights."""
+        self._threads = threads_on_all_cores()
         for module in self._modules:
             _processed_first(module, self._copy)
 
     def forget_what_was_new(self) -> None:
         """The target is loaded. Weights that are written from here on are newer than the copies."""
         self._new.clear()
+        # What they still have to prepare they do while the engine goes on with its start.
+        self._threads.shutdown(wait=False)
+        self._preparing.clear()
 
     def make_anew(self) -> None:
         """After weights were written. Those that vLLM has packed and freed were copied when it
@@ -188,7 +202,11 @@ class Copies:
         found, weight = self.of.get(module), weight_of(module)
         if found is None:
             assert self.layer is not None
-            self.of[module] = with_copy(module, self.layer(weight))
+            made = self.layer(weight)
+            self.of[module] = with_copy(module, made)
+            self._preparing.append(self._threads.submit(made.prepare))
+            if len(self._preparing) > MOST_PREPARED:  # what waits takes memory
+                self._preparing.popleft().result()
         else:
             found.low_precision.copy_weight(weight)  # type: ignore[union-attr,operator]
         self._new.add(module)
@@ -249,6 +267,21 @@ def _processed_first(module: Any, do: Callable[[nn.Module], None]) -> None:
     method.__class__ = type(base.__name__, (base,), members)
 
 
+def threads_on_all_cores() -> ThreadPoolExecutor:
+    """On those of the process that has started this one too: vLLM binds a worker to some of them,
+    and the thread that loads to one, which what that thread starts would share."""
+    if not hasattr(os, "sched_getaffinity"):  # no Linux
+        return ThreadPoolExecutor(1)
+    parent = multiprocessing.parent_process()
+    processes = ["self"] if parent is None else ["self", str(parent.pid)]
+    cores: set[int] = set()
+    for process in processes:
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with suppress(ProcessLookupError):  # it has ended since
+                cores |= os.sched_getaffinity(int(thread))
+    return ThreadPoolExecutor(len(cores), "copies", os.sched_setaffinity, (0, cores))
+
+
 # --- Timing ---------------------------------------------------------------------------------------
 
 
@@ -302,7 +335,10 @@ def time_by_rows(
         for shape in ones
     ]
     seconds: dict[tuple[K, int, Shape], list[float]] = {case: [] for case in cases}
+    begun = time.perf_counter()
     for repetition in range(REPETITIONS + 1):
+        if repetition > FEWEST_REPETITIONS and time.perf_counter() - begun > TIMED_SECONDS:
+            break
         for kind, rows, shape in cases:
             x, product = inputs[rows, shape], products[kind][shape]
             _synchronise(x)

@@ -4,8 +4,10 @@ same build of vLLM, with prefix caching, chunked prompts, preemption and mixed b
 minutes to hours and needs checkpoints, so it runs only where they are named:
 
     pytest tests/engine/via_sd/test_via_sd_real_models.py --timeout 0 \\
-        --via-sd-target TARGET [--via-sd-drafter DRAFT_MODEL] [--via-sd-kind int4] \\
-        --via-sd-prompts humaneval.jsonl
+        --via-sd-target TARGET --via-sd-prompts humaneval.jsonl \\
+        [--via-sd-drafter none,ngram,DRAFT_MODEL] [--via-sd-kind int8,int4]
+
+Plain decoding runs once for all drafters, kinds and rounds that are named.
 """
 
 import json
@@ -123,27 +125,40 @@ def plain(target: str, prompts: list[list[int]]) -> Said:
     return alone(target, prompts, {}, 2)
 
 
-# What a user gets, and the tier in every window.
-@pytest.mark.parametrize("rounds", ["auto", 2])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name in ("drafter", "kind", "rounds"):
+        if name in metafunc.fixturenames:
+            values = metafunc.config.getoption(f"--via-sd-{name}").split(",")
+            metafunc.parametrize(name, values, ids=[Path(value).name for value in values])
+
+
 def test_greedy_tokens_are_those_of_plain_decoding(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     target: str,
     prompts: list[list[int]],
     plain: Said,
-    rounds: str | int,
+    drafter: str,
+    kind: str,
+    rounds: str,
 ) -> None:
-    drafter = request.config.getoption("--via-sd-drafter")
-    kind = request.config.getoption("--via-sd-kind")
-    speculative: dict[str, Any] = {"method": "ngram", "prompt_lookup_min": 2}
-    speculative |= {"prompt_lookup_max": 4, "num_speculative_tokens": 4}
-    if drafter:
-        speculative = {"method": "draft_model", "model": drafter, "num_speculative_tokens": 4}
-    options = {
-        "speculative_config": speculative,
-        "additional_config": {"via_sd": True, "via_sd_rounds": rounds, "via_sd_slim": kind},
-        "async_scheduling": False,
-    }
+    """What a user gets is rounds `auto`; with a number the tier is in every window."""
+    asked = rounds if rounds == "auto" else int(rounds)
+    more = {"via_sd": True, "via_sd_rounds": asked, "via_sd_slim": kind}
+    options: dict[str, Any] = {"additional_config": more, "async_scheduling": False}
+    if drafter == "ngram":
+        options["speculative_config"] = {
+            "method": "ngram",
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 4,
+            "num_speculative_tokens": 4,
+        }
+    elif drafter != "none":
+        options["speculative_config"] = {
+            "method": "draft_model",
+            "model": drafter,
+            "num_speculative_tokens": 4,
+        }
     with_tier = alone(target, prompts, options, None)
 
     equal, ties, wrong = 0, [], []
@@ -158,7 +173,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     report = request.config.pluginmanager.getplugin("terminalreporter")
     with capsys.disabled():
         for line in (
-            f"{Path(target).name}, {Path(drafter or 'ngram').name}, {kind}, rounds {rounds}: "
+            f"{Path(target).name}, {Path(drafter).name}, {kind}, rounds {rounds}: "
             f"{equal} of {len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
             f"plain {plain.counts}",
             f"VIA-SD {with_tier.counts}",

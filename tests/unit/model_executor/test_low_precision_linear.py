@@ -2,6 +2,7 @@
 """Linear layers at low precision: the kernels against what their copies stand for."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,31 @@ def test_some_kernel_of_each_kind_runs_on_cpu() -> None:
     assert Int4Linear in HERE and Int8Linear in HERE
     has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     assert (Int8LinearByFBGEMM in HERE) == has_fbgemm
+    # Without VNNI it adds up in 16 bits, which overflow, and its check leaves it out.
+    assert Int8LinearByOneDNN in HERE or not torch.cpu._is_vnni_supported()
+
+
+def test_every_kernel_of_the_device_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[type[LowPrecisionLinear]] = []
+    monkeypatch.setattr(low_precision_linear, "_is_right", tried.append)
+    assert layers_for("cpu") == []
+    assert tried == [Int4Linear, Int8Linear, Int8LinearByOneDNN, Int8LinearByFBGEMM]
+
+
+@pytest.mark.skipif(Int8LinearByFBGEMM not in HERE, reason="torch has no FBGEMM")
+def test_fbgemm_packs_in_threads_and_leaves_torchs_engine_as_it_was() -> None:
+    """Whoever multiplies first waits for the weight that is being packed, or packs it."""
+    engine, x = torch.backends.quantized.engine, weight_of(2, 256, seed=1)
+    weights = [weight_of(512, 256, seed=seed) for seed in range(24)]
+    copies = [Int8LinearByFBGEMM(weight) for weight in weights]
+    with ThreadPoolExecutor(4) as threads:
+        for copy in copies:
+            threads.submit(copy.prepare)
+        found = [copy.multiply(x) for copy in copies]
+    assert torch.backends.quantized.engine == engine
+    for output, weight in zip(found, weights, strict=True):
+        meant = x @ Int8LinearByFBGEMM.meant(weight).t()
+        torch.testing.assert_close(output, meant, rtol=0.03, atol=0.03 * float(meant.abs().max()))
 
 
 @pytest.mark.parametrize("layer", HERE, ids=lambda layer: layer.kernel)

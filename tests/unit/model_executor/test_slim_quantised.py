@@ -2,6 +2,8 @@
 """Which low-precision copies a slim verifier gets: what is timed, what each kind promises, and what
 stands in a model afterwards."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from vllm_nvium.model_executor.layers.low_precision_linear import Int8Linear
 from vllm_nvium.model_executor.via_sd import slim_quantised
 from vllm_nvium.model_executor.via_sd.slim import with_copies
 from vllm_nvium.model_executor.via_sd.slim_quantised import (
+    FEWEST_REPETITIONS,
     TIMED_OUTPUTS,
     TIMED_ROWS,
     VERIFIED_ROWS,
@@ -22,6 +25,7 @@ from vllm_nvium.model_executor.via_sd.slim_quantised import (
     Timing,
     not_falling,
     promise,
+    threads_on_all_cores,
     time_by_rows,
     time_candidates,
 )
@@ -54,10 +58,13 @@ class Machine:
         self.calls += 1
         return x
 
-    def timed(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, float]]:
-        """Of the target, and of a kind that takes half of its time."""
+    def timed(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: float = float("inf")
+    ) -> dict[str, dict[int, float]]:
+        """Of the target, and of a kind that takes half of its time, when so many may be spent."""
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(slim_quantised, "time", clock)
+        monkeypatch.setattr(slim_quantised, "TIMED_SECONDS", seconds)
         ones = {SMALL: torch.ones(1, 3), LARGE: torch.ones(1, 3)}
         half = partial(self.multiply, share=0.5)
         products = {
@@ -96,6 +103,13 @@ def test_a_machine_that_is_slow_for_longer_is_so_for_every_kind(
 def test_what_is_timed_does_not_fall_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Machine(longer={1: 5.0}).timed(monkeypatch)
     assert times["target"] == pytest.approx({1: 6.0, 2: 6.0, 4: 12.0, 8: 24.0, 32: 96.0})
+
+
+def test_large_weights_are_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    times = machine.timed(monkeypatch, seconds=1.0)
+    assert machine.calls == (1 + FEWEST_REPETITIONS) * TURN
+    assert times["target"] == pytest.approx({rows: 3.0 * rows for rows in VERIFIED_ROWS})
 
 
 @pytest.mark.parametrize("slim,survival", [(0.3, 0.95), (0.5, 0.99), (0.9, 0.5)])
@@ -225,3 +239,17 @@ def test_copies_stand_in_for_what_they_copy_and_the_rest_is_shared() -> None:
     only = with_copies(model, {model.first.linear: instead}, below=("second",))
     assert only is model, "it was not to look there"
     torch.testing.assert_close(found.second.linear.weight, model.second.linear.weight)
+
+
+def test_threads_for_copies_have_the_cores_of_the_process() -> None:
+    """Also where the thread that starts them is bound to one."""
+
+    def bound() -> ThreadPoolExecutor:
+        os.sched_setaffinity(0, {min(cores)})
+        return threads_on_all_cores()
+
+    cores = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(1) as one:
+        threads = one.submit(bound).result()
+    with threads:
+        assert threads.submit(os.sched_getaffinity, 0).result() == cores
