@@ -92,16 +92,21 @@ def select(rows: torch.Tensor, index: np.ndarray) -> torch.Tensor:
     return rows.index_select(0, torch.from_numpy(index).to(rows.device))
 
 
+# What of vLLM's forward context is about the rows of a pass.
+OF_ROWS = ("attn_metadata", "slot_mapping", "cudagraph_runtime_mode", "is_padding")
+
+
 @contextmanager
 def own_forward_context() -> Iterator[None]:
     """While passes run on rows of their own; afterwards the forward context is the caller's again,
     whatever happened."""
     context = get_forward_context()
-    given = (context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode)
+    given = {name: getattr(context, name) for name in OF_ROWS}
     try:
         yield
     finally:
-        context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode = given
+        for name, value in given.items():
+            setattr(context, name, value)
 
 
 def enter_rows(groups: "Sequence[AttentionGroup]", rows: Rows) -> None:
@@ -118,6 +123,8 @@ def enter_rows(groups: "Sequence[AttentionGroup]", rows: Rows) -> None:
     context = get_forward_context()
     context.attn_metadata = metadata
     context.slot_mapping = dict.fromkeys(metadata, rows.slots_device)
+    # vLLM's says which rows of its own batch have no token, so that experts leave them out.
+    context.is_padding = None
     # Graphs were captured for batches as vLLM schedules them, not for these rows.
     context.cudagraph_runtime_mode = CUDAGraphMode.NONE
 

@@ -5,7 +5,7 @@ Imports neither torch nor transformers."""
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,6 +50,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        # Without this a name may be on disk before the bytes are, when a machine crashes.
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}).") from error
@@ -58,21 +61,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def staged_folder(out: Path, force: bool, size: int, source: Path | None) -> Iterator[Path]:
+def staged_folder(
+    out: Path, force: bool, size: int, sources: Sequence[Path] = ()
+) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends without an error.
 
     Args:
         force: replace a checkpoint that is already there.
         size: bytes that will be written.
-        source: a folder that must survive.
+        sources: files and folders that must survive.
 
     Raises:
-        UserError: `out` is not free, would swallow the source, or there is no room for it.
+        UserError: `out` is not free, would swallow a source, or there is no room for it.
     """
     from safetensors import SafetensorError
 
     out = Path(os.path.abspath(out))
-    _check_target(out, force, source)
+    _check_target(out, force, sources)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and not in /tmp, because only a rename within a filesystem is atomic.
@@ -96,11 +101,11 @@ def staged_folder(out: Path, force: bool, size: int, source: Path | None) -> Ite
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_target(out: Path, force: bool, source: Path | None) -> None:
-    if source is not None:
+def _check_target(out: Path, force: bool, sources: Sequence[Path]) -> None:
+    for source in sources:
         here, there = out.resolve(), source.resolve()
         if here == there or here in there.parents:
-            raise UserError(f"{out} contains the checkpoint to convert, so choose another OUT.")
+            raise UserError(f"{out} contains {source}, which is read, so choose another OUT.")
     if not out.exists():
         return
     if not out.is_dir():

@@ -45,6 +45,8 @@ def parent_of(given: Any, flat: dict[str, Any]) -> PretrainedConfig:
     Raises:
         UserError: one sentence: a field, its value and what would be right.
     """
+    if not isinstance(given, Mapping | PretrainedConfig | None):
+        raise UserError(f"text_config is {given!r}, and an object of fields is needed.")
     for name in DEFAULTS:
         if given is not None and name in flat:
             raise UserError(f"{name} is {flat[name]!r} beside text_config, and belongs into it.")

@@ -2,11 +2,14 @@
 """How often a row was begun and not finished, kept outside the replicas: a row that ends the engine
 again and again gets an error, instead of ending it for ever."""
 
+import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-# Unfinished starts after which a row runs alone, and after which it does not run at all. Below,
-# it was most likely another row's fault, or nobody's.
+# Unfinished starts after which no two such rows run at a time, and after which a row runs no more.
+# Below, it was most likely another row's fault, or nobody's.
 ALONE_FROM, MOST = 2, 4
 
 
@@ -32,6 +35,48 @@ class Counts:
         """Forget rows that have a result."""
         for index in indices:
             self._begun.pop(index, None)
+
+
+class Turns:
+    """Which rows of one replica run at the same time: all of them, but of those that are suspected
+    one, and beside that on its last attempt none."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._suspected = asyncio.Lock()
+        self._beside = 0
+        self._is_closed = False
+
+    @asynccontextmanager
+    async def beside(self) -> AsyncIterator[None]:
+        """While a row that nobody suspects runs."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._is_closed)
+            self._beside += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._beside -= 1
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def one_by_one(self, alone: bool) -> AsyncIterator[None]:
+        """While a suspected row runs.
+
+        Args:
+            alone: wait for all others, and keep new ones waiting.
+        """
+        async with self._suspected:
+            try:
+                async with self._changed:
+                    self._is_closed = alone
+                    await self._changed.wait_for(lambda: not (alone and self._beside))
+                yield
+            finally:
+                async with self._changed:
+                    self._is_closed = False
+                    self._changed.notify_all()
 
 
 class Attempts:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.files import write_atomically
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
@@ -139,13 +140,17 @@ def scan(path: Path, block: int) -> Lines:
 
 def parquet_to_lines(path: Path, out: Path) -> None:
     """Write the rows of a Parquet file as JSON lines, one by one: its row groups are too large to
-    be read once for every block.
+    be read once for every block. A job that goes on after a crash finds all of them, or no file.
 
     Raises:
         UserError: it cannot be read.
     """
-    with out.open("wb") as lines:
-        lines.writelines(line + b"\n" for line in _lines_of_parquet(path))
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as lines:
+            lines.writelines(line + b"\n" for line in _lines_of_parquet(path))
+
+    write_atomically(out, write)
 
 
 def _lines_of_parquet(path: Path) -> Iterator[bytes]:

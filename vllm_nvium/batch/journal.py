@@ -53,7 +53,7 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
         raise _in_use(output)
     manifest = folder / MANIFEST
     if has_results(folder):
-        _check_same(json.loads(manifest.read_text()), mine, folder)
+        _check_same(_read(manifest), mine, folder)
         return lock
     # A job that has no result yet may as well be another one.
     for file in (folder / SPOOL, *folder.glob(SHARDS)):
@@ -103,6 +103,19 @@ def on_disk(folder: Path) -> Iterator[None]:
 def has_results(folder: Path) -> bool:
     """Whether anything would be lost with the folder of a job."""
     return any(shard.stat().st_size for shard in folder.glob(SHARDS))
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(manifest.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{manifest} is damaged, so that nobody knows whose results are beside it: move the "
+            "folder away."
+        )
+    return found
 
 
 def _check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
-from vllm_nvium.batch.attempts import ALONE_FROM, MOST, Attempts
+from vllm_nvium.batch.attempts import ALONE_FROM, MOST, Attempts, Turns
 from vllm_nvium.batch.results import answered, encoded, failed
 from vllm_nvium.batch.rows import (
     CHAT,
@@ -65,7 +65,7 @@ class Replica(vLLMEngineStageUDF):
         self._begun = self._counted_at = 0.0
         self._handlers: dict[str, tuple[Any, Any]] = {}
         self._starting = asyncio.Lock()
-        self._alone = asyncio.Lock()
+        self._turns = Turns()
 
     def validate_inputs(self, inputs: list[dict[str, Any]]) -> None:
         """Rows are checked one by one; a bad one gets an error."""
@@ -113,12 +113,14 @@ class Replica(vLLMEngineStageUDF):
     async def _run(self, row: dict[str, Any], before: int) -> dict[str, Any]:
         index = int(row["index"])
         if ALONE_FROM <= before < MOST:
-            async with self._alone:
+            # The last attempt is alone in its engine: no other row's fault may count as its own.
+            async with self._turns.one_by_one(alone=before == MOST - 1):
                 await self._attempts.begin([index], alone=True)
                 result = await self._result(index, row["text"])
                 await self._attempts.finish([index])
         else:
-            result = await self._result(index, row["text"], before)
+            async with self._turns.beside():
+                result = await self._result(index, row["text"], before)
         return {
             self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN],
             "result": encoded(result),

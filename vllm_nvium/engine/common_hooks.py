@@ -66,7 +66,7 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.sampling_params",
         "SamplingParams",
-        "temperature thinking_token_budget extra_args",
+        "temperature thinking_token_budget extra_args seed n",
         "the law that a request asks for",
         "requests would be taken for plain ones, or none could be read",
     ),
@@ -105,7 +105,7 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.forward_context",
         "ForwardContext",
-        "attn_metadata slot_mapping cudagraph_runtime_mode",
+        "attn_metadata slot_mapping cudagraph_runtime_mode is_padding",
         "what a catch-up pass replaces and a step puts back",
         "catch-up would read and write the wrong slots",
     ),
@@ -314,8 +314,8 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.config.parallel",
         "ParallelConfig",
         "worker_cls pipeline_parallel_size prefill_context_parallel_size "
-        "decode_context_parallel_size",
-        "the class of the worker, and what is refused",
+        "decode_context_parallel_size data_parallel_index",
+        "the class of the worker, what is refused, and draws that differ between engines",
         "neither method starts on Model Runner V1",
     ),
     *rows(

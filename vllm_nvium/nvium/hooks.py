@@ -272,8 +272,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.parallel",
         "ParallelConfig",
-        "data_parallel_index enable_dbo ubatch_size",
-        "draws of data-parallel engines differ, and what splits a batch is refused",
+        "enable_dbo ubatch_size",
+        "what splits a batch is refused",
         "no N-vium",
     ),
     *rows(

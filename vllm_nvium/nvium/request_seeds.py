@@ -4,12 +4,8 @@ share one, and an offline run gives its requests the same ones again.
 """
 
 import re
-from typing import TYPE_CHECKING
 
 from vllm_nvium.model_executor.ops.draws import request_seed
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # "7-1f0c9a2b", and with n > 1 "0_7-1f0c9a2b": a number, and the random characters that vLLM
 # appends to every id it is given. No engine counts past 18 digits, and Python refuses to read
@@ -17,15 +13,6 @@ if TYPE_CHECKING:
 _NUMBERED = re.compile(r"(?:([0-9]{1,18})_)?([0-9]{1,18})-[0-9a-f]{8}")
 # Far more than an engine runs and has preempted at a time; about 3 MB.
 REMEMBERED = 1 << 14
-
-
-def engine_seed(vllm_config: "VllmConfig") -> int:
-    """vLLM's `--seed`, told apart for data-parallel engines: they share it, and offline each of
-    them numbers its requests from 0. vLLM mixes the index into its own seed for the same reason.
-    """
-    seed = vllm_config.model_config.seed
-    index = vllm_config.parallel_config.data_parallel_index
-    return request_seed(None, f"engine {index}", seed) if index else seed
 
 
 class RequestSeeds:

@@ -13,12 +13,12 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 
+from vllm_nvium.engine.seeds import engine_seed
 from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
-from vllm_nvium.nvium.request_seeds import engine_seed
 from vllm_nvium.nvium.requests import NviumRequests
 from vllm_nvium.nvium.stats import StepObserver
 

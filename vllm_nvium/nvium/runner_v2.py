@@ -13,11 +13,11 @@ from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_nvium.engine.seeds import engine_seed
 from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.rows import Batch, enter_rows
 from vllm_nvium.nvium.options import NviumOptions
-from vllm_nvium.nvium.request_seeds import engine_seed
 from vllm_nvium.nvium.requests import NviumRequests
 from vllm_nvium.nvium.stats import StepObserver
 

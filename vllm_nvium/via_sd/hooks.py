@@ -30,8 +30,8 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.sampling_params",
         "SamplingParams",
-        "max_tokens ignore_eos all_stop_token_ids",
-        "where a window has to end",
+        "max_tokens ignore_eos all_stop_token_ids logit_bias min_tokens",
+        "where a window has to end, and what is too long to be made anew for each of its rows",
         "windows would go past the end of a request",
     ),
     *rows(
@@ -281,9 +281,9 @@ HOOKS: tuple[Hook, ...] = (
     *rows(
         "vllm.config.vllm",
         "VllmConfig",
-        "attention_config",
-        "what needs Model Runner V2 is refused",
-        "vLLM would refuse a runner that the user never chose",
+        "attention_config structured_outputs_config",
+        "what needs Model Runner V2, or cannot take tokens back, is refused",
+        "vLLM would refuse a runner that the user never chose, or every structured output",
     ),
     *rows(
         "vllm.model_executor.model_loader.base_loader",

@@ -35,6 +35,12 @@ def _prefetched_layers(offload: Any) -> int | None:
     return offload.prefetch.offload_group_size or None
 
 
+def _without_rollback(given: Any) -> str | None:
+    """The backend of structured outputs, where it never goes back."""
+    backend = given.get("backend") if isinstance(given, dict) else given.backend
+    return f"one with backend {backend}" if backend == "lm-format-enforcer" else None
+
+
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--pipeline-parallel-size",
@@ -78,6 +84,12 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         lambda c: _prefetched_layers(c.offload_config),
         "each offloaded layer fetches the next one's weights, and the slim verifier skips layers",
         "use --cpu-offload-gb instead",
+    ),
+    Unsupported(
+        "--structured-outputs-config",
+        lambda c: _without_rollback(c.structured_outputs_config),
+        "it cannot take tokens back, and a window has tokens that may not stay",
+        "use xgrammar, guidance or outlines",
     ),
     # What only Model Runner V2 has: with it vLLM would not go back to V1, or would refuse a runner
     # that the user never chose.

@@ -28,6 +28,10 @@ BUILTIN = {
 }
 
 
+# Token ids that a request may name and still have drafts: a row of them takes a millisecond.
+MOST_ENTRIES = 2048
+
+
 @dataclass(frozen=True)
 class Span:
     """The rows of one request, row j behind j of its drafts.
@@ -92,7 +96,7 @@ def draws_one_at_a_time(batch: Any, params: Sequence[Any]) -> list[bool]:
     Args:
         params: vLLM's sampling parameters of each.
     """
-    one_by_one = [each is not None and each.thinking_token_budget is not None for each in params]
+    one_by_one = [each is not None and _is_for_one_row(each) for each in params]
     for processor in batch.logitsprocs.all:
         if type(processor) in BUILTIN:
             continue
@@ -102,6 +106,15 @@ def draws_one_at_a_time(batch: Any, params: Sequence[Any]) -> list[bool]:
         else:
             one_by_one = [True] * len(one_by_one)
     return one_by_one
+
+
+def _is_for_one_row(params: Any) -> bool:
+    """Whether vLLM's sampling parameters look back on the text, or are so long that making them
+    anew for every row would hold up the requests beside it."""
+    if params.thinking_token_budget is not None:
+        return True
+    until = len(params.all_stop_token_ids) if params.min_tokens else 0
+    return len(params.logit_bias or ()) + until > MOST_ENTRIES
 
 
 def metadata_of_spans(

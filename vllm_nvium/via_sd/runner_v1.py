@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from vllm_nvium.engine.patches.logits_processors import as_without_speculation
+from vllm_nvium.engine.seeds import engine_seed
 from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.ranks import told_by_first_rank
 from vllm_nvium.model_executor.rows import Rows
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
     Runner = object  # the mixin stands before vLLM's class and calls it through `super()`
+
+
+def seeds_of_generators(vllm_config: Any) -> torch.Generator:
+    """Draws the seeds of requests that name none: in every data-parallel engine others."""
+    return torch.Generator().manual_seed((engine_seed(vllm_config) + 1) % 2**64)
 
 
 class V1StepView:
@@ -124,8 +130,7 @@ class ViaSDModelRunnerMixin(Runner):
         assert options is not None
         self.session = Session(options, can_draft_again=drafts_again(self) is not None)
         # Seeds of the generators of requests that name none.
-        self.seeds = torch.Generator()
-        self.seeds.manual_seed(self.vllm_config.model_config.seed + 1)
+        self.seeds = seeds_of_generators(self.vllm_config)
         # Whether vLLM has asked the drafter in this step.
         self._has_drafted = False
 

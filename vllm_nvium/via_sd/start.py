@@ -230,6 +230,7 @@ def _as_given(engine_args: Any) -> Any:
         scheduler_config=engine_args,
         cache_config=engine_args,
         attention_config=engine_args.attention_config,
+        structured_outputs_config=engine_args.structured_outputs_config,
         model_config=SimpleNamespace(runner_type=engine_args.runner),
         offload_config=SimpleNamespace(
             offload_backend=engine_args.offload_backend, prefetch=engine_args

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import SIZES, make_dense, make_nvium
 from vllm_nvium.checkpoints.text import load_blocks
+from vllm_nvium.checkpoints.train import run
 from vllm_nvium.checkpoints.train.validation import losses_of
 from vllm_nvium.cli import main
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
@@ -272,6 +273,7 @@ BAD = {
     "share": (["--head-loss", "1.5"], "--head-loss is '1.5'"),
     "tokenizer": (["--tokenizer", "x"], "--tokenizer is 'x'"),
     "curve": (["--controller", "{missing}"], "--controller names"),
+    "no such logger": (["--trainer", '{{"report_to": "wandb"}}'], "--trainer is {'report_to'"),
     "little text": (["--batch-size", "4000"], "one step needs 4000"),
 }
 
@@ -294,7 +296,7 @@ def test_refused(
     line = next(line for line in error.splitlines() if line.startswith("vllm-nvium train: error:"))
     assert expected in line
     assert "Traceback" not in error
-    assert not (out / "model").exists()
+    assert not out.exists()
 
 
 def test_refused_runs(
@@ -312,6 +314,10 @@ def test_refused_runs(
     assert "holds a run already" in error(arguments(dense, out, texts, *more))
     other = ["--exit-layers", "3", "--tokens", "256", "--resume"]
     assert "--exit-layers is [3]" in error(arguments(dense, out, texts, *other))
+    record = (out / "run.json").read_text()
+    (out / "run.json").write_text("")
+    assert "run.json is damaged (" in error(arguments(dense, out, texts, *more, "--resume"))
+    (out / "run.json").write_text(record)
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
@@ -337,6 +343,22 @@ def test_refused_runs(
     assert "exits.0.norm.weight" in error(arguments(nvium, tmp_path / "f", texts))
     expected = ["full", "nvium", "run", "strange"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
+
+
+def test_a_run_that_breaks_before_its_first_step_leaves_nothing(
+    dense: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the same command can be given again, whatever it was."""
+    out = tmp_path / "run"
+
+    def interrupt(*_: Any) -> None:
+        assert (out / "run.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_fit_exits", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(dense, out, texts, "--exit-layers", "2", "--tokens", "256"))
+    assert not out.exists()
 
 
 def test_training_goes_on_from_an_nvium_checkpoint(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from starts import from_command_line
 from transformers import PreTrainedModel
 from vllm import SamplingParams
@@ -33,6 +34,7 @@ from via_sd_engine import NGRAM, ViaSDEngine
 from tiny_models import make_dense, make_mimo, save_character_tokenizer
 from vllm_nvium import plugin
 from vllm_nvium.engine.patches.input_processor import check as check_request
+from vllm_nvium.engine.patches.input_processor import check_seed
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.via_sd.mask import ModelIdentity, even_layers, write_mask_file
 from vllm_nvium.via_sd import start
@@ -299,6 +301,10 @@ def test_a_bad_option_is_refused_at_start(
         (
             {"watermark_config": {"algorithm": "gumbel", "key": 1234567}},
             ["--watermark-config is gumbel, but", "Model Runner V1", "remove it"],
+        ),
+        (
+            {"structured_outputs_config": {"backend": "lm-format-enforcer"}},
+            ["--structured-outputs-config is one with backend lm-format-enforcer", "use xgrammar"],
         ),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ["--worker-cls is", CPU_WORKER]),
         (
@@ -745,6 +751,30 @@ def test_a_bad_override_is_refused_before_the_engine_core(
         assert all(word in message for word in words), message
         assert "\n" not in message and message.endswith(".")
     assert not features.tiered.engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("is_v2", [False, True])
+def test_seeds_that_a_model_runner_cannot_hold_are_refused(is_v2: bool) -> None:
+    """Model Runner V1 gives them to a generator of torch, V2 puts them into an array; the n-th
+    answer has the n-th seed."""
+
+    def held(seed: int) -> None:
+        if is_v2:
+            np.zeros(1, dtype=np.int64)[0] = seed
+        else:
+            torch.Generator().manual_seed(seed)
+
+    most = (2**63 if is_v2 else 2**64) - 1
+    for least_or_most, beyond in ((most, most + 1), (-(2**63), -(2**63) - 1)):
+        held(least_or_most)
+        check_seed(SamplingParams(seed=least_or_most), is_v2)
+        with pytest.raises((OverflowError, RuntimeError, ValueError)):
+            held(beyond)
+        with pytest.raises(ValueError, match=f"seed is {beyond}, and with n = 1 it must be"):
+            check_seed(SamplingParams(seed=beyond), is_v2)
+    check_seed(SamplingParams(seed=most - 1, n=2), is_v2)
+    with pytest.raises(ValueError, match=f"n = 2 it must be from -{2**63} to {most - 1}"):
+        check_seed(SamplingParams(seed=most, n=2), is_v2)
 
 
 @pytest.mark.parametrize("given", [{"via_sd": "off"}, {"via_sd_mode": "lossless"}], ids=str)

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +24,8 @@ from via_sd_engine import NGRAM, ViaSDEngine
 
 from tiny_models import make_dense
 from vllm_nvium.model_executor.via_sd.step import Window
+from vllm_nvium.via_sd import row_metadata
+from vllm_nvium.via_sd.runner_v1 import seeds_of_generators
 from vllm_nvium.via_sd.sampler import draw_slim
 
 VOCABULARY = 64
@@ -275,6 +278,24 @@ def test_requests_that_end_inside_a_window(engines: Engines, drafter: str) -> No
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
+def test_beside_requests_that_name_many_tokens(
+    engines: Engines, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those have no drafts, because long lists would be made anew for each row of a window."""
+    monkeypatch.setattr(row_metadata, "MOST_ENTRIES", 8)
+    engine, trace = engines.tiered(drafter), requests(16)
+    many = [arrival for arrival in trace if arrival.params.stop_token_ids]
+    assert 0 < len(many) < len(trace)
+    wanted = plain_texts(engines, trace)
+    engine.set_rounds(4, 2, WINDOW)
+    for start in range(0, len(trace), 8):
+        check(engine, trace[start : start + 8], wanted[start : start + 8])
+    counted = Counted(engine)
+    check(engine, many, plain_texts(engines, many))
+    assert counted() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
 def test_several_answers_to_one_seeded_request(engines: Engines, drafter: str) -> None:
     params = SamplingParams(
         n=3, temperature=0.8, seed=5, max_tokens=30, ignore_eos=True,
@@ -309,6 +330,16 @@ def test_a_draft_model_that_draws_leaves_the_requests_generator_alone(
         torch.manual_seed(rounds)
         check(engine, trace, wanted)
     assert engine.runner.session.counts.slim_accepted > 100
+
+
+def test_requests_without_a_seed_differ_between_data_parallel_engines() -> None:
+    """vLLM gives the answers to one prompt to several of them."""
+    drawn = []
+    for index in range(3):
+        parallel, model = SimpleNamespace(data_parallel_index=index), SimpleNamespace(seed=7)
+        config = SimpleNamespace(parallel_config=parallel, model_config=model)
+        drawn.append(int(torch.randint(2**62, (), generator=seeds_of_generators(config))))
+    assert len(set(drawn)) == 3
 
 
 def test_requests_without_a_seed_differ_and_reproduce_as_a_whole(engines: Engines) -> None:

@@ -4,15 +4,18 @@ twice, and another job's folder is refused."""
 
 import fcntl
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from vllm_nvium.batch.inputs import parquet_to_lines
 from vllm_nvium.batch.journal import Journal, claim, folder_of, has_results, on_disk, remove
 from vllm_nvium.batch.results import answered, encoded, failed, tokens_of, write_output
 from vllm_nvium.errors import UserError
@@ -96,6 +99,36 @@ def test_a_job_without_results_may_become_another(tmp_path: Path) -> None:
     journal, lock = begin(output, {"--model": "n"}, rows=2)
     assert json.loads((folder_of(output) / "manifest.json").read_text()) == {"--model": "n"}
     end(journal, lock)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
+    output = tmp_path / "out.jsonl"
+    journal, lock = begin(output)
+    journal.add([(0, result(0))])
+    end(journal, lock)
+    (folder_of(output) / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged, .*move the folder away"):
+        begin(output)
+    assert has_results(folder_of(output))
+
+
+def test_rows_of_a_parquet_file_are_there_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that goes on takes what it finds for all of them."""
+    rows = pyarrow.table({"prompt": ["w3"] * 3000})
+    parquet.write_table(rows, tmp_path / "in.parquet")
+    synced: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        assert not (tmp_path / "input.jsonl").exists()
+
+    monkeypatch.setattr(os, "fsync", sync)
+    parquet_to_lines(tmp_path / "in.parquet", tmp_path / "input.jsonl")
+    assert synced == [(tmp_path / "input.jsonl").stat().st_size]
+    assert len((tmp_path / "input.jsonl").read_bytes().splitlines()) == 3000
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from tiny_models import (
 )
 from vllm_nvium import cli, files
 from vllm_nvium.checkpoints.convert import checkpoint, convert
-from vllm_nvium.checkpoints.convert.dense import DenseOptions, evenly_spaced, hazard_margin
+from vllm_nvium.checkpoints.convert.dense import OWN, DenseOptions, evenly_spaced, hazard_margin
+from vllm_nvium.checkpoints.convert.exits import write_exits
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
@@ -187,9 +189,8 @@ def test_sharded_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     dense = make_dense(tmp_path / "dense", max_shard_size="100KB")
     assert (tmp_path / "dense/model.safetensors.index.json").exists()
     write = checkpoint.write_checkpoint
-    monkeypatch.setattr(
-        checkpoint, "write_checkpoint", lambda *a: write(*a, max_shard_size="150KB")
-    )
+    small = partial(write, max_shard_size="150KB")
+    monkeypatch.setattr(checkpoint, "write_checkpoint", small)
     convert(tmp_path / "dense", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     torch.testing.assert_close(
@@ -214,6 +215,29 @@ def test_exits_are_evenly_spaced() -> None:
     assert evenly_spaced(3, 30) == [7, 15, 22]
     assert evenly_spaced(1, 2) == [1]
     assert evenly_spaced(4, 5) == [1, 2, 3, 4]
+
+
+def make_exits(
+    dense: Path, folder: Path, change: dict[str, tuple[int, ...] | None] | None = None
+) -> None:
+    """Exits of a dense model, with a change of one of its matrices.
+
+    Args:
+        change: other shapes of tensors, None to leave them out.
+    """
+    convert(dense, folder.with_name("whole"), DenseOptions(num_exits=1))
+    model = load(folder.with_name("whole"))
+    changed = "model.layers.0.mlp.up_proj.weight"
+    outputs, inputs = model.state_dict()[changed].shape
+    tensors = {name: t for name, t in model.state_dict().items() if name.startswith(OWN)}
+    tensors |= {f"lora.{changed}.A": torch.zeros(2, inputs)}
+    tensors |= {f"lora.{changed}.B": torch.zeros(outputs, 2)}
+    for name, shape in (change or {}).items():
+        tensors.pop(name, None)
+        if shape is not None:
+            tensors[name] = torch.zeros(shape)
+    folder.mkdir(exist_ok=True)
+    write_exits(folder, model.config, tensors, 2.0, {})
 
 
 def test_gguf(tmp_path: Path) -> None:
@@ -550,9 +574,52 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["dense", "."])
 def test_the_source_is_never_replaced(tmp_path: Path, out: str) -> None:
     make_dense(tmp_path / "dense")
-    with pytest.raises(UserError, match="contains the checkpoint to convert"):
+    with pytest.raises(UserError, match=r"contains .*dense, which is read"):
         convert(tmp_path / "dense", tmp_path / out, force=True)
     assert (tmp_path / "dense/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("what", ["a GGUF file", "trained exits"])
+def test_nothing_that_is_read_is_replaced(tmp_path: Path, what: str) -> None:
+    """A GGUF file may lie beside a config.json, and trained exits always do."""
+    make_dense(tmp_path / "dense")
+    source, exits, kept = tmp_path / "dense", None, tmp_path / "out/exits.safetensors"
+    (tmp_path / "out").mkdir()
+    if what == "a GGUF file":
+        gguf = pytest.importorskip("gguf")
+        pytest.importorskip("accelerate")
+        source = kept = tmp_path / "out/tiny.gguf"
+        write_gguf(gguf, kept)
+        (tmp_path / "out/config.json").write_text("{}")
+    else:
+        exits = tmp_path / "out"
+        make_exits(tmp_path / "dense", exits)
+    with pytest.raises(UserError, match="contains .*, which is read, so choose another OUT"):
+        options = None if exits else DenseOptions(num_exits=1)
+        convert(source, tmp_path / "out", options, force=True, exits=exits)
+    assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exits.0.norm.weight": None}, r"has no tensor exits\.0\.norm\.weight"),
+        ({"exits.0.norm.weight": (3,)}, r"has exits\.0\.norm\.weight of shape \(3,\)"),
+        ({"lora.model.layers.0.mlp.up_proj.weight.A": None}, r"has no tensor lora\..*\.A"),
+        ({"lora.model.layers.0.mlp.up_proj.weight.B": None}, r"has no tensor lora\..*\.B"),
+        ({"lora.model.layers.0.mlp.up_proj.weight.B": (8, 3)}, r"has lora\..*\.B of shape"),
+        ({"lora.model.layers.9.mlp.up_proj.weight.A": (2, 8)}, "which the model has not"),
+    ],
+)
+def test_exits_that_do_not_fit_their_configuration(
+    tmp_path: Path, change: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    """Files of two runs, for instance, in one folder."""
+    make_dense(tmp_path / "dense")
+    make_exits(tmp_path / "dense", tmp_path / "exits", change)
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "dense", tmp_path / "out", exits=tmp_path / "exits")
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_is_a_file(tmp_path: Path) -> None:

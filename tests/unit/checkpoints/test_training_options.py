@@ -82,6 +82,8 @@ def test_a_file_alone(tmp_path: Path) -> None:
         (["--no-such-flag", "3"], "unrecognized arguments: --no-such-flag 3"),
         (["--block-size", "1"], "--block-size is '1': input should be greater than or"),
         (["--learning-rate", "0"], "--learning-rate is '0': input should be greater than 0"),
+        (["--seed", "-1"], "--seed is '-1': input should be greater than or equal to 0"),
+        (["--seed", str(2**32)], "--seed is '4294967296': input should be less than or"),
         (["--hazard-warm-up", "2"], "--hazard-warm-up is '2': input should be less than or"),
     ],
 )
@@ -116,6 +118,7 @@ def test_what_every_run_needs(name: str, tmp_path: Path) -> None:
         ("resume: 3", "--resume is '3': input should be a valid boolean"),
         ("blocksize: 3", "--blocksize is '3': extra inputs are not permitted"),
         ("config: other.yaml", "--config is 'other.yaml': extra inputs are not permitted"),
+        ("no: 1", "--no is '1': extra inputs are not permitted"),
         ("- a", "it holds no options by name"),
         ("a: [", "it cannot be read (while parsing"),
     ],

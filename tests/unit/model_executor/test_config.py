@@ -188,6 +188,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"qk_norm": True, "qkv_bias": True}, r"qkv_bias is True, .* qwen3 has no such biases"),
     ({"qk_norm": True, "attention_bias": True}, r"attention_bias is True, .* with False only"),
     ({"qkv_bias": True, "head_dim": 32}, r"head_dim is 32, .* num_attention_heads = 16"),
+    ({"text_config": [1]}, r"text_config is \[1\], and an object of fields is needed"),
+    ({"text_config": "llama"}, r"text_config is 'llama', and an object"),
     ({"text_config": {"model_type": "gpt2"}}, r"hidden_size.* beside|vocab_size.* beside"),
     (
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

@@ -63,7 +63,10 @@ def convert(
         config, plan, notes = authors.plan(source)
     else:
         config, plan = dense_models.plan(source, options or DenseOptions())
-    write_checkpoint(Path(out), source, config, plan, source_dtype(source, dtype), force)
+    read = [] if exits is None else [Path(exits)]
+    write_checkpoint(
+        Path(out), source, config, plan, source_dtype(source, dtype), force, sources=read
+    )
     return notes
 
 

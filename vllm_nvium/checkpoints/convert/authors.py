@@ -150,8 +150,7 @@ def plan(source: Source) -> tuple[NviumConfig, TensorPlan, list[str]]:
     Raises:
         UserError: the YAML or a tensor is missing, contradictory or of another shape.
     """
-    assert source.folder is not None, "a GGUF file has no such layout"
-    path = find_yaml(source.folder)
+    path = find_yaml(source.path)
     experiment = read_yaml(path)
     plain = {name.removeprefix(COMPILED_PREFIX): name for name in source.shapes}
     source = _renamed(source, plain)

@@ -54,8 +54,8 @@ class Source:
         shapes: the shape of every tensor in it.
         load: reads one tensor by name.
         copy_companions: puts tokenizer, generation configuration and chat template into a folder.
-        folder: where it is, when it is a folder.
         load_config: the configuration as transformers reads it (rope settings in one form).
+        path: the folder or file that it is in.
     """
 
     name: str
@@ -64,7 +64,12 @@ class Source:
     load: Callable[[str], torch.Tensor]
     copy_companions: Callable[[Path], None]
     load_config: Callable[[], Any]
-    folder: Path | None = None
+    path: Path
+
+    @property
+    def folder(self) -> Path | None:
+        """None for a file."""
+        return self.path if self.path.is_dir() else None
 
 
 def open_folder(folder: Path, name: str) -> Source:
@@ -92,8 +97,8 @@ def open_folder(folder: Path, name: str) -> Source:
         shapes=shapes,
         load=load,
         copy_companions=lambda out: copy_companions(folder, out),
-        folder=folder,
         load_config=load_config,
+        path=folder,
     )
 
 
@@ -182,8 +187,12 @@ def write_checkpoint(
     dtype: torch.dtype,
     force: bool,
     max_shard_size: str = "5GB",
+    sources: Sequence[Path] = (),
 ) -> None:
     """Write weights, configuration and companions to `out`, atomically.
+
+    Args:
+        sources: what is read besides the source.
 
     Raises:
         UserError: `out` may not be written (see `staged_folder`), or the disk is too full.
@@ -192,7 +201,7 @@ def write_checkpoint(
     missing = sorted(set(shapes) ^ set(plan))
     assert not missing, f"the plan and the configuration disagree about {missing}"
     size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    with staged_folder(out, force, size, source.folder) as stage:
+    with staged_folder(out, force, size, [source.path, *sources]) as stage:
         state: dict[str, torch.Tensor] = {}
         storages: set[int] = set()
         for name in tqdm(sorted(plan), desc="convert", unit=" tensors", disable=None):

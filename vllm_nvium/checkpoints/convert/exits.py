@@ -28,7 +28,7 @@ from vllm_nvium.checkpoints.convert.dense import (
 )
 from vllm_nvium.checkpoints.inputs import refusing
 from vllm_nvium.errors import UserError
-from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
+from vllm_nvium.model_executor.models.checkpoint_layout import Shape, expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
 WEIGHTS = "exits.safetensors"
@@ -96,20 +96,42 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
     shapes = expected_shapes(config)
     check_backbone(source, shapes)
     changed = {name.removeprefix("lora.")[:-2] for name in weights if name.startswith("lora.")}
+    if unknown := sorted(changed - set(shapes)):
+        raise UserError(f"{folder / WEIGHTS} changes {unknown[0]}, which the model has not.")
+    _check_shapes(weights, shapes, changed, folder)
     tensors: TensorPlan = {}
     for name in shapes:
         if name.startswith(OWN):
-            if name not in weights:
-                raise UserError(f"{folder / WEIGHTS} has no tensor {name}.")
             tensors[name] = partial(weights.__getitem__, name)
         elif name in changed:
             down, up = weights[f"lora.{name}.A"], weights[f"lora.{name}.B"]
             tensors[name] = partial(_changed, source, name, down, up, scale)
         else:
             tensors[name] = partial(source.load, name)
-    if unknown := sorted(changed - set(shapes)):
-        raise UserError(f"{folder / WEIGHTS} changes {unknown[0]}, which the model has not.")
     return config, tensors, _notes(source, folder)
+
+
+def _check_shapes(
+    weights: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, Shape],
+    changed: set[str],
+    folder: Path,
+) -> None:
+    """Refuses tensors that are not those of the configuration beside them."""
+    needed = {name: shape for name, shape in shapes.items() if name.startswith(OWN)}
+    for name in sorted(changed):
+        outputs, inputs = shapes[name]
+        down = weights.get(f"lora.{name}.A")
+        rank = 0 if down is None else len(down)
+        needed |= {f"lora.{name}.A": (rank, inputs), f"lora.{name}.B": (outputs, rank)}
+    for name, shape in needed.items():
+        if name not in weights:
+            raise UserError(f"{folder / WEIGHTS} has no tensor {name}.")
+        if (found := tuple(weights[name].shape)) != tuple(shape):
+            raise UserError(
+                f"{folder / WEIGHTS} has {name} of shape {found}, and its config.json needs "
+                f"{tuple(shape)}: give config.json and {WEIGHTS} of one run."
+            )
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], float]:

@@ -42,6 +42,7 @@ def open_gguf(path: Path, dtype: str) -> Source:
         load=state.__getitem__,
         copy_companions=copy_companions,
         load_config=lambda: model.config,
+        path=path,
     )
 
 
@@ -51,7 +52,7 @@ def dequantise(path: Path, out: Path) -> None:
     """
     model, tokenizer = _load(path, torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    with staged_folder(out, force=True, size=size, source=None) as folder:
+    with staged_folder(out, force=True, size=size, sources=[path]) as folder:
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
 

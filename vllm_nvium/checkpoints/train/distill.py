@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.checkpoints import require
+from vllm_nvium.checkpoints.inputs import read_record
 from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
 from vllm_nvium.console import say
@@ -149,7 +150,7 @@ def _check_header(out: Path, header: Mapping[str, Any]) -> bool:
                 "name another file."
             )
         return True
-    found = json.loads(file.read_text())
+    found = read_record(file)
     for name, value in header.items():
         if found.get(name) != value:
             raise UserError(

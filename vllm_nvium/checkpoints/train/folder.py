@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.checkpoints.inputs import read_record
 from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
@@ -65,7 +66,7 @@ def check_twin(history: Path, options: TrainOptions) -> None:
     record = history.with_name(RECORD)
     if not record.is_file():
         return  # another program wrote the history: only the user knows how
-    found = json.loads(record.read_text())
+    found = read_record(record)
     for name in ("tokenizer", "validation", "validation_tokens", "block_size"):
         mine, theirs = getattr(options, name), found.get(name)
         if mine != theirs:
@@ -76,7 +77,7 @@ def check_twin(history: Path, options: TrainOptions) -> None:
 
 
 def _check_same(out: Path, wanted: dict[str, Any]) -> None:
-    found = json.loads((out / RECORD).read_text())
+    found = read_record(out / RECORD)
     for name, value in wanted.items():
         if name != "out" and found.get(name) != value:
             raise UserError(

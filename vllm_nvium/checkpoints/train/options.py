@@ -116,7 +116,7 @@ class TrainOptions(Options):
     )
     evaluate_every: int = option(0, "steps (default: 5 % of them, as in the paper)", ge=0)
     save_every: int = option(0, "steps (default: 5 % of them)", ge=0)
-    seed: int = option(0, "of weights, data order and sampled text")
+    seed: int = option(0, "of weights, data order and sampled text", ge=0, le=2**32 - 1)
     resume: bool = option(False, "go on with the run in --out")
     trainer: JsonObject = option(
         {},
@@ -147,6 +147,8 @@ def read_config(path: Path) -> dict[str, Any]:
             text = yaml.safe_dump(json.loads(text))
         # To YAML `off` is false and `1e-3` a word: only the options know what they should be.
         plain, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+        if isinstance(plain, dict):
+            typed = dict(zip(plain, typed.values(), strict=True))  # a name may be such a word, too
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: it cannot be read ({first_line(error)}).") from error
     if not isinstance(plain, dict):

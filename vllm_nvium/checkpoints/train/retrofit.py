@@ -111,7 +111,8 @@ def _from_scratch(options: TrainOptions) -> Start:
     ):
         config = AutoConfig.for_model(**json.loads(path.read_text()))
     set_seed(options.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with refusing(f"MODEL is {options.model!r}, which transformers makes no language model of"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     is_dense = not isinstance(config, NviumConfig)
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     return Start(model, tokenizer, is_dense, False, None)
@@ -226,7 +227,7 @@ def finish(
             **record,
         }
         size = sum(tensor.numel() * 2 for tensor in tensors.values())
-        with staged_folder(out / "exits", True, size, None) as stage:
+        with staged_folder(out / "exits", True, size) as stage:
             write_exits(stage, start.model.config, tensors, LORA_SCALE, record)
         convert(options.model, model_folder, exits=out / "exits", force=True)
         return
@@ -234,7 +235,7 @@ def finish(
     if options.method == "lora":
         model = trained.merge_and_unload()  # type: ignore[operator]
     size = sum(parameter.numel() * 2 for parameter in model.parameters())
-    with staged_folder(model_folder, True, size, start.folder) as stage:
+    with staged_folder(model_folder, True, size, [start.folder] if start.folder else []) as stage:
         state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
         model.config.dtype = torch.bfloat16
         model.save_pretrained(stage, state_dict=state)

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.evaluate.history import HISTORY
-from vllm_nvium.checkpoints.inputs import check_block_size, load_model
+from vllm_nvium.checkpoints.inputs import check_block_size, load_model, refusing
 from vllm_nvium.checkpoints.text import check_disk_space, check_tokenizer, load_blocks
 from vllm_nvium.checkpoints.train.calibration import calibrate
 from vllm_nvium.checkpoints.train.controller import BetaController, steering_of
@@ -61,7 +61,7 @@ def train(options: TrainOptions) -> Path:
     try:
         start = _open(options, out)
         trainer = _trainer(options, out, start, is_resumed=checkpoint is not None)
-    except UserError:
+    except BaseException:
         if is_new:
             unclaim(out)
         raise
@@ -134,18 +134,19 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
         starts_as_parent=start.has_parent,
     )
     set_seed(options.seed)
-    return NviumTrainer(
-        model=trained,
-        args=arguments,
-        train_dataset=blocks,
-        callbacks=[callback],
-        plain=start.model,
-        is_dense=start.is_dense,
-        warm_up_steps=warm_up_steps,
-        head_loss_steps=round(options.head_loss_share * steps),
-        controller=controller,
-        autocast=autocast_of(options),
-    )
+    with refusing(f"--trainer is {options.trainer!r}, and the Trainer cannot be made"):
+        return NviumTrainer(
+            model=trained,
+            args=arguments,
+            train_dataset=blocks,
+            callbacks=[callback],
+            plain=start.model,
+            is_dense=start.is_dense,
+            warm_up_steps=warm_up_steps,
+            head_loss_steps=round(options.head_loss_share * steps),
+            controller=controller,
+            autocast=autocast_of(options),
+        )
 
 
 def _training_blocks(options: TrainOptions, start: Start, out: Path) -> "Dataset":

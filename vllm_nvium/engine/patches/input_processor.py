@@ -21,11 +21,28 @@ def check(params: Any, vllm_config: Any) -> None:
     if not isinstance(params, SamplingParams):
         return
     try:
+        if running(vllm_config) is not None:
+            check_seed(params, vllm_config.use_v2_model_runner)
         for feature in features():
             feature.validate_request(params, vllm_config)
     except ValueError as error:
         # The server answers this class with 400, a plain ValueError not in every route.
         raise VLLMValidationError(str(error)) from None
+
+
+def check_seed(params: Any, is_v2: bool) -> None:
+    """vLLM counts upwards from the seed of a request for its n answers, and what the integers of a
+    model runner cannot hold ends its engine: torch's of V1, those of an array of V2.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    least, most = -(2**63), (2**63 if is_v2 else 2**64) - 1
+    if params.seed is not None and not least <= params.seed <= most - (params.n - 1):
+        raise ValueError(
+            f"seed is {params.seed}, and with n = {params.n} it must be from {least} to "
+            f"{most - (params.n - 1)}."
+        )
 
 
 def _with_own_options(original: Callable[..., Any]) -> Callable[..., Any]:
