@@ -71,7 +71,9 @@ def drafter_config(drafter: str, drafts: int) -> dict[str, Any]:
     if drafter == "ngram":
         found = {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4}
     elif drafter == "suffix":
-        found = {"method": "suffix"}
+        # Without its memory of other requests: every plan decodes the same prompts, and whoever
+        # came later would find the whole answer there.
+        found = {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
     return found | {"num_speculative_tokens": drafts}
 
 

@@ -135,7 +135,8 @@ def test_streaming_example(server: str) -> None:
     assert "400:" in result and "'greedy'" in result
 
 
-def test_offline_example(nvium_checkpoint: Path) -> None:
+def test_offline_example(nvium_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # two processes less to wait for
     result = run_example(
         "offline_generation.py", str(nvium_checkpoint), "--max-tokens", "4", "--enforce-eager"
     )

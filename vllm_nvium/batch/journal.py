@@ -51,6 +51,8 @@ def claim(folder: Path, about: Mapping[str, Any], output: Path) -> BinaryIO:
     if not _is_there(lock, folder / LOCK):
         lock.close()
         raise _in_use(output)
+    for cut_off in folder.glob(".*.partial"):  # by a kill, while it was written
+        cut_off.unlink()
     manifest = folder / MANIFEST
     if has_results(folder):
         _check_same(_read(manifest), mine, folder)

@@ -22,6 +22,7 @@ from vllm_nvium.model_executor.ranks import is_first_rank, number_of_ranks, told
 from vllm_nvium.model_executor.via_sd.mask import skipped_layers
 from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier
 from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
+from vllm_nvium.model_executor.via_sd.slim_timing import Windows
 from vllm_nvium.model_executor.via_sd.target_weights import cheaper_kinds, shapes_of
 from vllm_nvium.via_sd.kinds import candidates_for
 from vllm_nvium.via_sd.options import AUTO, DEFAULT_MASK, SKIP, ViaSDOptions
@@ -110,8 +111,13 @@ def _copies_of(
         number_of_ranks(),
         partial(layers_for, device.type),
     )
-    most_requests = options.most_with_windows(runner.max_num_reqs)
-    copies = Copies(model, layers, candidates, options.window, most_requests)
+    windows = Windows(
+        shortest=0 if options.rounds == AUTO else 1,
+        longest=options.window,
+        most_requests=options.most_with_windows(runner.max_num_reqs),
+        most_rows=runner.max_num_tokens,
+    )
+    copies = Copies(model, layers, candidates, windows)
     seconds = time.perf_counter() - start
     if kind != AUTO:
         copies.take(kind)

@@ -273,7 +273,10 @@ BAD = {
     "share": (["--head-loss", "1.5"], "--head-loss is '1.5'"),
     "tokenizer": (["--tokenizer", "x"], "--tokenizer is 'x'"),
     "curve": (["--controller", "{missing}"], "--controller names"),
-    "no such logger": (["--trainer", '{{"report_to": "wandb"}}'], "--trainer is {'report_to'"),
+    "no such logger": (
+        ["--trainer", '{{"report_to": "wandb"}}'],
+        "no Trainer can be made with --trainer",
+    ),
     "little text": (["--batch-size", "4000"], "one step needs 4000"),
 }
 
@@ -345,20 +348,31 @@ def test_refused_runs(
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
 
 
-def test_a_run_that_breaks_before_its_first_step_leaves_nothing(
+def test_a_run_that_ends_before_its_first_step(
     dense: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the same command can be given again, whatever it was."""
+    """After an error nothing is left, so that the same command can be given again. One that was
+    interrupted goes on with --resume, and so does one that another process has gone on with."""
     out = tmp_path / "run"
+    error: type[BaseException] = RuntimeError
+    command = arguments(dense, out, texts, "--exit-layers", "2", "--tokens", "256")
 
-    def interrupt(*_: Any) -> None:
+    def end(*_: Any) -> None:
         assert (out / "run.json").exists()
-        raise KeyboardInterrupt
+        raise error
 
-    monkeypatch.setattr(run, "_fit_exits", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        main(arguments(dense, out, texts, "--exit-layers", "2", "--tokens", "256"))
-    assert not out.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_fit_exits", end)
+        with pytest.raises(error):
+            main(command)
+        assert not out.exists()
+        error = KeyboardInterrupt
+        with pytest.raises(error):
+            main(command)
+    assert main([*command, "--resume"]) == 0
+    assert (out / "model").exists()
+    run.unclaim(out)
+    assert (out / "model").exists()
 
 
 def test_training_goes_on_from_an_nvium_checkpoint(

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from starts import refusal, start
+from torch import nn
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
@@ -19,8 +21,10 @@ from tiny_models import make_dense
 from vllm_nvium import plugin
 from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.layers.low_precision_linear import KINDS
+from vllm_nvium.model_executor.via_sd.slim_timing import Windows
 from vllm_nvium.via_sd import kinds, loading
 from vllm_nvium.via_sd.kinds import candidates_for, check_copies, shapes_of_config
+from vllm_nvium.via_sd.options import ViaSDOptions
 
 pytestmark = pytest.mark.usefixtures("read_environment")
 plugin.register()
@@ -143,3 +147,30 @@ def test_what_a_worker_refuses_is_a_sentence_too(
     assert said.exc_info is None
     assert said.getMessage().startswith("--via-sd-slim is 'int8', whose copies need")
     assert said.getMessage().endswith("give --via-sd-slim skip, which needs none.")
+
+
+@pytest.mark.parametrize(
+    "given,windows",
+    [
+        ({}, Windows(shortest=0, longest=16, most_requests=64, most_rows=512)),
+        ({"rounds": 3, "window": 12}, Windows(1, 12, 64, 512)),
+        ({"max_batch": 4}, Windows(0, 16, 4, 512)),
+    ],
+)
+def test_what_an_engine_may_have_decides_about_its_kind(
+    given: dict[str, Any], windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(Exception):
+        pass
+
+    def note(*args: Any) -> None:
+        raise Noted(args[-1])
+
+    monkeypatch.setattr(loading, "candidates_for", lambda *_: [])
+    monkeypatch.setattr(loading, "number_of_ranks", lambda: 1)
+    monkeypatch.setattr(loading, "shapes_of", lambda *_: set())
+    monkeypatch.setattr(loading, "Copies", note)
+    runner = SimpleNamespace(device=torch.device("cpu"), max_num_reqs=64, max_num_tokens=512)
+    with pytest.raises(Noted) as noted:
+        loading._copies_of(nn.Module(), [], ViaSDOptions(drafts=4, **given), runner)
+    assert noted.value.args == (windows,)

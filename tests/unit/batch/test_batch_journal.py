@@ -131,6 +131,14 @@ def test_rows_of_a_parquet_file_are_there_as_a_whole(
     assert len((tmp_path / "input.jsonl").read_bytes().splitlines()) == 3000
 
 
+def test_what_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    end(*begin(output))
+    (folder_of(output) / ".input.jsonl.7.partial").write_text("{")
+    end(*begin(output))
+    assert not [*folder_of(output).glob(".*")]
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("mine")

@@ -38,27 +38,46 @@ def test_a_row_on_its_last_attempt_is_alone_in_its_engine() -> None:
     """Two suspected rows never run at a time; others may run beside one until its last attempt."""
     log: list[str] = []
 
-    async def row(turn: Any, name: str, seconds: float) -> None:
-        async with turn:
-            log.append(f"{name} begins")
-            await asyncio.sleep(seconds)
-            log.append(f"{name} ends")
+    class Row:
+        """One that runs until it is told to end."""
+
+        def __init__(self, turn: Any, name: str) -> None:
+            self.name, self.told = name, asyncio.Event()
+            self.task = asyncio.create_task(self.run(turn))
+
+        async def run(self, turn: Any) -> None:
+            async with turn:
+                log.append(f"{self.name} begins")
+                await self.told.wait()
+                log.append(f"{self.name} ends")
+
+        async def end(self) -> None:
+            self.told.set()
+            await self.task
+            await settled()
+
+    async def settled() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
 
     async def all_rows() -> None:
         turns = Turns()
-        rows = [row(turns.beside(), "a", 0.02), row(turns.one_by_one(alone=False), "b", 0.05)]
-        rows += [row(turns.one_by_one(alone=True), "c", 0.02), row(turns.beside(), "d", 0.08)]
-        tasks = [asyncio.create_task(each) for each in rows]
-        await asyncio.sleep(0.06)  # b is done, and c waits for d
-        tasks.append(asyncio.create_task(row(turns.beside(), "e", 0.0)))
-        cancelled = asyncio.create_task(row(turns.one_by_one(alone=True), "f", 0.0))
-        await asyncio.sleep(0)
-        cancelled.cancel()
-        await asyncio.gather(*tasks)
-        await row(turns.beside(), "g", 0.0)
+        a, b = Row(turns.beside(), "a"), Row(turns.one_by_one(alone=False), "b")
+        await settled()
+        c, d = Row(turns.one_by_one(alone=True), "c"), Row(turns.beside(), "d")
+        await settled()
+        await a.end()
+        await b.end()
+        e, f = Row(turns.beside(), "e"), Row(turns.one_by_one(alone=True), "f")
+        await settled()
+        assert log == ["a begins", "b begins", "d begins", "a ends", "b ends"]
+        f.task.cancel()
+        await d.end()
+        await c.end()
+        await e.end()
+        await Row(turns.beside(), "g").end()
 
     asyncio.run(asyncio.wait_for(all_rows(), 20))
-    assert log == [
-        *("a begins", "b begins", "d begins", "a ends", "b ends", "d ends"),
-        *("c begins", "c ends", "e begins", "e ends", "g begins", "g ends"),
+    assert log[5:] == [
+        *("d ends", "c begins", "c ends", "e begins", "e ends", "g begins", "g ends"),
     ]

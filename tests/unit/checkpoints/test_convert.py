@@ -608,7 +608,9 @@ def test_nothing_that_is_read_is_replaced(tmp_path: Path, what: str) -> None:
         ({"lora.model.layers.0.mlp.up_proj.weight.A": None}, r"has no tensor lora\..*\.A"),
         ({"lora.model.layers.0.mlp.up_proj.weight.B": None}, r"has no tensor lora\..*\.B"),
         ({"lora.model.layers.0.mlp.up_proj.weight.B": (8, 3)}, r"has lora\..*\.B of shape"),
-        ({"lora.model.layers.9.mlp.up_proj.weight.A": (2, 8)}, "which the model has not"),
+        ({"lora.model.layers.0.mlp.up_proj.weight.A": ()}, r"has lora\..*\.A of shape \(\)"),
+        ({"lora.model.layers.9.mlp.up_proj.weight.A": (2, 8)}, "has no such matrix"),
+        ({"lora.model.norm.weight.A": (2, 8)}, "has no such matrix"),
     ],
 )
 def test_exits_that_do_not_fit_their_configuration(

@@ -119,6 +119,8 @@ def test_what_every_run_needs(name: str, tmp_path: Path) -> None:
         ("blocksize: 3", "--blocksize is '3': extra inputs are not permitted"),
         ("config: other.yaml", "--config is 'other.yaml': extra inputs are not permitted"),
         ("no: 1", "--no is '1': extra inputs are not permitted"),
+        ("yes: 1\ntrue: 2", "two names mean the same to YAML"),
+        ("!!set {seed, tokens}", "it holds no options by name"),
         ("- a", "it holds no options by name"),
         ("a: [", "it cannot be read (while parsing"),
     ],

@@ -14,18 +14,19 @@ import torch
 from torch import nn
 
 from vllm_nvium.model_executor.layers.low_precision_linear import Int8Linear
-from vllm_nvium.model_executor.via_sd import slim_quantised
+from vllm_nvium.model_executor.via_sd import slim_quantised, slim_timing
 from vllm_nvium.model_executor.via_sd.slim import with_copies
-from vllm_nvium.model_executor.via_sd.slim_quantised import (
+from vllm_nvium.model_executor.via_sd.slim_quantised import Copies, threads_on_all_cores
+from vllm_nvium.model_executor.via_sd.slim_timing import (
     FEWEST_REPETITIONS,
+    SURVIVAL,
     TIMED_OUTPUTS,
     TIMED_ROWS,
     VERIFIED_ROWS,
-    Copies,
     Timing,
+    Windows,
     not_falling,
     promise,
-    threads_on_all_cores,
     time_by_rows,
     time_candidates,
 )
@@ -63,8 +64,8 @@ class Machine:
     ) -> dict[str, dict[int, float]]:
         """Of the target, and of a kind that takes half of its time, when so many may be spent."""
         clock = SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr(slim_quantised, "time", clock)
-        monkeypatch.setattr(slim_quantised, "TIMED_SECONDS", seconds)
+        monkeypatch.setattr(slim_timing, "time", clock)
+        monkeypatch.setattr(slim_timing, "TIMED_SECONDS", seconds)
         ones = {SMALL: torch.ones(1, 3), LARGE: torch.ones(1, 3)}
         half = partial(self.multiply, share=0.5)
         products = {
@@ -144,13 +145,16 @@ def copies_of(
     full: dict[int, float],
     times: dict[type[Int8Linear], dict[int, float]],
     most_requests: int = 256,
+    most_rows: int = 4096,
+    shortest: int = 0,
 ) -> Copies:
     """Of a model whose products take these times."""
+    windows = Windows(shortest, 16, most_requests, most_rows)
     timings = [Timing(layer, seconds) for layer, seconds in times.items()]
     model = nn.Module()
     model.lm_head = nn.Linear(2, 2)
     with patch.object(slim_quantised, "time_candidates", lambda *_: (Timing(None, full), timings)):
-        return Copies(model, [], [*times], longest=16, most_requests=most_requests)
+        return Copies(model, [], [*times], windows)
 
 
 @pytest.mark.parametrize("most_requests,chosen", [(1, Cheap), (8, Level), (256, Level)])
@@ -166,6 +170,25 @@ def test_a_kind_that_is_cheap_for_one_request_only_is_taken_for_one_only(
     assert found.batches == [size for size in (1, 2, 4, 8) if size <= most_requests]
     found.take("int8")
     assert found.layer is chosen
+
+
+def test_no_window_is_promised_that_a_pass_has_no_room_for() -> None:
+    """With `--max-num-batched-tokens 16` two requests may have windows of seven tokens each."""
+    full = dict.fromkeys(VERIFIED_ROWS, 10.0)
+    kind = {Level: dict.fromkeys(TIMED_ROWS, 0.001)}
+    found = copies_of(full, kind, most_rows=16)
+    lengths = [15, 7, 3, 1]
+    wanted = [sum(SURVIVAL["int8"] ** k for k in range(n + 1)) for n in lengths]
+    assert found.promises_by_batch[0] == pytest.approx(wanted, rel=0.01)
+
+
+def test_where_every_window_has_rounds_plain_decoding_is_no_way_out() -> None:
+    full = {rows: 10.0 * rows for rows in VERIFIED_ROWS}
+    [without], [always] = (
+        copies_of(full, {Level: dict.fromkeys(TIMED_ROWS, 5.0)}, shortest=n).promises
+        for n in (0, 1)
+    )
+    assert always < without == 1.0
 
 
 def test_where_windows_pay_for_no_kind_the_cheaper_one_is_taken() -> None:
@@ -207,10 +230,10 @@ def test_what_is_timed_stands_for_all_weights(monkeypatch: pytest.MonkeyPatch) -
     def part(module: Any, outputs: int) -> torch.Tensor:
         return module.weight[:outputs]
 
-    monkeypatch.setattr(slim_quantised, "time_by_rows", time_and_note)
-    monkeypatch.setattr(slim_quantised, "product_of_vllm", lambda *_: None)
-    monkeypatch.setattr(slim_quantised, "weight_of", part)
-    monkeypatch.setattr(slim_quantised, "input_of", lambda module: module.weight[:1])
+    monkeypatch.setattr(slim_timing, "time_by_rows", time_and_note)
+    monkeypatch.setattr(slim_timing, "product_of_vllm", lambda *_: None)
+    monkeypatch.setattr(slim_timing, "weight_of", part)
+    monkeypatch.setattr(slim_timing, "input_of", lambda module: module.weight[:1])
     small, large = (
         SimpleNamespace(weight=torch.zeros(rows, 32)) for rows in (64, 3 * TIMED_OUTPUTS)
     )

@@ -96,8 +96,10 @@ def plan(source: Source, folder: Path) -> tuple[NviumConfig, TensorPlan, list[st
     shapes = expected_shapes(config)
     check_backbone(source, shapes)
     changed = {name.removeprefix("lora.")[:-2] for name in weights if name.startswith("lora.")}
-    if unknown := sorted(changed - set(shapes)):
-        raise UserError(f"{folder / WEIGHTS} changes {unknown[0]}, which the model has not.")
+    if unknown := sorted(changed - {name for name, shape in shapes.items() if len(shape) == 2}):
+        raise UserError(
+            f"{folder / WEIGHTS} changes {unknown[0]}, and the model has no such matrix."
+        )
     _check_shapes(weights, shapes, changed, folder)
     tensors: TensorPlan = {}
     for name in shapes:
@@ -122,7 +124,7 @@ def _check_shapes(
     for name in sorted(changed):
         outputs, inputs = shapes[name]
         down = weights.get(f"lora.{name}.A")
-        rank = 0 if down is None else len(down)
+        rank = 0 if down is None or down.ndim == 0 else len(down)
         needed |= {f"lora.{name}.A": (rank, inputs), f"lora.{name}.B": (outputs, rank)}
     for name, shape in needed.items():
         if name not in weights:

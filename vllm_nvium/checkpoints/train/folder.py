@@ -5,6 +5,7 @@ the run was refused.
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,18 @@ def claim(out: Path, options: TrainOptions) -> bool:
 
 
 def unclaim(out: Path) -> None:
-    """Leaves nothing of a run that was refused, so that the corrected command can be given."""
+    """Leaves nothing of a run that was refused, so that the corrected command can be given; all of
+    one that another process has gone on with meanwhile."""
+    if any(out.glob("checkpoint-*")):
+        return
     for path in _not_sampled(out):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
     if not any(out.iterdir()):
-        out.rmdir()
+        with suppress(OSError):  # the working directory, or a mount point
+            out.rmdir()
 
 
 def check_twin(history: Path, options: TrainOptions) -> None:

@@ -147,19 +147,20 @@ def read_config(path: Path) -> dict[str, Any]:
             text = yaml.safe_dump(json.loads(text))
         # To YAML `off` is false and `1e-3` a word: only the options know what they should be.
         plain, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-        if isinstance(plain, dict):
-            typed = dict(zip(plain, typed.values(), strict=True))  # a name may be such a word, too
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: it cannot be read ({first_line(error)}).") from error
-    if not isinstance(plain, dict):
+    if not isinstance(plain, dict) or not isinstance(typed, dict):
         raise UserError(f"--config {path}: it holds no options by name.")
+    if len(plain) != len(typed):
+        raise UserError(f"--config {path}: two names mean the same to YAML: put them into quotes.")
     found = {}
-    for name, value in plain.items():
-        if typed[name] is None:
+    # A name may be such a word, too.
+    for (name, value), meant in zip(plain.items(), typed.values(), strict=True):
+        if meant is None:
             raise UserError(
                 f"--config {path}: {flag_of(name)} has no value: give one, or leave the option out."
             )
-        found[name.replace("-", "_")] = typed[name] if name == "trainer" else value
+        found[name.replace("-", "_")] = meant if name == "trainer" else value
     try:
         TrainOptions(**found)
     except UserError as error:

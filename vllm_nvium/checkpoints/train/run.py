@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of training, from its options to the finished checkpoint."""
 
+import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +63,8 @@ def train(options: TrainOptions) -> Path:
     try:
         start = _open(options, out)
         trainer = _trainer(options, out, start, is_resumed=checkpoint is not None)
-    except BaseException:
+    except Exception:
+        # One that was interrupted goes on with --resume.
         if is_new:
             unclaim(out)
         raise
@@ -134,7 +137,8 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
         starts_as_parent=start.has_parent,
     )
     set_seed(options.seed)
-    with refusing(f"--trainer is {options.trainer!r}, and the Trainer cannot be made"):
+    what = f"no Trainer can be made with --trainer {json.dumps(options.trainer)}"
+    with refusing(what) if options.trainer else nullcontext():
         return NviumTrainer(
             model=trained,
             args=arguments,
