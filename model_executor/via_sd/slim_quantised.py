@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -67,18 +68,18 @@ class Copies:
         self._preparing: deque[Future[None]] = deque()
         self.linears, self.head = linears_of(layers), head_of(model)
         self.full, self.timings = time_candidates(self.linears, self.head, candidates)
-        self.windows = windows
         self.batches = [size for size in TIMED_ROWS if size <= max(windows.most_requests, 1)]
-        self.promises_by_batch = [self._promised(each, windows.shortest) for each in self.timings]
+        self.promises_by_batch = [self._promised(each, windows) for each in self.timings]
         self.promises = [fmean(gains) for gains in self.promises_by_batch]
         # Where windows pay for no kind, all promise what plain decoding does.
-        self._with_windows = [fmean(self._promised(timing, 1)) for timing in self.timings]
+        always = replace(windows, shortest=max(windows.shortest, 1))
+        self._with_windows = [fmean(self._promised(each, always)) for each in self.timings]
         self.layer = self._best()
 
-    def _promised(self, timing: Timing, shortest: int) -> list[float]:
+    def _promised(self, timing: Timing, windows: Windows) -> list[float]:
         """By batch."""
-        survival, longest = SURVIVAL[timing.kind], self.windows.longest_in
-        return [promise(self.full, timing, survival, longest(b), b, shortest) for b in self.batches]
+        survival = SURVIVAL[timing.kind]
+        return [promise(self.full, timing, survival, windows.of(b), b) for b in self.batches]
 
     def take(self, kind: str) -> None:
         """Of the candidates of this kind the one that promises most, whatever that is."""

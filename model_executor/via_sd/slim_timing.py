@@ -4,7 +4,7 @@ are timed on one weight of each shape, and the best window follows from the time
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ class Timing:
 
 
 def promise(
-    full: Timing, slim: Timing, survival: float, longest: int, batch: int = 1, shortest: int = 0
+    full: Timing, slim: Timing, survival: float, lengths: Iterable[int], batch: int = 1
 ) -> float:
     """Tokens per time of plain decoding when the slim verifier drafts for itself for all of b
     requests, with the best length n of their windows. A window of length 0 is plain decoding.
@@ -70,11 +70,11 @@ def promise(
 
     Args:
         survival: s, the chance that the target keeps a slim token.
-        shortest, longest: least and most tokens of a window.
+        lengths: tokens that a window may have.
         batch: b.
     """
     best = 0.0
-    for n in range(shortest, longest + 1):
+    for n in lengths:
         tokens = sum(survival**k for k in range(n + 1))
         seconds = n * slim.at(batch) + full.at(batch * (n + 1))
         best = max(best, tokens * full.at(batch) / seconds)
@@ -95,9 +95,10 @@ class Windows:
     most_requests: int
     most_rows: int
 
-    def longest_in(self, batch: int) -> int:
-        """Most tokens of each window when so many requests are verified in one pass."""
-        return min(self.longest, self.most_rows // batch - 1)
+    def of(self, batch: int) -> range:
+        """Tokens of each window when so many requests are verified in one pass."""
+        longest = min(self.longest, max(self.most_rows // batch - 1, 0))
+        return range(min(self.shortest, longest), longest + 1)
 
 
 def time_candidates(

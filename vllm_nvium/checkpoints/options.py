@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_nvium.errors import UserError
 
@@ -53,12 +53,20 @@ def _parsed(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value)  # YAML has more: dates, for instance
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
 # Lists of words, of which one may stand alone, and of numbers with commas; names with values, JSON
 # as a flag.
 Words = Annotated[list[str], BeforeValidator(_one_word)]
 Integers = Annotated[list[int], BeforeValidator(_split)]
 Shares = Annotated[list[Annotated[float, Field(ge=0, le=1)]], BeforeValidator(_split)]
-JsonObject = Annotated[dict[str, Any], BeforeValidator(_parsed)]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_parsed), AfterValidator(_as_json)]
 
 
 def flag_of(name: str) -> str:

@@ -111,9 +111,11 @@ def _copies_of(
         number_of_ranks(),
         partial(layers_for, device.type),
     )
+    # Of so many rounds, each with a token of the slim verifier, where no drafter has any.
+    own = None if options.rounds == AUTO else min(int(options.rounds), options.window)
     windows = Windows(
-        shortest=0 if options.rounds == AUTO else 1,
-        longest=options.window,
+        shortest=own or 0,
+        longest=own or options.window,
         most_requests=options.most_with_windows(runner.max_num_reqs),
         most_rows=runner.max_num_tokens,
     )

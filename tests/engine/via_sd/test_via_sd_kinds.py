@@ -153,7 +153,7 @@ def test_what_a_worker_refuses_is_a_sentence_too(
     "given,windows",
     [
         ({}, Windows(shortest=0, longest=16, most_requests=64, most_rows=512)),
-        ({"rounds": 3, "window": 12}, Windows(1, 12, 64, 512)),
+        ({"rounds": 3, "window": 12}, Windows(3, 3, 64, 512)),
         ({"max_batch": 4}, Windows(0, 16, 4, 512)),
     ],
 )

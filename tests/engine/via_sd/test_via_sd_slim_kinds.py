@@ -300,6 +300,9 @@ def test_all_kernels_have_the_weights_that_were_loaded_last(
     for seed in (2, 3):
         path = {"weights_path": str(tmp_path / str(seed))}
         engine.engine.collective_rpc("reload_weights", kwargs=path)
+        # Nothing of them is left for the next step to make.
+        copies = [each for each in engine.runner.slim.layers.modules() if isinstance(each, layer)]
+        assert copies and not any(getattr(each, "_unpacked", None) is not None for each in copies)
         check_all_copies(engine, models[seed - 1])
 
 

@@ -128,9 +128,9 @@ def test_the_promise_is_that_of_the_best_window(
         kept = sum(survival**k for k in range(1, n + 1))
         verified = 1 + per_row * (batch * (n + 1) - 1)
         rates.append((1 + kept) * plain / (n * slim + verified))
-    assert promise(full, cheaper, survival, 16, batch) == pytest.approx(max(rates))
-    assert promise(full, cheaper, survival, 16, batch, shortest=1) == pytest.approx(max(rates[1:]))
-    assert promise(full, cheaper, survival, 0, batch) == pytest.approx(1.0)
+    assert promise(full, cheaper, survival, range(17), batch) == pytest.approx(max(rates))
+    assert promise(full, cheaper, survival, range(1, 17), batch) == pytest.approx(max(rates[1:]))
+    assert promise(full, cheaper, survival, [0], batch) == pytest.approx(1.0)
 
 
 class Cheap(Int8Linear):
@@ -146,10 +146,10 @@ def copies_of(
     times: dict[type[Int8Linear], dict[int, float]],
     most_requests: int = 256,
     most_rows: int = 4096,
-    shortest: int = 0,
+    lengths: tuple[int, int] = (0, 16),
 ) -> Copies:
     """Of a model whose products take these times."""
-    windows = Windows(shortest, 16, most_requests, most_rows)
+    windows = Windows(*lengths, most_requests, most_rows)
     timings = [Timing(layer, seconds) for layer, seconds in times.items()]
     model = nn.Module()
     model.lm_head = nn.Linear(2, 2)
@@ -182,13 +182,21 @@ def test_no_window_is_promised_that_a_pass_has_no_room_for() -> None:
     assert found.promises_by_batch[0] == pytest.approx(wanted, rel=0.01)
 
 
-def test_where_every_window_has_rounds_plain_decoding_is_no_way_out() -> None:
-    full = {rows: 10.0 * rows for rows in VERIFIED_ROWS}
-    [without], [always] = (
-        copies_of(full, {Level: dict.fromkeys(TIMED_ROWS, 5.0)}, shortest=n).promises
-        for n in (0, 1)
-    )
-    assert always < without == 1.0
+def test_with_a_number_of_rounds_windows_have_as_many_tokens() -> None:
+    """The kind that would be best in longer ones is not taken, and plain decoding is no way out."""
+    full = {rows: 100.0 + rows for rows in VERIFIED_ROWS}
+    times = {
+        Cheap: {1: 24.0, 2: 26.0, 4: 30.0, 8: 37.0},
+        Level: {1: 23.0, 2: 31.0, 4: 46.0, 8: 77.0},
+    }
+    found = copies_of(full, times, lengths=(2, 2))
+    tokens = 1 + SURVIVAL["int8"] + SURVIVAL["int8"] ** 2
+    promised = [tokens * (100 + b) / (2 * times[Cheap][b] + 100 + 3 * b) for b in TIMED_ROWS]
+    assert found.promises_by_batch[0] == pytest.approx(promised)
+    dear = {Level: dict.fromkeys(TIMED_ROWS, 500.0)}
+    assert copies_of(full, dear, lengths=(2, 2)).promises[0] < 1.0
+    # Without room for a window there is none.
+    assert copies_of(full, times, most_rows=2, lengths=(2, 2)).promises_by_batch[0][1] == 1.0
 
 
 def test_where_windows_pay_for_no_kind_the_cheaper_one_is_taken() -> None:

@@ -3,9 +3,12 @@
 the run was refused.
 """
 
+import fcntl
 import json
+import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,32 @@ RECORD = "run.json"
 SELF_DISTILLED = "self_distilled.jsonl"
 
 
-def claim(out: Path, options: TrainOptions) -> bool:
-    """Makes the run's folder, or checks that it is this run's.
-
-    Returns:
-        whether the run is new.
+@contextmanager
+def claim(out: Path, options: TrainOptions) -> Iterator[None]:
+    """Makes the run's folder, or checks that it is this run's, and has it for this process alone.
 
     Raises:
-        UserError: the folder holds something else, or a run with other options.
+        UserError: the folder holds something else, or a run with other options, or is in use.
     """
+    _begin(out, options)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(
+            f"--out is {str(out)!r}, whose run another process has: wait for it, or give another "
+            "folder."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def _begin(out: Path, options: TrainOptions) -> None:
     record = out / RECORD
     wanted = json.loads(json.dumps(options.record()))
     if record.is_file():
@@ -36,7 +56,7 @@ def claim(out: Path, options: TrainOptions) -> bool:
                 "it, or another folder."
             )
         _check_same(out, wanted)
-        return False
+        return
     if options.resume:
         raise UserError(f"--resume needs a run in --out, and {str(out)!r} holds none.")
     if out.exists() and (not out.is_dir() or any(_not_sampled(out))):
@@ -48,12 +68,11 @@ def claim(out: Path, options: TrainOptions) -> bool:
         raise UserError(
             f"--out is {str(out)!r}, and it cannot be written ({error.strerror})."
         ) from error
-    return True
 
 
 def unclaim(out: Path) -> None:
-    """Leaves nothing of a run that was refused, so that the corrected command can be given; all of
-    one that another process has gone on with meanwhile."""
+    """Leaves nothing of a run that was refused before it had a checkpoint, so that the corrected
+    command can be given."""
     if any(out.glob("checkpoint-*")):
         return
     for path in _not_sampled(out):

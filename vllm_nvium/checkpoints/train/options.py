@@ -152,7 +152,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict) or not isinstance(typed, dict):
         raise UserError(f"--config {path}: it holds no options by name.")
     if len(plain) != len(typed):
-        raise UserError(f"--config {path}: two names mean the same to YAML: put them into quotes.")
+        raise UserError(f"--config {path}: YAML reads names of it in another way: quote them.")
     found = {}
     # A name may be such a word, too.
     for (name, value), meant in zip(plain.items(), typed.values(), strict=True):

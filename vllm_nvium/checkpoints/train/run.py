@@ -58,14 +58,19 @@ def train(options: TrainOptions) -> Path:
     check(options)
     require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     out = Path(options.out).expanduser()
-    is_new = claim(out, options)
+    with claim(out, options):
+        return _train(options, out)
+
+
+def _train(options: TrainOptions, out: Path) -> Path:
+    """`train`, in a folder that this process has."""
     checkpoint = last_complete_checkpoint(out)
     try:
         start = _open(options, out)
         trainer = _trainer(options, out, start, is_resumed=checkpoint is not None)
     except Exception:
         # One that was interrupted goes on with --resume.
-        if is_new:
+        if checkpoint is None:
             unclaim(out)
         raise
     steps = trainer.args.max_steps
