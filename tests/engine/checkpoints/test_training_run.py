@@ -22,8 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tiny_models import SIZES, make_dense, make_nvium
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import run
+from vllm_nvium.checkpoints.train.folder import claim
+from vllm_nvium.checkpoints.train.options import TrainOptions
 from vllm_nvium.checkpoints.train.validation import losses_of
 from vllm_nvium.cli import main
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
 
@@ -373,6 +376,20 @@ def test_a_run_that_ends_before_its_first_step(
     assert (out / "model").exists()
     run.unclaim(out)
     assert (out / "model").exists()
+
+
+def test_a_run_has_one_process(tmp_path: Path) -> None:
+    """Another one would go on with it, or remove it when it is refused."""
+    out = tmp_path / "run"
+    new, resumed = (TrainOptions(out=str(out), resume=resume) for resume in (False, True))
+    with (
+        claim(out, new),
+        pytest.raises(UserError, match="whose run another process has"),
+        claim(out, resumed),
+    ):
+        pass
+    with claim(out, resumed):
+        assert (out / "run.json").exists()
 
 
 def test_training_goes_on_from_an_nvium_checkpoint(
