@@ -111,7 +111,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "--watermark-config",
         watermark,
-        "an N-vium model draws exits and tokens with a sampler of its own, which marks nothing",
+        "an N-vium model draws its exits without a mark, and marked tokens have not been tried",
         "remove it",
     ),
     # Before the next: whoever removed the drafter would be told that --via-sd needs one.
