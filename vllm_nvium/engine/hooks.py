@@ -62,10 +62,26 @@ class Hook:
         return (minor(self.since) or version) <= version < (minor(self.until) or NEVER)
 
 
-def rows(module: str, owner: str, names: str, why: str, breaks: str) -> tuple[Hook, ...]:
-    """One row for each of the space-separated `names` of a class (or of the module, owner "")."""
-    prefix = f"{owner}." if owner else ""
-    return tuple(Hook(module, prefix + name, why, breaks) for name in names.split())
+def table(text: str) -> tuple[Hook, ...]:
+    """A hook for each name in the rows of a text:
+
+        module:Class name name
+            why they are relied on
+            ! what stops working without them
+
+    Without a class they are names of the module, without names the row is for the module or the
+    class itself. Deeper lines go on with the one before; `#` begins a comment.
+    """
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    parts = "\n".join(lines).replace("\n        ", " ").strip().split("\n")
+    found: list[Hook] = []
+    for head, why, breaks in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        (place, *names), (mark, _, without) = head.split(), breaks.strip().partition(" ")
+        assert mark == "!", f"the row of {head} does not say what stops working without it"
+        module, _, owner = place.partition(":")
+        for name in names or [""]:
+            found.append(Hook(module, ".".join(filter(None, (owner, name))), why.strip(), without))
+    return tuple(found)
 
 
 @cache
