@@ -4,19 +4,11 @@ bar where a person is looking. Kept apart, so that nothing else in the package p
 
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-
-class Progress(Protocol):
-    """What a step may call to say how far it is."""
-
-    def update(self, n: float = 1) -> object: ...
-
-
-class _Silent:
-    def update(self, n: float = 1) -> None: ...
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def say(*lines: str) -> None:
@@ -35,22 +27,13 @@ def interactive() -> bool:
     return sys.stdout.isatty()
 
 
-@contextmanager
-def progress(title: str, total: int, unit: str = "B") -> Iterator[Progress]:
-    """A bar on a terminal, one line elsewhere. `total` in units; bytes are scaled."""
+def progress(title: str, total: int, unit: str) -> "tqdm[Any]":
+    """A bar on a terminal, one line elsewhere. `total` in units."""
+    from tqdm import tqdm
+
     if not interactive():
         say(f"{title} ...")
-        yield _Silent()
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:  # before vLLM is installed
-        say(f"{title} ...")
-        yield _Silent()
-        return
-    scale = unit == "B"
-    with tqdm(desc=title, total=total, unit=unit, unit_scale=scale, file=sys.stdout) as bar:
-        yield bar
+    return tqdm(desc=title, total=total, unit=unit, file=sys.stdout, disable=not interactive())
 
 
 def table(rows: Iterable[tuple[str, ...]], numbers: bool = False) -> None:

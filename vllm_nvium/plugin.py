@@ -6,8 +6,6 @@ start."""
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from vllm_nvium.engine import hooks
@@ -25,26 +23,10 @@ MODELS = "vllm.model_executor.models"
 CHECKS = "vllm.model_executor.models.config"
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One row: names as "module:Class", so that nothing is imported before it is needed."""
-
-    name: str
-    model: str
-    model_type: str
-    config: str
-    startup: str
-
-
-ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(
-        name="NviumForCausalLM",
-        model="vllm_nvium.nvium.model:NviumForCausalLM",
-        model_type="nvium",
-        config="vllm_nvium.model_executor.models.configuration_nvium:NviumConfig",
-        startup="vllm_nvium.nvium.start:NviumForCausalLMConfig",
-    ),
-)
+# The architecture, names as "module:Class", so that nothing is imported before it is needed.
+ARCHITECTURE, MODEL = "NviumForCausalLM", "vllm_nvium.nvium.model:NviumForCausalLM"
+MODEL_TYPE, CONFIG = "nvium", "vllm_nvium.model_executor.models.configuration_nvium:NviumConfig"
+STARTUP = "vllm_nvium.nvium.start:NviumForCausalLMConfig"
 
 
 def register() -> None:
@@ -101,10 +83,10 @@ def _register_all(reasons: Mapping[str, str]) -> None:
     switch_off(reasons)
     for reason in reasons.values():
         logger.error(reason)
-    for row in () if "nvium" in reasons else ARCHITECTURES:
-        _when_imported(CONFIGS, partial(_add_config, row))
-        _when_imported(MODELS, partial(_add_model, row))
-        _when_imported(CHECKS, partial(_add_check, row))
+    if "nvium" not in reasons:
+        _when_imported(CONFIGS, _add_config)
+        _when_imported(MODELS, _add_model)
+        _when_imported(CHECKS, _add_check)
     for patch in all_patches():
         _when_imported(patch.module, patch.apply)
 
@@ -119,22 +101,22 @@ def _when_imported(module: str, action: Callable[[], object]) -> None:
     after_import(module, guarded)
 
 
-def _add_config(row: Architecture) -> None:
-    load(f"{CONFIGS}:AutoConfig").register(row.model_type, load(row.config), exist_ok=True)
+def _add_config() -> None:
+    load(f"{CONFIGS}:AutoConfig").register(MODEL_TYPE, load(CONFIG), exist_ok=True)
 
 
-def _add_model(row: Architecture) -> None:
+def _add_model() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     # A string, so that importing the model (and with it CUDA or OpenMP) waits until it runs.
-    if row.name not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(row.name, row.model)
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, MODEL)
 
 
-def _add_check(row: Architecture) -> None:
+def _add_check() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    MODELS_CONFIG_MAP[row.name] = load(row.startup)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = load(STARTUP)
 
 
 def _failed(error: Exception) -> None:
@@ -151,17 +133,16 @@ def _refuse_checkpoints(reason: str) -> None:
     from transformers import AutoConfig, PretrainedConfig
 
     logger.warning("N-vium models and VIA-SD are off: %s", reason)
-    for row in ARCHITECTURES:
 
-        class RefusedConfig(PretrainedConfig):
-            model_type = row.model_type
+    class RefusedConfig(PretrainedConfig):
+        model_type = MODEL_TYPE
 
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                # PretrainedConfig makes an instance without arguments to compare with when it is
-                # printed or saved, but nothing gets that far.
-                raise UserError(reason)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # PretrainedConfig makes an instance without arguments to compare with when it is
+            # printed or saved, but nothing gets that far.
+            raise UserError(reason)
 
-        AutoConfig.register(row.model_type, RefusedConfig, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, RefusedConfig, exist_ok=True)
 
 
 def _try_to_refuse(reason: str) -> None:

@@ -35,7 +35,7 @@ def test_reports_what_it_found(working_command, capsys) -> None:
 def test_missing_name_makes_it_fail(working_command, capsys, monkeypatch) -> None:
     gone = Hook("vllm.forward_context", "no_such_name", why="a test", breaks="catch-up is lost")
     monkeypatch.setattr(hooks, "all_hooks", lambda: (gone,))
-    monkeypatch.setattr(doctor, "report_architectures", lambda: [])
+    monkeypatch.setattr(doctor, "report_architecture", lambda: [])
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "MISSING" in shown and "catch-up is lost" in shown

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         problems += report_command()
         problems += report_hooks()
         problems += report_runner()
-        problems += report_architectures()
+        problems += report_architecture()
     say("")
     for problem in problems:
         say(f"PROBLEM: {problem}")
@@ -155,23 +155,21 @@ def report_runner() -> list[str]:
     return []
 
 
-def report_architectures() -> list[str]:
-    """Whether each architecture is in vLLM's registry and its class can be imported."""
+def report_architecture() -> list[str]:
+    """Whether N-vium's is in vLLM's registry and its class can be imported."""
     plugin.register()
+    name, model = plugin.ARCHITECTURE, plugin.MODEL
     try:
         from vllm.model_executor.models import ModelRegistry
     except Exception as error:  # noqa: BLE001 - a report on whatever a broken installation raises
         return [f"vLLM's model registry cannot be imported: {error}"]
-    problems = []
-    for row in plugin.ARCHITECTURES:
-        known = row.name in ModelRegistry.get_supported_archs()
-        say(f"architecture {row.name}: {'registered' if known else 'NOT registered'}")
-        if not known:
-            reasons = "; ".join(plugin.why_not().values()) or "see the log"
-            problems.append(f"{row.name} is not registered: {reasons}")
-            continue
-        try:
-            plugin.load(row.model)
-        except Exception as error:  # noqa: BLE001 - same
-            problems.append(f"{row.model} cannot be imported: {error!r}")
-    return problems
+    known = name in ModelRegistry.get_supported_archs()
+    say(f"architecture {name}: {'registered' if known else 'NOT registered'}")
+    if not known:
+        reasons = "; ".join(plugin.why_not().values()) or "see the log"
+        return [f"{name} is not registered: {reasons}"]
+    try:
+        plugin.load(model)
+    except Exception as error:  # noqa: BLE001 - same
+        return [f"{model} cannot be imported: {error!r}"]
+    return []

@@ -20,8 +20,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from tqdm import tqdm
 
-from vllm_nvium.console import Progress
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
 from vllm_nvium.model_executor.via_sd.mask import even_layers
@@ -76,7 +76,7 @@ class SearchSettings:
 
 
 def search(
-    study: Study, settings: SearchSettings, score: Score, progress: Progress | None = None
+    study: Study, settings: SearchSettings, score: Score, progress: tqdm | None = None
 ) -> FrozenTrial:
     """Score masks until the study holds as many as it should.
 
