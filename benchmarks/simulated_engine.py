@@ -10,7 +10,8 @@ from itertools import accumulate
 from operator import mul
 from random import Random
 
-from vllm_nvium.via_sd.planner import LOSSLESS, OFF, PAPER, DraftPlan, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.model import LOSSLESS, OFF, PAPER, DraftPlan
 
 
 @dataclass

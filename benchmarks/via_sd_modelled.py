@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from simulated_engine import RequestRates, SimulatedEngine
 
-from vllm_nvium.via_sd.planner import (
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.model import (
     AcceptanceRates,
     PassTimeCurve,
-    Planner,
     StepTimes,
     forecast_plain,
     forecast_tiered,

@@ -31,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measured import drafter_config, read_prompts
 from via_sd_plans import CLEAR
 
-from vllm_nvium.via_sd.planner import LOSSLESS, DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
+from vllm_nvium.via_sd.planner.model import LOSSLESS, DraftPlan
 
 # Plans that `auto` is held against.
 PLAIN = [DraftPlan(drafts, 0) for drafts in (0, 2, 3, 4, 5, 6)]

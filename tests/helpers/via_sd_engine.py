@@ -18,7 +18,8 @@ from vllm.triton_utils import dispatcher
 
 from vllm_nvium.model_executor.ops.tiers import ACCEPT, ESCALATE, REGENERATE
 from vllm_nvium.model_executor.via_sd.step import Window
-from vllm_nvium.via_sd.planner import FixedRounds, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
 
 # Two tokens whose logits are nearer than this cannot be told apart in float32.
 TIE = 1e-4

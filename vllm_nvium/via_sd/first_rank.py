@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_nvium.model_executor.ranks import is_first_rank, number_of_ranks, told_by_first_rank
-from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
+from vllm_nvium.via_sd.planner.model import DraftPlan
 
 
 class PlansOfFirstRank:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_nvium.engine.requests import GREEDY_BELOW, RequestTable
 from vllm_nvium.model_executor.via_sd.step import Window
 from vllm_nvium.via_sd.options import ViaSDOptions, ViaSDRequestOptions
-from vllm_nvium.via_sd.planner import OFF
+from vllm_nvium.via_sd.planner.model import OFF
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

@@ -18,7 +18,9 @@ from vllm_nvium.model_executor.via_sd.policy import check_round, kept_unasked
 from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
 from vllm_nvium.via_sd.first_rank import PlansOfFirstRank, shared
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
-from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
+from vllm_nvium.via_sd.planner.model import DraftPlan
 from vllm_nvium.via_sd.request_metrics import DRAFTER, FULL, SLIM
 from vllm_nvium.via_sd.requests import ViaSDRequests
 from vllm_nvium.via_sd.stats import ViaSDCounts

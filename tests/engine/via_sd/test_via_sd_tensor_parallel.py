@@ -107,7 +107,7 @@ def let_clocks_differ() -> None:
     from vllm.distributed.parallel_state import get_tp_group
 
     from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
-    from vllm_nvium.via_sd.planner import Planner
+    from vllm_nvium.via_sd.planner.choose import Planner
 
     observe, best = Planner.observe_slim_pass, Copies._best
 
@@ -270,7 +270,9 @@ class Ranks:
 def test_only_the_first_rank_has_a_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_nvium.model_executor import ranks
     from vllm_nvium.via_sd.first_rank import PlansOfFirstRank, shared
-    from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+    from vllm_nvium.via_sd.planner.choose import Planner
+    from vllm_nvium.via_sd.planner.fixed import FixedRounds
+    from vllm_nvium.via_sd.planner.model import DraftPlan
 
     def as_rank(world_size: int, rank: int, first: Any = None) -> Ranks:
         group = Ranks(world_size, rank, first)

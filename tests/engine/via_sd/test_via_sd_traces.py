@@ -37,7 +37,9 @@ from via_sd_engine import (
 from tiny_models import make_dense, make_eagle, make_mimo
 from vllm_nvium.model_executor.ops.tiers import ACCEPT, REGENERATE, Checked
 from vllm_nvium.model_executor.via_sd.step import Drafts, SlimDraws, Window, extend
-from vllm_nvium.via_sd.planner import DraftPlan, FixedRounds, Planner
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
+from vllm_nvium.via_sd.planner.model import DraftPlan
 from vllm_nvium.via_sd.runner_v1 import V1StepView
 
 VOCABULARY = 64

@@ -15,7 +15,7 @@ from via_sd_dial import by_cost, construct
 from via_sd_modelled import accept_for, plain_speed, via_speed
 
 from tiny_models import make_dense
-from vllm_nvium.via_sd.planner import PassTimeCurve, StepTimes
+from vllm_nvium.via_sd.planner.model import PassTimeCurve, StepTimes
 
 
 def test_slow_moments_are_shared_by_all_plans() -> None:

@@ -14,27 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_engine import RequestRates, SimulatedEngine
 
-from vllm_nvium.via_sd.planner import (
+from vllm_nvium.via_sd.planner.choose import REFRESH_STEPS, Planner
+from vllm_nvium.via_sd.planner.estimate import judge_drafts
+from vllm_nvium.via_sd.planner.estimators import PassTimeEstimator, RateEstimate
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
+from vllm_nvium.via_sd.planner.model import (
     LOSSLESS,
     OFF,
     PAPER,
     AcceptanceRates,
     BackgroundLoad,
     DraftPlan,
-    FixedRounds,
     PassTimeCurve,
-    PassTimeEstimator,
-    Planner,
-    RateEstimate,
     StepTimes,
     forecast_plain,
     forecast_plans,
     forecast_tiered,
-    judge_drafts,
     round_length,
     round_survival,
 )
-from vllm_nvium.via_sd.planner.choose import REFRESH_STEPS
 
 FULL = 0.02  # seconds of a full pass
 DRAFTERS = {
