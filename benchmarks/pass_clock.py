@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm_nvium.via_sd.planner import Planner
+from vllm_nvium.via_sd.planner.choose import Planner
 
 # Number and seconds of passes, by kind, then by size.
 Passes = dict[str, dict[int, list[float]]]

@@ -25,16 +25,11 @@ import numpy as np
 from simulated_engine import RequestRates, SimulatedEngine
 from tqdm import tqdm
 
-from vllm_nvium.via_sd.planner import (
-    AcceptanceRates,
-    DraftPlan,
-    FixedRounds,
-    PassTimeEstimator,
-    Planner,
-    choose,
-    estimate,
-    estimators,
-)
+from vllm_nvium.via_sd.planner import choose, estimate, estimators
+from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.estimators import PassTimeEstimator
+from vllm_nvium.via_sd.planner.fixed import FixedRounds
+from vllm_nvium.via_sd.planner.model import AcceptanceRates, DraftPlan
 
 FULL = 0.02  # seconds of a full pass of one row
 MAX_DRAFTS, MAX_WINDOW = 8, 16

@@ -39,7 +39,9 @@ from engine_worker import Worker
 from measured import copied, drafter_config, machine, read_prompts
 from pass_clock import PassClock, at_mean_times, summed
 
-from vllm_nvium.via_sd.planner import COMMON_TRIALS, DraftPlan, PassTimeEstimator
+from vllm_nvium.via_sd.planner.estimate import COMMON_TRIALS
+from vllm_nvium.via_sd.planner.estimators import PassTimeEstimator
+from vllm_nvium.via_sd.planner.model import DraftPlan
 
 # Results in a file that were written otherwise are measured anew.
 FORMAT = 4
