@@ -22,11 +22,13 @@ class Request:
     Attributes:
         options: as the request asked.
         params: vLLM's sampling parameters.
+        stop_tokens: that end it; made once, because a client may name all of the vocabulary.
         window: its drafts that the slim tier has checked and the next step verifies.
     """
 
     options: ViaSDRequestOptions
     params: "SamplingParams"
+    stop_tokens: frozenset[int] = frozenset()
     window: Window | None = None
 
     @property
@@ -43,10 +45,6 @@ class Request:
         """As the planner calls it."""
         return self.options.mode if self.is_tiered else OFF
 
-    @property
-    def stop_tokens(self) -> frozenset[int]:
-        return frozenset(() if self.params.ignore_eos else self.params.all_stop_token_ids)
-
 
 class ViaSDRequests(RequestTable[Request]):
     """All requests of a model runner."""
@@ -54,7 +52,8 @@ class ViaSDRequests(RequestTable[Request]):
     def add(self, request_id: str, params: "SamplingParams", engine: ViaSDOptions) -> Request:
         """A new request, or one with an id used before; it may override options of the engine."""
         options = ViaSDRequestOptions.from_extra_args(params.extra_args, engine)
-        request = self.requests[request_id] = Request(options, params)
+        stop_tokens = frozenset(() if params.ignore_eos else params.all_stop_token_ids)
+        request = self.requests[request_id] = Request(options, params, stop_tokens)
         self.ask(request_id, options.request_metrics)
         return request
 

@@ -581,6 +581,41 @@ def test_a_tier_that_lost_is_seldom_tried_again() -> None:
     assert tiered_steps(0.4, 0.97) > 100, "it wins by 8 %"
 
 
+# A processor to which every row more is dear.
+def dear_rows(count: int, extra: float = 0.0) -> SimulatedEngine:
+    """Seconds more that each row of a slim pass takes."""
+    return SimulatedEngine(
+        [RequestRates(0.95, 0.95, 0.95, 0.2)] * count,
+        draft=lambda *_: 0.0,
+        slim=lambda rows: 0.025 + (0.01 + extra) * rows,
+        full=lambda rows: 0.1 + 0.03 * rows,
+    )
+
+
+@pytest.mark.parametrize(("crowd", "steps"), [(32, 40), (16, 60)])
+def test_after_a_crowd_a_single_request_has_the_tier(crowd: int, steps: int) -> None:
+    """The tier is tried for the first time in the crowd, whose slim passes have many rows."""
+    usual = dear_rows(1).run(Planner(4, 16), 1000)
+    planner = Planner(4, 16)
+    for count, more in ((1, 12), (crowd, steps)):
+        engine = dear_rows(count)
+        engine.run(planner, more)
+        for name in engine.names:
+            planner.remove(name)
+    assert dear_rows(1).run(planner, 1000) > 0.97 * usual
+
+
+def test_a_tier_that_was_slow_for_a_while_is_tried_again() -> None:
+    """Even where its last times promise so little that no budget would cover a trial."""
+    planner = Planner(4, 16)
+    dear_rows(1).run(planner, 300)
+    dear_rows(1, extra=0.25).run(planner, 600)
+    dear_rows(1).run(planner, 2000)
+    before = planner.snapshot()["steps"]["tiered"]
+    dear_rows(1).run(planner, 500)
+    assert planner.snapshot()["steps"]["tiered"] - before > 250
+
+
 def test_a_drafter_that_finds_nothing() -> None:
     engine = make_engine([RequestRates(0.5, 0.5, 0.9, hit_rate=0.0)] * 2, 0.1, 0.4, noise=0.05)
     planner = Planner(MAX_DRAFTS, MAX_WINDOW)

@@ -323,13 +323,17 @@ class Planner(Estimates):
 
     def _due_trial(self, forecast: Forecast, best: dict[str, DraftPlan]) -> str | None:
         """The kind of plan whose last trial is the oldest, if it is time for one and the budget
-        covers it."""
+        covers it. Where no slim pass is remembered any more, a trial of the tier is due whatever it
+        loses: what made it look dear may be over, and nothing else would show that."""
         due = [
             kind
             for kind, plan in best.items()
             if kind != self._used.kind
             and self._step - self._last_trial[kind] >= TRIAL_INTERVAL[kind]
-            and lost_seconds(forecast, plan) <= self._budget_seconds
+            and (
+                lost_seconds(forecast, plan) <= self._budget_seconds
+                or (kind == TIERED and not self._slim.points(self._step))
+            )
         ]
         return min(due, key=self._last_trial.__getitem__, default=None)
 

@@ -323,13 +323,29 @@ class Estimates:
     def step_times(self, num_drafting: int, num_others: int) -> StepTimes | None:
         """Of a batch with so many requests that have drafts and so many others. Until a slim pass
         was observed, it is taken to be as long as a full one. None before the first full pass."""
-        full, slim = self._full.curve(), self._slim.curve()
+        full = self._full.curve()
         if full is None:
             return None
+        slim = self._slim_curve(full)
         overhead = self.overhead_seconds(num_drafting + num_others)
         draft = self.draft_seconds(num_drafting)
         later = None if self.drafts_again else np.zeros_like(draft)
         return StepTimes(draft, slim or full, full, overhead, later)
+
+    def _slim_curve(self, full: PassTimeCurve) -> PassTimeCurve | None:
+        """None before the first slim pass, and where the last one was so long ago that what it took
+        says nothing any more.
+
+        Below the smallest slim pass that was seen, slim passes are taken to fall as full ones do:
+        after a crowd, a single request's would look as dear as the crowd's, and nobody would try.
+        """
+        points = self._slim.points(self._step)
+        if not points:
+            return None
+        size, seconds = points[0]
+        smaller = [known for known, _ in self._full.points() if known < size]
+        below = [(known, seconds * float(full(known) / full(size))) for known in smaller]
+        return PassTimeCurve(*zip(*below, *points, strict=True))
 
 
 def _rates_of_request(request: RateEstimates, common: dict[str, float]) -> list[float]:

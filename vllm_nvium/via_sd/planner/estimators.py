@@ -23,7 +23,8 @@ class PassTimeEstimator:
 
     Args:
         keep: newest samples of a bucket of sizes that are used.
-        memory: a bucket without a sample for this many steps is dropped.
+        memory: a bucket without a sample for this many steps is dropped, once there are newer ones
+            in others, or the present step is given.
         average: of the samples of a bucket.
     """
 
@@ -45,9 +46,13 @@ class PassTimeEstimator:
         self._samples[bucket].append((size, seconds))
         self._last_step[bucket] = step
 
-    def points(self) -> list[tuple[float, float]]:
-        """Sizes and seconds, neither of which ever falls; empty before the first pass."""
-        newest = max(self._last_step.values(), default=0)
+    def points(self, now: int = 0) -> list[tuple[float, float]]:
+        """Sizes and seconds, neither of which ever falls; empty before the first pass.
+
+        Args:
+            now: the present step.
+        """
+        newest = max([now, *self._last_step.values()])
         for bucket in [b for b, step in self._last_step.items() if newest - step > self.memory]:
             del self._last_step[bucket], self._samples[bucket]
         groups = [list(group) for _, group in sorted(self._samples.items())]
