@@ -45,7 +45,7 @@ OF_OTHERS = {
     # pydantic, prometheus_client, torch.compile, unittest.mock, shutil and tempfile
     *("Repr", "json_schema", "validate_python", "validate_strings", "inc", "set", "object"),
     *("disable_guard_check", "get_memory_info", "aten", "_buffers", "training"),
-    *("zeros_", "mkdtemp", "rmtree", "disk_usage"),
+    *("zeros_", "mkdtemp", "rmtree", "disk_usage", "fileno", "pid"),
     # torch's quantised operators
     *("linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32"),
     # configurations of models with experts
