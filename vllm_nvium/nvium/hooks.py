@@ -95,7 +95,7 @@ vllm.v1.worker.gpu_model_runner:GPUModelRunner _model_forward
     ! no exits on Model Runner V1
 vllm.sampling_params:SamplingParams top_p top_k min_p presence_penalty frequency_penalty
         repetition_penalty logit_bias allowed_token_ids bad_words min_tokens structured_outputs
-        seed logprobs logprob_token_ids trace_decode_token_ids watermarking prompt_logprobs
+        logprobs logprob_token_ids trace_decode_token_ids watermarking prompt_logprobs
         prompt_logprob_token_ids
     says whether a request may leave early without changing its law
     ! requests would be taken for plain ones
