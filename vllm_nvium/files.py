@@ -2,12 +2,14 @@
 """Files and folders that are there as a whole or not at all, and checkpoints fetched from the hub.
 Imports neither torch nor transformers."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vllm_nvium.errors import UserError, first_line
 
@@ -37,6 +39,21 @@ def from_hub(name: str) -> Path:
         raise UserError(
             f"{name} is no local folder and cannot be fetched from the hub ({first_line(error)})."
         ) from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a command noted in a JSON file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}).") from error
+    return found
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_nvium.errors import UserError
-from vllm_nvium.files import write_atomically
+from vllm_nvium.files import read_record, write_atomically
 
 MANIFEST, LOCK, SPOOL, SHARDS = "manifest.json", "lock", "input.jsonl", "rows-*.jsonl"
 NOT_DONE = -1
@@ -109,15 +109,12 @@ def has_results(folder: Path) -> bool:
 
 def _read(manifest: Path) -> dict[str, Any]:
     try:
-        found = json.loads(manifest.read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        return read_record(manifest)
+    except UserError as error:
         raise UserError(
             f"{manifest} is damaged, so that nobody knows whose results are beside it: move the "
             "folder away."
-        )
-    return found
+        ) from error
 
 
 def _check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) -> None:

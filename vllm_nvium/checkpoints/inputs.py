@@ -4,7 +4,6 @@ parent and their tokenizers belong together. Looks at configurations and headers
 weights are loaded.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,15 +31,6 @@ def refusing(what: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, *others, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"{what} ({first_line(error)}).") from error
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What a command noted in a JSON file; refuses one that is damaged."""
-    with refusing(f"{path} is damaged"):
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-    return found
 
 
 def open_model(folder: Path) -> Any:

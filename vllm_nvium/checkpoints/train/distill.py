@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.checkpoints import require
-from vllm_nvium.checkpoints.inputs import read_record
 from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
 from vllm_nvium.console import say
 from vllm_nvium.errors import UserError
-from vllm_nvium.files import write_atomically
+from vllm_nvium.files import read_record, write_atomically
 
 BYTES_PER_TOKEN = 8  # of JSON text, with the prompts
 # Nobody knows how long answers will be, so samples are drawn in rounds, a batch job each. In all

@@ -12,10 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_nvium.checkpoints.inputs import read_record
 from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError
-from vllm_nvium.files import write_atomically
+from vllm_nvium.files import read_record, write_atomically
 
 RECORD = "run.json"
 SELF_DISTILLED = "self_distilled.jsonl"

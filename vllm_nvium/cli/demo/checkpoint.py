@@ -190,7 +190,7 @@ def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) 
     from vllm_nvium.checkpoints.convert.dense import evenly_spaced, parent_config
     from vllm_nvium.checkpoints.convert.options import DenseOptions
 
-    dense = source.folder or Path(source.name).expanduser()
+    dense = source.path
     layers = parent_config(source).num_hidden_layers
     options = DenseOptions(hazards=list(hazards) or [0.0])
     chosen = list(exits) or evenly_spaced(options.num_exits, layers)
