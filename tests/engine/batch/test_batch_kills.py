@@ -108,11 +108,22 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], log: Pat
 
 def replicas_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Those that have an engine."""
-    return [
-        worker
-        for worker in psutil.Process(process.pid).children(recursive=True)
-        if "MapWorker" in " ".join(worker.cmdline()) and worker.children()
-    ]
+    found = []
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(worker.cmdline()) and worker.children():
+                found.append(worker)
+        except psutil.NoSuchProcess:
+            pass  # one of Ray's many, which has ended since it was listed
+    return found
+
+
+def name_of(process: psutil.Process) -> str:
+    """Empty for one that has ended since it was listed."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.mark.timeout(2000)
@@ -139,14 +150,14 @@ def test_a_job_survives_the_death_of_a_replica_and_of_itself(
     engines: list[psutil.Process] = []
     try:
         wait_for(lambda: len(written(output)) >= 20, process, log)
-        [first, *_] = replicas_of(process)
+        [first, *_] = wait_for(lambda: replicas_of(process), process, log)
         engines += first.children(recursive=True)
         first.kill()
         before = len(written(output))
         wait_for(lambda: len(written(output)) >= max(before + 20, 60), process, log)
         # Ray's agents stay a little longer.
         every = psutil.Process(process.pid).children(recursive=True)
-        engines += [one for one in every if not one.name().endswith("Agent")]
+        engines += [one for one in every if not name_of(one).endswith("Agent")]
         process.kill()
         process.wait()
     finally:
