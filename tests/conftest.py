@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--via-sd-rounds", default="auto,2", help="values of it, with commas")
     group.addoption("--via-sd-prompts", default="", help="JSON lines with `prompt`")
     group.addoption("--via-sd-most-prompts", default=164, type=int, help="use so many of them")
+    group.addoption("--via-sd-skip-prompts", default=0, type=int, help="leave out the first ones")
 
 
 # Files that take minutes, the longest first. With two processes they are started first: one that is

@@ -6,6 +6,7 @@ minutes to hours and needs checkpoints, so it runs only where they are named:
     pytest tests/engine/via_sd/test_via_sd_real_models.py --timeout 0 \\
         --via-sd-target TARGET --via-sd-prompts humaneval.jsonl \\
         [--via-sd-drafter none,ngram,DRAFT_MODEL] [--via-sd-kind int8,int4]
+        [--via-sd-skip-prompts 32 --via-sd-most-prompts 32]
 
 Plain decoding runs once for all drafters, kinds and rounds that are named.
 """
@@ -116,7 +117,8 @@ def prompts(request: pytest.FixtureRequest, target: str) -> list[list[int]]:
         pytest.skip("--via-sd-prompts names a file of JSON lines with `prompt`")
     tokenizer = AutoTokenizer.from_pretrained(target)
     texts = [json.loads(line)["prompt"] for line in Path(path).read_text().splitlines()]
-    texts = texts[: request.config.getoption("--via-sd-most-prompts")]
+    first = request.config.getoption("--via-sd-skip-prompts")
+    texts = texts[first : first + request.config.getoption("--via-sd-most-prompts")]
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
