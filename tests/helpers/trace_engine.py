@@ -5,7 +5,8 @@ reference model. Both model runners are driven by the same code.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
 from vllm_nvium.model_executor.ops.ragged import slots_of
 from vllm_nvium.model_executor.rows import Rows
+from vllm_nvium.nvium.requests import UNLIMITED, NviumRequests
 
 TOLERANCE = 1e-4
 # How long a trace waits for other threads, all its steps together: a minute.
@@ -107,6 +109,8 @@ class TraceEngine:
         # The last output of every request, and the segments run in every step.
         self.outputs: dict[str, RequestOutput] = {}
         self.depths: list[int] = []
+        # Of every step, rows that waited for its second segment.
+        self.caught_up: list[int] = []
         # What happened since the engine was made: a trace in which none of it happens tests little.
         self.preemptions = 0
         self.catch_up_passes = 0
@@ -131,6 +135,8 @@ class TraceEngine:
             self._watch(step)
             output = run(*args, **kwargs)
             self.depths.append(step.depth)
+            num_rows = step.batch.num_rows
+            self.caught_up.append([*step.rows_run, num_rows][1] - num_rows)
             return output
 
         def record(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -174,8 +180,35 @@ class TraceEngine:
 
     def _is_for_prompt_logprobs(self, row: int, request_id: str) -> bool:
         """Whether the newest row of a prompt that goes on is nothing but one of its prompt rows."""
-        table = getattr(self.runner, "nvium_requests", None) or self.runner.model_state.requests
-        return self._step.sampling.mixture[row] and not table.requests[request_id].mixture
+        requests = self.table.requests
+        return self._step.sampling.mixture[row] and not requests[request_id].mixture
+
+    @property
+    def table(self) -> NviumRequests:
+        return getattr(self.runner, "nvium_requests", None) or self.runner.model_state.requests
+
+    @contextmanager
+    def without_bounds(self) -> Iterator[None]:
+        """Lets as much wait as there is room for, also in the prefix cache: catch-up has to be
+        right whatever its amount."""
+        with pytest.MonkeyPatch.context() as bounds:
+            bounds.setattr(self.table, "max_rows", UNLIMITED)
+            bounds.setattr(self.table, "stopped", lambda: None)
+            yield
+        # What was left there is for nobody to find.
+        assert self.engine.reset_prefix_cache()
+
+    def open_in_prefix_cache(self) -> int:
+        """Positions that others could find there and that are not through every layer."""
+        found = 0
+        pool = self.scheduler.kv_cache_manager.block_pool
+        catch_up = self._watched
+        for block in pool.blocks:
+            if block.block_hash is not None and catch_up is not None:
+                first = block.block_id * catch_up.block_size
+                marks = catch_up.side_cache.marks[first : first + catch_up.block_size]
+                found += int((marks != catch_up.num_segments).sum())
+        return found
 
     def run(
         self, trace: list[Arrival], max_steps: int = 2000, resets: Sequence[int] = ()
@@ -185,7 +218,7 @@ class TraceEngine:
         Args:
             resets: steps before which the prefix cache is emptied, while requests run.
         """
-        self.emitted, self.outputs, self.depths = {}, {}, []
+        self.emitted, self.outputs, self.depths, self.caught_up = {}, {}, [], []
         waiting = sorted(enumerate(trace), key=lambda item: item[1].step)
         abort_at: dict[int, list[str]] = {}
         step = idle = 0
@@ -211,6 +244,7 @@ class TraceEngine:
                     abort_at.setdefault(step + arrival.abort_after, []).append(request_id)
             self.engine.abort_request(abort_at.pop(step, []))
             if not waiting and not abort_at and not self.engine.has_unfinished_requests():
+                assert self.table.max_rows == UNLIMITED or not self.open_in_prefix_cache()
                 return self.emitted
             if step in resets:
                 assert self.engine.reset_prefix_cache(reset_running_requests=True)

@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,7 +235,8 @@ def play(
     trace = crowd(g, size, with_top_k=not os.environ.get("TRITON_INTERPRET"))
     engine.drawn.clear()
     try:
-        engine.run(trace, max_steps=40_000, resets=resets)
+        with nullcontext() if g.random() < 0.5 else engine.without_bounds():
+            engine.run(trace, max_steps=40_000, resets=resets)
         for number, arrival in enumerate(trace):
             check(reference, engine, str(number), arrival, counts)
     except BaseException:

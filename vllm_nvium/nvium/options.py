@@ -42,7 +42,8 @@ class NviumOptions:
     sampling: which law tokens are drawn from. `routed` draws an exit, then a token from that
         exit's head; `mixture` draws from the mixture of all heads.
     max_deferred: how many positions of a sequence may be left incomplete at some depth before a
-        catch-up pass is forced; None for no limit.
+        catch-up pass is forced; None for no limit but the one of all sequences together, which is
+        vLLM's `max_num_batched_tokens`.
     request_metrics: what an answer tells of its own tokens; `detailed` has the exit of each.
     """
 
@@ -60,7 +61,8 @@ class NviumOptions:
         Option(
             needed=f"an integer in 0..{LARGEST_COUNT}, or absent for no limit",
             help="Positions that a sequence may leave incomplete at some depth before a catch-up "
-            "pass is forced; 0 completes every position at once, and by default there is no limit.",
+            "pass is forced; 0 completes every position at once. By default the only limit is that "
+            "of all sequences of a step together, --max-num-batched-tokens.",
             metavar="N",
             per_request=True,
         ),

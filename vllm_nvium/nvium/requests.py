@@ -74,6 +74,7 @@ class RequestInfo:
         max_deferred: how many positions it may leave behind.
         complete: leading positions known to be through every segment. 0 until the first pass at
             full depth in the blocks it holds now.
+        is_told: the scheduler knows that it has left positions open, see `NviumRequests.stopped`.
     """
 
     seed: int
@@ -83,6 +84,7 @@ class RequestInfo:
     prompt_logprobs: bool
     max_deferred: int
     complete: int = 0
+    is_told: bool = False
 
 
 class NviumRequests(RequestTable[RequestInfo]):
@@ -95,6 +97,11 @@ class NviumRequests(RequestTable[RequestInfo]):
         always_full: custom logits processors are loaded, so no request may be taken for plain.
         decide_early: whether greedy decoding of the mixture may stop before the last head.
         greedy_margin: at temperature 0 a token leaves where `e_k - c_k` exceeds this.
+        max_rows: of a pass, vLLM's `max_num_batched_tokens`.
+
+    Attributes:
+        told: what the scheduler has to hear of requests, until it is reported: id -> `complete` of
+            one that has left positions open, None where that is over.
     """
 
     def __init__(
@@ -105,8 +112,12 @@ class NviumRequests(RequestTable[RequestInfo]):
         always_full: bool = False,
         decide_early: bool = True,
         greedy_margin: float = 0.0,
+        max_rows: int = UNLIMITED,
     ) -> None:
         super().__init__()
+        self.max_rows = max_rows
+        self.told: dict[str, int | None] = {}
+        self._all_told = False
         self.options = options
         self._seeds_of_requests = RequestSeeds(engine_seed)
         self.num_exits = num_exits
@@ -121,6 +132,8 @@ class NviumRequests(RequestTable[RequestInfo]):
         if params is None:
             return
         options = self.options.of_request(params.extra_args)
+        if (before := self.requests.get(request_id)) is not None and before.is_told:
+            self.told[request_id] = None
         mixture = options.sampling == "mixture"
         needs_all = mixture and (self.always_full or not is_ancestral(params))
         self.requests[request_id] = RequestInfo(
@@ -145,13 +158,13 @@ class NviumRequests(RequestTable[RequestInfo]):
     def preempted(self, request_id: str) -> None:
         """What it held complete it may no longer hold."""
         if info := self.requests.get(request_id):
-            info.complete = 0
+            info.complete, info.is_told = 0, False
             # It may come back into the same batch: `reset_prefix_cache` preempts all at once.
             self._order = []
 
     def _arrange(self, request_ids: Sequence[str]) -> None:
         """Per-request constants in batch order; remade only when the batch changes."""
-        self._order = list(request_ids)
+        self._order, self._all_told = list(request_ids), False
         rows = self._rows = [self.requests[request_id] for request_id in request_ids]
         self._seeds = np.array([row.seed for row in rows], dtype=np.uint64)
         self._greedy = np.array([row.greedy for row in rows], dtype=bool)
@@ -191,8 +204,11 @@ class NviumRequests(RequestTable[RequestInfo]):
             self._arrange(request_ids)
         thresholds = self._thresholds(last) if self._any_sampled else self._greedy_thresholds
         # Stopping now would leave positions complete..last behind. A request that has not yet been
-        # through a full pass in its present blocks goes on, prompt row or not.
-        allowed = (last + 1 - self.complete <= self._max_deferred) & (self.complete > 0)
+        # through a full pass in its present blocks goes on, prompt row or not. And whoever goes to
+        # full depth runs what all have left: never more than what vLLM runs as one step's prompts.
+        behind = last + 1 - self.complete
+        allowed = (behind <= self._max_deferred) & (self.complete > 0)
+        allowed &= behind.sum() <= self.max_rows
         prompt_rows = self._prompt_logprobs & ~decoding
         # The newest row of a prompt that goes on is an ordinary prompt row.
         mixture = self._mixture | (prompt_rows & unfinished) if self._any_wide else self._mixture
@@ -212,5 +228,23 @@ class NviumRequests(RequestTable[RequestInfo]):
             last: [R] int64, in the order of the last `sampling` call.
         """
         self.complete[:] = last + 1
-        for row, complete in zip(self._rows, self.complete.tolist(), strict=True):
+        for index, (row, complete) in enumerate(
+            zip(self._rows, self.complete.tolist(), strict=True)
+        ):
             row.complete = complete
+            if row.is_told:
+                row.is_told = False
+                self.told[self._order[index]] = None
+        self._all_told = False
+
+    def stopped(self) -> None:
+        """A step ended early, so that each of its requests has left its newest position open. The
+        scheduler hears of that: such positions are not for others to find, see
+        `engine/prefix_cache.py`."""
+        if self._all_told:
+            return
+        for request_id, row in zip(self._order, self._rows, strict=True):
+            if not row.is_told:
+                row.is_told = True
+                self.told[request_id] = row.complete
+        self._all_told = True

@@ -46,8 +46,10 @@ class NviumModelRunnerMixin:
             always_full=self._nvium_has_custom_processors(),
             decide_early=model.may_decide_early,
             greedy_margin=model.config.greedy_margin,
+            max_rows=config.scheduler_config.max_num_batched_tokens,
         )
-        self.nvium_observer = StepObserver(model.segment_layers, self.nvium_requests.asked)
+        requests = self.nvium_requests
+        self.nvium_observer = StepObserver(model.segment_layers, requests.asked, requests.told)
 
     def _nvium_has_custom_processors(self) -> bool:
         """Whether something of the user's own changes logits: named with --logits-processors, or
@@ -106,6 +108,8 @@ class NviumModelRunnerMixin:
         )
         if step.depth == self.nvium_catch_up.num_segments:
             self.nvium_requests.completed(step.batch.last)
+        else:
+            self.nvium_requests.stopped()
         self.nvium_step = step
         self.nvium_observer.observe(step, ~self._nvium_unfinished())
         return output

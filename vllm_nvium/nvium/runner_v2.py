@@ -83,8 +83,10 @@ class NviumModelState(DefaultModelState):
             num_exits=len(model.exits),  # type: ignore[arg-type]
             decide_early=bool(model.may_decide_early),
             greedy_margin=model.config.greedy_margin,  # type: ignore[union-attr,arg-type]
+            max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         )
-        self.observer = StepObserver(model.segment_layers, self.requests.asked)  # type: ignore[arg-type]
+        layers: Any = model.segment_layers
+        self.observer = StepObserver(layers, self.requests.asked, self.requests.told)
         self._is_real = False
         self._open_step: Step | None = None
         # The last step, for metrics and tests.
@@ -200,4 +202,6 @@ class NviumModelState(DefaultModelState):
             self._open_step = None
             if step.depth == self._catch_up.num_segments:
                 self.requests.completed(step.batch.last)
+            else:
+                self.requests.stopped()
             self.observer.observe(step, ~self._unfinished)

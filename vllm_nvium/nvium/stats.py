@@ -5,12 +5,13 @@ below is all that /metrics and the log line are made of; `engine/stats.py` carri
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_nvium.engine.prefix_cache import COMPLETE
 from vllm_nvium.engine.request_metrics import Level, TokenNotes
 from vllm_nvium.engine.stats import (
     Counts,
@@ -66,10 +67,17 @@ class StepObserver(TokenNotes):
     Args:
         segment_layers: layers of each segment.
         asked: of the requests: which want to be told of their tokens.
+        told: of the requests: what the scheduler has to hear of them.
     """
 
-    def __init__(self, segment_layers: Sequence[int], asked: Mapping[str, Level]) -> None:
+    def __init__(
+        self,
+        segment_layers: Sequence[int],
+        asked: Mapping[str, Level],
+        told: MutableMapping[str, int | None],
+    ) -> None:
         self.layers = list(segment_layers)
+        self.told = told
         super().__init__(asked, "nvium", scale=list(itertools.accumulate(self.layers)))
         self.reporter = Reporter(no_counts(len(segment_layers)))
         self.deferred = 0
@@ -105,7 +113,11 @@ class StepObserver(TokenNotes):
 
     def report(self) -> dict[str, Any]:
         """For the output of the step."""
-        return self.with_notes(self.reporter.report(deferred=self.deferred))
+        report = self.with_notes(self.reporter.report(deferred=self.deferred))
+        if self.told:
+            report[COMPLETE] = dict(self.told)
+            self.told.clear()
+        return report
 
 
 def metrics(num_segments: int) -> tuple[Metric, ...]:

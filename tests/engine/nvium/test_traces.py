@@ -5,6 +5,7 @@ every emitted token are the reference model's at the exit it was scripted to lea
 
 import os
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -41,12 +42,14 @@ def served(tmp_path_factory):
     hazards=st.tuples(hazard, hazard, hazard).map(list),
     resets=st.sampled_from([(), (), (15,), (40, 41)]),
     chunk=st.sampled_from([0, 0, 1, 7]),
+    bounded=st.booleans(),
 )
-def test_logits_are_the_references(served, trace, hazards, resets, chunk):
+def test_logits_are_the_references(served, trace, hazards, resets, chunk, bounded):
     config = served[1].scheduler.scheduler_config
     config.long_prefill_token_threshold = chunk
     try:
-        play(served, trace, hazards, resets)
+        with nullcontext() if bounded else served[1].without_bounds():
+            play(served, trace, hazards, resets)
     finally:
         config.long_prefill_token_threshold = 0
 
@@ -62,6 +65,13 @@ def forced(seed: int, max_tokens: int) -> SamplingParams:
 HAZARDS = [[0.5, 0.5, 0.5], [0.9, 0.3, 0.1], [0.95, 0.95, 0.95], [0.0, 0.9, 0.5]]
 
 
+@pytest.fixture(params=["bounded", "unbounded"])
+def bounds(request, served):
+    with nullcontext() if request.param == "bounded" else served[1].without_bounds():
+        yield
+
+
+@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("hazards", HAZARDS)
 def test_more_requests_than_fit(served, hazards):
     engine, generator = served[1], random.Random(0)
@@ -80,6 +90,7 @@ def test_more_requests_than_fit(served, hazards):
     assert engine.catch_up_passes - passes >= 40
 
 
+@pytest.mark.usefixtures("bounds")
 @pytest.mark.parametrize("hazards", HAZARDS)
 def test_prefix_hits_on_positions_that_wait(served, hazards):
     """Others go on, at once and one after the other, from what a request left behind: while it
@@ -109,7 +120,9 @@ def roomy(request, served):
     """An engine in which no block has to make room for another."""
     path = served[1].engine.vllm_config.model_config.model
     # A pass of 48 rows at most, so that what waits in two blocks takes several.
-    return served[0], TraceEngine(path, num_gpu_blocks_override=40, block_size=request.param)
+    engine = TraceEngine(path, num_gpu_blocks_override=40, block_size=request.param)
+    with engine.without_bounds():
+        yield served[0], engine
 
 
 def played(roomy, trace: list[Arrival], hazards: list[float]) -> dict:
@@ -187,6 +200,87 @@ def test_more_waits_than_fits_into_a_pass(roomy):
         play(roomy, [*trace, Arrival(40, [7, 8], params)], [1.0, 0.0, 0.0])
     assert catch_up.split_passes > splits
     assert max(len(rows.slots) for rows in passes) <= 48
+
+
+@pytest.fixture
+def bounded(served):
+    """An engine in which no block has to make room for another, whose passes have 48 rows."""
+    path = served[1].engine.vllm_config.model_config.model
+    return served[0], TraceEngine(path, num_gpu_blocks_override=150)
+
+
+def test_a_step_of_many_catches_up_no_more_than_a_pass(bounded):
+    engine = bounded[1]
+    params = SamplingParams(max_tokens=112, seed=1, **GREEDY)
+    trace = [Arrival(0, [70 + i, *TEXTS[i % 2][:23]], params) for i in range(6)]
+    play(bounded, trace, [1.0, 0.0, 0.0])
+    assert max(engine.caught_up) == 48
+    # The prompts take four steps. Then 8 steps leave 6 x 8 positions, one goes on, and so on.
+    assert engine.depths[4:31] == [1, 1, 1, 1, 1, 1, 1, 1, 4] * 3
+
+
+def test_nothing_that_is_open_is_for_others_to_find(bounded):
+    """Each alone leaves 40 positions open in two blocks, behind 73 that are complete."""
+    engine = bounded[1]
+    params = SamplingParams(max_tokens=90, seed=1, **GREEDY)
+    answers = []
+    for i in range(6):
+        trace = [Arrival(0, [90 + i, *TEXTS[i % 2][:23]], params)]
+        play(bounded, trace, [1.0, 0.0, 0.0])
+        answers.append(whole(engine.emitted, trace, 0))
+        assert engine.caught_up.count(48) == 1 and sum(engine.caught_up) == 48
+    params = SamplingParams(max_tokens=3, seed=1, **GREEDY)
+    play(bounded, [Arrival(0, [*answer, 5], params) for answer in answers], [0.0, 0.0, 0.0])
+    assert {output.num_cached_tokens for output in engine.outputs.values()} == {64}
+    assert max(engine.caught_up) == 0
+
+
+def test_what_is_complete_again_is_for_others_to_find(bounded):
+    """The tokens of a block leave early, then one of the next goes to the end."""
+    engine = bounded[1]
+    trace = [Arrival(0, [95, *TEXTS[0][:39]], SamplingParams(max_tokens=58, seed=1, **GREEDY))]
+    other = Arrival(45, [9, 8, 7], SamplingParams(max_tokens=2, seed=1, **GREEDY))
+    play(bounded, [*trace, other], [1.0, 0.0, 0.0])
+    assert max(engine.caught_up) > 40
+    params = SamplingParams(max_tokens=3, seed=1, **GREEDY)
+    play(bounded, [Arrival(0, [*whole(engine.emitted, trace, 0), 5], params)], [0.0, 0.0, 0.0])
+    assert engine.outputs["0"].num_cached_tokens == 64
+
+
+def test_copies_of_blocks_do_not_add_up_what_is_open(bounded):
+    """Texts that are scored read no prefix cache: of each block there are several copies, and the
+    oldest, which vLLM finds, may be the one that was left open."""
+    engine, answers = bounded[1], [TEXTS[i % 2][:190] for i in range(2)]
+    for text in answers:
+        for blocks in range(1, 6):
+            scored = SamplingParams(max_tokens=9, seed=1, prompt_logprobs=0, **GREEDY)
+            play(bounded, [Arrival(0, text[: 32 * blocks - 8], scored)], [1.0, 0.0, 0.0])
+    params = SamplingParams(max_tokens=3, seed=1, **GREEDY)
+    play(bounded, [Arrival(0, [*text, 5], params) for text in answers], [0.0, 0.0, 0.0])
+    assert max(engine.caught_up) == 0
+
+
+def test_a_preempted_request_leaves_nothing_open_behind(served):
+    """It comes back to blocks of its own that are complete, and to none that are not."""
+    engine = served[1]
+    preemptions = engine.preemptions
+    params = SamplingParams(max_tokens=60, seed=1, **GREEDY)
+    trace = [Arrival(i, [60 + i, *TEXTS[i % 2][:70]], params) for i in range(4)]
+    found = []
+    preempt = engine.scheduler._preempt_request
+
+    def count(*args, **kwargs):
+        result = preempt(*args, **kwargs)
+        pool = engine.scheduler.kv_cache_manager.block_pool
+        marks = engine.runner.nvium_catch_up.side_cache.marks.reshape(len(pool.blocks), -1)
+        free = [b.block_id for b in pool.blocks if b.ref_cnt == 0 and b.block_hash is not None]
+        found.append(int((marks[free] != 4).sum()))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.scheduler, "_preempt_request", count)
+        play(served, trace, [1.0, 0.0, 0.0])
+    assert engine.preemptions > preemptions and found == [0] * len(found)
 
 
 def test_marks_that_cannot_be_are_an_error_before_anything_is_written(roomy):

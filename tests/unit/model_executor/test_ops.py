@@ -354,6 +354,55 @@ def test_a_request_leaves_at_most_its_cap_behind(cap: int) -> None:
         assert _step(table, ["a"], [position]).may_stop[0] == (position - 9 <= cap)
 
 
+def test_what_a_batch_leaves_behind_fits_into_a_pass() -> None:
+    table = NviumRequests(NviumOptions(), 0, num_exits=3, max_rows=12)
+    for request_id in "abc":
+        table.add(request_id, SamplingParams(temperature=1.0))
+    _step(table, ["a", "b", "c"], [9, 5, 6], decoding=False)
+    table.completed(np.array([9, 5, 6]))
+    # 2, 4 and 6 positions of two requests, then 9, 10, 12 and 13 of three.
+    for last in ([10, 6], [11, 7], [12, 8]):
+        assert _step(table, ["a", "b"], last).may_stop.all()
+    for last in ([13, 9, 7], [14, 9, 7], [15, 9, 8]):
+        assert _step(table, ["a", "b", "c"], last).may_stop.all()
+    assert not _step(table, ["a", "b", "c"], [15, 10, 8]).may_stop.any()
+
+
+def test_the_scheduler_hears_who_has_left_something_open() -> None:
+    table = NviumRequests(NviumOptions(), 0, num_exits=3)
+
+    def heard() -> dict[str, int | None]:
+        found = dict(table.told)
+        table.told.clear()
+        return found
+
+    for request_id in "abc":
+        table.add(request_id, SamplingParams(temperature=1.0))
+    _step(table, ["a", "b"], [9, 5], decoding=False)
+    table.completed(np.array([9, 5]))
+    assert heard() == {}
+    _step(table, ["a", "b"], [10, 6])
+    table.stopped()
+    assert heard() == {"a": 10, "b": 6}
+    _step(table, ["a", "b"], [11, 7])
+    table.stopped()
+    assert heard() == {}  # once is enough
+    _step(table, ["a"], [12])
+    table.completed(np.array([12]))
+    assert heard() == {"a": None}
+    _step(table, ["a", "b"], [13, 8])
+    table.stopped()
+    assert heard() == {"a": 13}
+    table.preempted("a")  # its blocks are gone, and with them what the scheduler knew
+    _step(table, ["a", "b"], [13, 9])
+    table.completed(np.array([13, 9]))
+    assert heard() == {"b": None}
+    _step(table, ["b"], [10])
+    table.stopped()
+    table.add("b", SamplingParams(temperature=1.0))  # an id that goes on, or is used again
+    assert heard() == {"b": None}
+
+
 def test_a_preempted_request_is_complete_nowhere() -> None:
     table = _table()
     for request_id in "ab":

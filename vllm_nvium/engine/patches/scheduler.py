@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm.v1.core.sched.scheduler.Scheduler`, in two ways. Blocks of a preempted request that were
+"""`vllm.v1.core.sched.scheduler.Scheduler`, in three ways. Blocks of a preempted request that were
 never computed leave the prefix cache: vLLM enters blocks there while it plans a step; under
 --scheduling-policy priority it may then preempt a request of the same step, and takes back the rows
-but not the blocks, and whoever hits one reads what its slots held before. And what a model runner
+but not the blocks, and whoever hits one reads what its slots held before. Blocks in which an N-vium
+request has left positions open leave it too, when it gives them back. And what a model runner
 reports of a step goes on to the statistics, and to the outputs of requests that asked for it. Only
 engines of this package are changed."""
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from vllm_nvium.engine.feature import running
 from vllm_nvium.engine.patches import Patch
+from vllm_nvium.engine.prefix_cache import evict_from, evict_open, note_complete
 from vllm_nvium.engine.request_metrics import KEY, send, take_notes
 
 
@@ -19,20 +21,20 @@ def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(original)
     def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if running(self.vllm_config) is not None:
-            manager = self.kv_cache_manager
-            groups = manager.get_blocks(request.request_id).blocks
-            uncomputed = {
-                block.block_id
-                for blocks, group in zip(groups, self.kv_cache_config.kv_cache_groups, strict=True)
-                # Rows of the step that is being planned do not count as computed yet.
-                for block in blocks[request.num_computed_tokens // group.kv_cache_spec.block_size :]
-                if block.block_hash is not None
-            }
-            if uncomputed:
-                manager.evict_blocks(uncomputed)
+            # Rows of the step that is being planned do not count as computed yet.
+            evict_from(self, request, request.num_computed_tokens)
         return original(self, request, *args, **kwargs)
 
     return _preempt_request
+
+
+def _without_open_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _free_request_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        evict_open(self, request)
+        return original(self, request, *args, **kwargs)
+
+    return _free_request_blocks
 
 
 def _noting_the_report(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +44,7 @@ def _noting_the_report(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         report = getattr(model_runner_output, KEY, None)
         notes = take_notes(report)
+        note_complete(self, report)
         setattr(self, KEY, report)
         outputs = original(self, scheduler_output, model_runner_output, *args, **kwargs)
         send(outputs, notes)
@@ -73,6 +76,14 @@ PATCHES = (
         _without_uncomputed_blocks,
         without="under --scheduling-policy priority a prefix hit may read blocks never computed",
         until="vLLM enters blocks into the prefix cache once they are computed, or takes them back",
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_free_request_blocks",
+        _without_open_blocks,
+        without="a step of requests that find what others have left open may take very long",
+        until="vLLM asks a model runner what of a request may be found by others",
     ),
     *(
         Patch(

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of one N-vium model with two states of this code, taking turns on one machine: the measure
-of a change that shall make steps cheaper, or must not make them dearer.
+"""Speed of one model with two states of this code, taking turns on one machine: the measure of a
+change that shall make steps cheaper, or must not make them dearer.
 
     git worktree add ../before HEAD~1
-    python benchmarks/nvium_two_checkouts.py ../before . --nvium CHECKPOINT
+    python benchmarks/two_checkouts.py ../before . --model NVIUM_CHECKPOINT
+    python benchmarks/two_checkouts.py ../before . --model TARGET --prompts humaneval.jsonl \\
+        --temperature 0 --engine-args '{"additional_config": {"via_sd": true}}'
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -24,7 +27,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("old", type=Path, help="checkout that the other is compared with")
     parser.add_argument("new", type=Path, help="checkout that is compared")
-    parser.add_argument("--nvium", type=Path, required=True, help="an N-vium checkpoint")
+    parser.add_argument("--model", required=True, help="an N-vium checkpoint, or VIA-SD's target")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vllm.LLM's")
+    parser.add_argument(
+        "--old-engine-args",
+        type=json.loads,
+        help="those of the old side, where options have another name there",
+    )
     parser.add_argument("--prompts", type=Path, help="JSON lines with question, prompt or turns")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompt-lengths", default="32,128,512", help="requests take turns")
@@ -48,7 +57,10 @@ def main() -> None:
     for side in (args.old, args.new):
         if not (side / "vllm_nvium" / "__init__.py").is_file():
             raise SystemExit(f"{str(side)!r} is no checkout of this package.")
-    args.dense = str(args.nvium)  # whose tokenizer reads --prompts
+    args.dense = args.model  # whose tokenizer reads --prompts
+    more = {"new": args.engine_args, "old": args.engine_args}
+    if args.old_engine_args is not None:
+        more["old"] = args.old_engine_args
     batches = [int(batch) for batch in args.batches.split(",")]
     engine_args = {
         "dtype": "bfloat16",
@@ -63,13 +75,15 @@ def main() -> None:
     bench.depths = [1.0] * 64  # how deep steps go does not count here
     try:
         for name, checkout in (("old", args.old), ("new", args.new)):
-            bench.start(name, str(args.nvium), checkout)
+            bench.start(name, args.model, checkout, **more[name])
         lines = [row(bench, batch) for batch in batches]
     finally:
         bench.close()
     mode = "--enforce-eager" if args.enforce_eager else "default compilation"
     print(f"machine: {machine()}")
-    print(f"old {state_of(args.old)}, new {state_of(args.new)}; {args.nvium.name}, {mode}")
+    print(f"old {state_of(args.old)}, new {state_of(args.new)}; {Path(args.model).name}, {mode}")
+    for name, found in more.items():
+        print(f"{name}: {json.dumps(found)}")
     print(
         f"T={args.temperature:g}, {args.new_tokens} new tokens, {args.repeats} runs, "
         f"{args.processes} engines of each side, steps in turn, medians; prefill included\n"
