@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,33 @@ class EngineProcess:
     def close(self) -> None:
         self._out.close()
         self.process.wait(timeout=60)
+
+
+def steps_in_turn(
+    engines: Sequence[EngineProcess], whole: bool = False
+) -> Iterator[tuple[EngineProcess, dict[str, Any]]]:
+    """Runs what engines have begun, an engine step of each in turn, until all are done.
+
+    Args:
+        whole: all steps of one engine, then of the next. VIA-SD's `auto` plans by the time between
+            its steps too, and would take the steps of others for its own overhead.
+
+    Yields:
+        an engine and what `EngineProcess.step` said.
+    """
+    todo = list(engines)
+    while todo:
+        for engine in list(todo):
+            unfinished = True
+            while unfinished:
+                step = engine.step()
+                yield engine, step
+                unfinished = step["unfinished"]
+                if not whole:
+                    break
+            if not unfinished:
+                todo.remove(engine)
+        todo = todo[1:] + todo[:1]  # nobody always follows the same engine
 
 
 class Worker:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_worker import EngineProcess
+from engine_worker import EngineProcess, steps_in_turn
 from measured import machine, rates, ratios, read_prompts
 
 from vllm_nvium.model_executor.nvium.policy import first_exit, leaves, thresholds
@@ -131,7 +131,15 @@ def convert_to(out: Path, dense: Path, exit_layers: str, hazards: str) -> str:
 
 
 class Bench:
-    """The engines of one run and what was measured on them."""
+    """The engines of one run and what was measured on them.
+
+    Attributes:
+        whole_runs: take turns run by run instead of step by step, see `steps_in_turn`.
+        warm_up: runs before those that count.
+    """
+
+    whole_runs = False
+    warm_up = 1
 
     def __init__(self, args: argparse.Namespace, engine_args: dict[str, Any]) -> None:
         self.args, self.engine_args = args, engine_args
@@ -163,14 +171,15 @@ class Bench:
         return [lengths[(i + repeat) % len(lengths)] for i in range(batch)]
 
     def compare(self, names: dict[str, float], batch: int) -> dict[str, list[dict[str, float]]]:
-        """Runs the same batch on every engine, `repeats` times after one warm-up.
+        """Runs the same batch on every engine, `repeats` times after the warm-up.
 
         Args:
             names: engine -> temperature.
         """
         results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         label = f"batch {batch}: {', '.join(names)}"
-        for repeat in tqdm(range(self.args.repeats + 1), desc=label, disable=None, leave=False):
+        num_runs = self.warm_up + self.args.repeats
+        for repeat in tqdm(range(num_runs), desc=label, disable=None, leave=False):
             for name, temperature in names.items():
                 for engine in self.engines[name]:
                     engine.begin(
@@ -179,14 +188,16 @@ class Bench:
                         temperature=temperature,
                         seed=repeat,
                     )
-            runs = self.take_turns(list(names))
-            if repeat:
+            first = repeat % len(names)
+            order = list(names)
+            runs = self.take_turns(order[first:] + order[:first])
+            if repeat >= self.warm_up:
                 for name, run in runs.items():
                     results[name].append(run | {"repeat": repeat})
         return results
 
     def take_turns(self, names: list[str]) -> dict[str, dict[str, float]]:
-        """Runs the batches that have begun, one engine step of each in turn, until all are done.
+        """Runs the batches that have begun, in turn, until all are done.
 
         Returns:
             name -> seconds of `prefill` (every request has its first token) and `decode`, and the
@@ -195,18 +206,14 @@ class Bench:
         """
         fields = ("prefill", "decode", "tokens", "depth", "steps")
         runs = {name: dict.fromkeys(fields, 0.0) for name in names}
-        todo = [(name, engine) for name in names for engine in self.engines[name]]
-        while todo:
-            for name, engine in list(todo):
-                step, share = engine.step(), 1 / len(self.engines[name])
-                runs[name]["prefill" if step["prefill"] else "decode"] += share * step["seconds"]
-                runs[name]["tokens"] += share * step["tokens"]
-                if not step["prefill"] and step["depth"]:
-                    runs[name]["depth"] += self.depths[step["depth"] - 1]
-                    runs[name]["steps"] += 1
-                if not step["unfinished"]:
-                    todo.remove((name, engine))
-            todo = todo[1:] + todo[:1]  # nobody always follows the same engine
+        engines = [engine for name in names for engine in self.engines[name]]
+        for engine, step in steps_in_turn(engines, self.whole_runs):
+            run, share = runs[engine.name], 1 / len(self.engines[engine.name])
+            run["prefill" if step["prefill"] else "decode"] += share * step["seconds"]
+            run["tokens"] += share * step["tokens"]
+            if not step["prefill"] and step["depth"]:
+                run["depth"] += self.depths[step["depth"] - 1]
+                run["steps"] += 1
         return runs
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ change that shall make steps cheaper, or must not make them dearer.
     git worktree add ../before HEAD~1
     python benchmarks/two_checkouts.py ../before . --model NVIUM_CHECKPOINT
     python benchmarks/two_checkouts.py ../before . --model TARGET --prompts humaneval.jsonl \\
-        --temperature 0 --engine-args '{"additional_config": {"via_sd": true}}'
+        --temperature 0 --whole-runs --engine-args '{"additional_config": {"via_sd": true}}'
 """
 
 import argparse
@@ -40,6 +40,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="runs before those, in which `auto` learns"
+    )
+    parser.add_argument(
+        "--whole-runs",
+        action="store_true",
+        help="take turns run by run instead of step by step, for engines that plan by the time "
+        "between their steps: VIA-SD with rounds `auto`",
+    )
     parser.add_argument("--processes", type=int, default=1, help="engines of each side, averaged")
     parser.add_argument("--enforce-eager", action="store_true")
     return parser.parse_args()
@@ -72,6 +81,7 @@ def main() -> None:
         "skip_tokenizer_init": True,
     }
     bench = Bench(args, engine_args)
+    bench.whole_runs, bench.warm_up = args.whole_runs, args.warm_up
     bench.depths = [1.0] * 64  # how deep steps go does not count here
     try:
         for name, checkout in (("old", args.old), ("new", args.new)):
@@ -84,9 +94,11 @@ def main() -> None:
     print(f"old {state_of(args.old)}, new {state_of(args.new)}; {Path(args.model).name}, {mode}")
     for name, found in more.items():
         print(f"{name}: {json.dumps(found)}")
+    turns = "runs" if args.whole_runs else "steps"
     print(
-        f"T={args.temperature:g}, {args.new_tokens} new tokens, {args.repeats} runs, "
-        f"{args.processes} engines of each side, steps in turn, medians; prefill included\n"
+        f"T={args.temperature:g}, {args.new_tokens} new tokens, {args.repeats} runs after "
+        f"{args.warm_up}, {args.processes} engines of each side, {turns} in turn, medians; prefill "
+        "included\n"
     )
     print("| batch | old tok/s | new tok/s | new / old |", "|---|---|---|---|", *lines, sep="\n")
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """VIA-SD against plain decoding and plain speculative decoding: tokens per second of all engines in
-one run, taking turns step by step on one machine.
+one run, taking turns run by run on one machine.
 
 The plain side is searched over its drafters and their number of drafts; what is compared is the
 best of it. Greedy by default, so that every engine says the same; with a temperature every request
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_worker import EngineProcess
+from engine_worker import EngineProcess, steps_in_turn
 from measured import drafter_config, machine, ratios, read_prompts
 
 
@@ -108,17 +108,13 @@ def measure(
                 seed=repeat,
             )
         runs = {name: {"seconds": 0.0, "tokens": 0.0, "steps": 0.0} for name in processes}
-        todo = list(processes)
-        while todo:
-            for name in list(todo):
-                step = processes[name].step()
-                if not step["prefill"]:
-                    runs[name]["seconds"] += step["seconds"]
-                    runs[name]["tokens"] += step["tokens"]
-                    runs[name]["steps"] += 1
-                if not step["unfinished"]:
-                    todo.remove(name)
-            todo = todo[1:] + todo[:1]  # nobody always follows the same engine
+        order = list(processes.values())
+        first = repeat % len(order)
+        for process, step in steps_in_turn(order[first:] + order[:first], whole=True):
+            if not step["prefill"]:
+                runs[process.name]["seconds"] += step["seconds"]
+                runs[process.name]["tokens"] += step["tokens"]
+                runs[process.name]["steps"] += 1
         if repeat >= args.warm_up:
             for name, run in runs.items():
                 found[name].append(run)
@@ -199,7 +195,7 @@ def main() -> None:
         f"prompts {args.prompts.name}, {args.new_tokens} new tokens, temperature "
         f"{args.temperature:g}, {args.repeats} runs "
         f"after {args.warm_up}, "
-        f"engine steps in turn, medians, decode steps only; VIA-SD: {args.mode}, rounds "
+        f"runs in turn, medians, decode steps only; VIA-SD: {args.mode}, rounds "
         f"{args.rounds}, at most {args.max_drafts} drafts, window {args.window}",
         "",
         "| engine | batch | tok/s | / plain decoding | / best plain speculative | full passes per "
