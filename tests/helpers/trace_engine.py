@@ -117,6 +117,7 @@ class TraceEngine:
         self.unfinished_hits = 0
         self.rising_marks = 0
         self._watched: CatchUp | None = None
+        self._is_unbounded = False
         model_ = self.runner.model
         compute_logits, run = model_.compute_logits, model_.forward
         preempt = self.scheduler._preempt_request
@@ -185,6 +186,7 @@ class TraceEngine:
 
     @property
     def table(self) -> NviumRequests:
+        """Of an N-vium model."""
         return getattr(self.runner, "nvium_requests", None) or self.runner.model_state.requests
 
     @contextmanager
@@ -194,6 +196,7 @@ class TraceEngine:
         with pytest.MonkeyPatch.context() as bounds:
             bounds.setattr(self.table, "max_rows", UNLIMITED)
             bounds.setattr(self.table, "stopped", lambda: None)
+            bounds.setattr(self, "_is_unbounded", True)
             yield
         # What was left there is for nobody to find.
         assert self.engine.reset_prefix_cache()
@@ -244,7 +247,7 @@ class TraceEngine:
                     abort_at.setdefault(step + arrival.abort_after, []).append(request_id)
             self.engine.abort_request(abort_at.pop(step, []))
             if not waiting and not abort_at and not self.engine.has_unfinished_requests():
-                assert self.table.max_rows == UNLIMITED or not self.open_in_prefix_cache()
+                assert self._is_unbounded or not self.open_in_prefix_cache()
                 return self.emitted
             if step in resets:
                 assert self.engine.reset_prefix_cache(reset_running_requests=True)

@@ -26,7 +26,6 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from tiny_models import make_nvium
 from vllm_nvium.engine.stats import KEY
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
-from vllm_nvium.nvium.requests import UNLIMITED
 from vllm_nvium.nvium.runner_v2 import NviumModelState
 
 PROMPTS = [list(range(3, 103)), list(range(50, 57)), [9] * 40, list(range(120, 180))]
@@ -179,21 +178,20 @@ def test_next_request_completes_what_was_left_behind(
 ) -> None:
     params = SamplingParams(temperature=1.0, seed=0, max_tokens=60, ignore_eos=True)
     first = Arrival(step=0, prompt=[7] * 40, params=params)
-    patch_thresholds(monkeypatch, [1.0, 0.0, 0.0])
-    monkeypatch.setattr(engine.table, "max_rows", UNLIMITED)
-    monkeypatch.setattr(engine.table, "stopped", lambda: None)
-    emitted = engine.run([first])["0"]
-    assert {emitted.exits[position] for position in range(40, 99)} == {0}
-    patch_thresholds(monkeypatch, [0.0, 0.0, 0.0])
-    second = Arrival(step=0, prompt=first.prompt + emitted.tokens, params=params)
     passes = []
 
     def watch(rows: Any, enter: Any = engine.state._catch_up.enter_rows) -> None:
         passes.append(int(rows.first[0]))
         enter(rows)
 
-    monkeypatch.setattr(engine.state._catch_up, "enter_rows", watch)
-    emitted = engine.run([second])["0"]
+    with engine.without_bounds():
+        patch_thresholds(monkeypatch, [1.0, 0.0, 0.0])
+        emitted = engine.run([first])["0"]
+        assert {emitted.exits[position] for position in range(40, 99)} == {0}
+        patch_thresholds(monkeypatch, [0.0, 0.0, 0.0])
+        second = Arrival(step=0, prompt=first.prompt + emitted.tokens, params=params)
+        monkeypatch.setattr(engine.state._catch_up, "enter_rows", watch)
+        emitted = engine.run([second])["0"]
     assert passes and passes[0] == 40, "the prefix-cache hit has 40..95 to complete"
     check_against_reference(model[1], second, emitted, [0.0, 0.0, 0.0])
 
