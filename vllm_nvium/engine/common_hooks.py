@@ -120,7 +120,8 @@ vllm.v1.core.kv_cache_utils:KVCacheBlock block_id block_hash
 vllm.v1.kv_cache_interface KVCacheGroupSpec.kv_cache_spec KVCacheSpec.block_size
     find the blocks of a request that is preempted
     ! under --scheduling-policy priority a prefix hit may read blocks never computed
-vllm.v1.request:Request request_id num_computed_tokens
+vllm.v1.request:Request request_id num_computed_tokens num_prompt_tokens num_in_flight_tokens
+        num_stale_output_tokens
     find the blocks of a request that is preempted
     ! under --scheduling-policy priority a prefix hit may read blocks never computed
 vllm.v1.worker.gpu_worker:Worker reload_weights update_weights finish_weight_update get_model

@@ -52,6 +52,7 @@ class Feature:
             beside a drafter.
         needs_runner_v1: whether it does not run on Model Runner V2; asked of `additional_config`.
         answers: how an answer tells of its own tokens.
+        leaves_open: whether a step may leave positions that are not through every layer.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Feature:
     samples_as_plain: bool = False
     needs_runner_v1: Callable[[Any], bool] = lambda _: False
     answers: AnswerFormat | None = None
+    leaves_open: bool = False
 
 
 # "module:NAME" of every record, so that a method is imported when it is first needed.

@@ -19,17 +19,25 @@ def note_complete(scheduler: "Scheduler", report: dict[str, Any] | None) -> None
     """Takes what a step's report tells of its requests, and keeps it with those that are left."""
     for request_id, complete in (report.pop(COMPLETE, {}) if report else {}).items():
         request = scheduler.requests.get(request_id)
-        # One that was preempted since has other blocks, or none.
-        if request is not None and (complete or 0) <= request.num_computed_tokens:
+        # One that was preempted since then has other blocks, or none.
+        if request is not None and request.num_stale_output_tokens == 0:
             setattr(request, ATTRIBUTE, complete)
 
 
 def evict_open(scheduler: "Scheduler", request: "Request") -> None:
     """Before a request gives back its blocks: those with open positions are for nobody to find.
     vLLM computes such positions anew, in pieces that fit into its steps, but a step has to catch up
-    on all that its requests find open, however many have left it."""
-    if (complete := getattr(request, ATTRIBUTE, None)) is not None:
-        setattr(request, ATTRIBUTE, None)  # a preempted request comes back in other blocks
+    on all that its requests find open, however many have left it.
+
+    A request may be aborted while a step runs, whose report is still to come: then what the step
+    computes counts as open, unless it is of the prompt, whose rows go to full depth.
+    """
+    complete = getattr(request, ATTRIBUTE, None)
+    if complete is None:
+        reported = request.num_computed_tokens - request.num_in_flight_tokens
+        complete = max(reported, request.num_prompt_tokens)
+    setattr(request, ATTRIBUTE, None)  # a preempted request comes back in other blocks
+    if complete < request.num_computed_tokens:
         evict_from(scheduler, request, complete)
 
 

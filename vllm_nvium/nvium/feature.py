@@ -47,4 +47,5 @@ NVIUM = Feature(
     check=_check,
     make_stat_logger=_make_stat_logger,
     answers=FORMAT,
+    leaves_open=True,
 )

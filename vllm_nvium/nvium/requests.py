@@ -131,9 +131,8 @@ class NviumRequests(RequestTable[RequestInfo]):
         """A new request, or one with an id used before."""
         if params is None:
             return
+        self.remove(request_id)
         options = self.options.of_request(params.extra_args)
-        if (before := self.requests.get(request_id)) is not None and before.is_told:
-            self.told[request_id] = None
         mixture = options.sampling == "mixture"
         needs_all = mixture and (self.always_full or not is_ancestral(params))
         self.requests[request_id] = RequestInfo(
@@ -152,6 +151,8 @@ class NviumRequests(RequestTable[RequestInfo]):
         self._order = []
 
     def remove(self, request_id: str) -> None:
+        if (info := self.requests.get(request_id)) is not None and info.is_told:
+            self.told[request_id] = None  # on Model Runner V2 it may come back
         super().remove(request_id)
         self._order = []
 

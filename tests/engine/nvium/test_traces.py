@@ -16,7 +16,7 @@ from vllm import SamplingParams
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from trace_engine import Arrival, TraceEngine, play_against_reference
+from trace_engine import Arrival, TraceEngine, patch_thresholds, play_against_reference
 from trace_strategies import TEXTS, VOCABULARY, hazard, nvium_traces
 
 from tiny_models import make_nvium
@@ -247,17 +247,56 @@ def test_what_is_complete_again_is_for_others_to_find(bounded):
     assert engine.outputs["0"].num_cached_tokens == 96
 
 
-def test_copies_of_blocks_do_not_add_up_what_is_open(bounded):
-    """Texts that are scored read no prefix cache: of each block there are several copies, and the
-    oldest, which vLLM finds, may be the one that was left open."""
-    engine, answers = bounded[1], [TEXTS[i % 2][:190] for i in range(2)]
-    for text in answers:
+def scored_piece_by_piece(engine_and_reference) -> int:
+    """Positions that the first step of two texts finds open. Texts that are scored read no prefix
+    cache: of each block there are several copies, and the oldest, which vLLM finds, was left open.
+    """
+    engine = engine_and_reference[1]
+    early, params = [1.0, 0.0, 0.0], SamplingParams(max_tokens=180, seed=1, **GREEDY)
+    trace = [Arrival(0, [97 + i, 3, 4], params) for i in range(2)]
+    play(engine_and_reference, trace, early)
+    texts = [whole(engine.emitted, trace, i) for i in range(2)]
+    engine.engine.reset_prefix_cache()
+    scored = SamplingParams(max_tokens=9, seed=1, prompt_logprobs=0, **GREEDY)
+    for text in texts:
         for blocks in range(1, 6):
-            scored = SamplingParams(max_tokens=9, seed=1, prompt_logprobs=0, **GREEDY)
-            play(bounded, [Arrival(0, text[: 32 * blocks - 8], scored)], [1.0, 0.0, 0.0])
+            play(engine_and_reference, [Arrival(0, text[: 32 * blocks - 8], scored)], early)
     params = SamplingParams(max_tokens=3, seed=1, **GREEDY)
-    play(bounded, [Arrival(0, [*text, 5], params) for text in answers], [0.0, 0.0, 0.0])
-    assert max(engine.caught_up) == 0
+    play(engine_and_reference, [Arrival(0, [*text, 5], params) for text in texts], [0.0, 0.0, 0.0])
+    return engine.caught_up[0]
+
+
+def test_copies_of_blocks_do_not_add_up_what_is_open(bounded):
+    assert scored_piece_by_piece(bounded) == 0
+    with bounded[1].without_bounds():
+        assert scored_piece_by_piece(bounded) > 48
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_an_abort_while_a_step_runs_leaves_nothing_open_behind(bounded, step):
+    """As of a client that goes away, or of a stop string: what the step did is not yet known. The
+    prompt takes two steps, and the third fills a block with the first position that is left open.
+    """
+    engine = bounded[1]
+    core = engine.engine.engine_core.engine_core
+    process, steps = core._process_aborts_queue, []
+
+    def process_and_abort():
+        process()
+        steps.append(None)
+        if len(steps) == step:
+            core.abort_requests(list(engine.scheduler.requests))
+
+    params = SamplingParams(max_tokens=70, seed=1, **GREEDY)
+    engine.engine.add_request("9", {"prompt_token_ids": [55, *TEXTS[0][:62]]}, params)
+    with pytest.MonkeyPatch.context() as patch:
+        patch_thresholds(patch, [1.0, 0.0, 0.0])
+        patch.setattr(core, "_process_aborts_queue", process_and_abort)
+        while engine.scheduler.requests:
+            engine.engine.step()
+    engine.engine.abort_request(["9"])
+    assert len(steps) == step and (engine.depths[-1] == 1) == (step > 2)
+    assert engine.open_in_prefix_cache() == 0
 
 
 def test_a_preempted_request_leaves_nothing_open_behind(served):

@@ -616,6 +616,64 @@ def test_a_tier_that_was_slow_for_a_while_is_tried_again() -> None:
     assert planner.snapshot()["steps"]["tiered"] - before > 250
 
 
+def test_a_drafter_that_was_slow_for_a_while_is_used_again() -> None:
+    planner = Planner(4, 6)
+    rates = [RequestRates(0.9, 0.9, 0.3)]
+    make_engine(rates, 0.25, 0.9).run(planner, 300)
+    make_engine(rates, 2.0, 0.9).run(planner, 40)
+    make_engine(rates, 0.25, 0.9).run(planner, 3000)
+    before = planner.snapshot()["steps"]["plain"]
+    make_engine(rates, 0.25, 0.9).run(planner, 500)
+    assert planner.snapshot()["steps"]["plain"] - before > 450
+
+
+def test_a_drafter_becomes_good_beside_a_slim_tier_that_never_pays() -> None:
+    """What trials of the tier lose does not keep others from being tried."""
+    planner = Planner(MAX_DRAFTS, MAX_WINDOW)
+    make_engine([RequestRates(0.02, 0.5, 0.5)], 0.05, 4.0).run(planner, 7000)
+    good = [RequestRates(0.9, 0.5, 0.5)]
+    make_engine(good, 0.05, 4.0).run(planner, 1500)
+    rate = make_engine(good, 0.05, 4.0).run(planner, 500)
+    assert rate * FULL > 0.9 * best_rates(good, 0.05, 4.0)[0]
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_trials_that_no_budget_covers_are_seldom(paper: bool) -> None:
+    """A slim pass ten times as dear as a full one, for 20,000 steps: little is lost."""
+    rates = [RequestRates(0.5, 0.5, 0.97)] * 4
+    engine = make_engine(rates, 0.05, 10.0, paper=paper)
+    planner = Planner(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(planner, 100)
+    before = planner.snapshot()["steps"]["tiered"]
+    plain, _ = best_rates(rates, 0.05, 10.0)
+    assert engine.run(planner, 20_000) * FULL >= 0.97 * plain
+    assert planner.snapshot()["steps"]["tiered"] > before
+
+
+def test_slim_passes_of_one_size_say_nothing_of_larger_ones() -> None:
+    """A size that was never tried has to look cheap enough to be tried."""
+    planner = Planner(4, 6)
+    for _ in range(20):
+        for rows in (1, 8, 64):
+            planner.observe_full_pass(rows, 0.05 * rows)
+        planner.observe_slim_pass(8, 0.1)
+    times = planner.step_times(8, 0)
+    assert times is not None
+    assert times.slim(1) == pytest.approx(0.1 / 8) and times.slim(64) == pytest.approx(0.1)
+
+
+def test_what_is_long_over_is_not_mixed_with_what_is_now() -> None:
+    times = PassTimeEstimator(keep=15, memory=100)
+    for step in range(15):
+        times.observe(4, 1.0, step)
+    assert times.points(100) == [(4, 1.0)] and times.points(115) == []
+    for step in range(15):
+        times.observe(4, 1.0, step)
+    for step in range(200, 205):
+        times.observe(4, 0.1, step)
+    assert times.points(205) == [(4, 0.1)]
+
+
 def test_a_drafter_that_finds_nothing() -> None:
     engine = make_engine([RequestRates(0.5, 0.5, 0.9, hit_rate=0.0)] * 2, 0.1, 0.4, noise=0.05)
     planner = Planner(MAX_DRAFTS, MAX_WINDOW)

@@ -31,7 +31,9 @@ def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., An
 def _without_open_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _free_request_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        evict_open(self, request)
+        method = running(self.vllm_config)
+        if method is not None and method.leaves_open:
+            evict_open(self, request)
         return original(self, request, *args, **kwargs)
 
     return _free_request_blocks

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the plan of every step: the one with the highest forecast, and now and then another one
 to learn about it. What these trials lose stays within a budget, so that a slim tier that does not
-pay costs little.
+pay costs little; a kind of plan for which the budget never suffices is tried all the same, seldom
+and ever more seldom.
 """
 
 from collections.abc import Sequence
@@ -42,8 +43,12 @@ MIN_TRIALS = 16.0
 TRIAL_INTERVAL = {NONE: 45 * 40, PLAIN: 40, TIERED: 40}
 # The share of what is known about a kind of plan that its next trial keeps.
 TRIAL_FADE = 0.75
-# The trial budget saves up the time of this many steps at most.
-MAX_SAVED_STEPS = 3
+# A kind of plan that was not tried for so many steps is tried whatever that loses: what made it
+# look dear may be over, and nothing else would show that. Each such trial doubles the number, until
+# the kind is in use again.
+PATIENCE, MAX_PATIENCE = 2000, 32000
+# The trial budget saves up the time of this many steps at most, and owes that of so many.
+MAX_SAVED_STEPS, MAX_OWED_STEPS = 3, 10
 
 # The largest array of a forecast has B D L^2 cells, for B requests, D draft tokens and L window
 # lengths. One of MAX_CELLS takes a millisecond or two, so that larger batches are sampled:
@@ -63,8 +68,8 @@ class TrialLength:
     enough_tokens: int
 
 
-# The first trial of a kind is longer: before it nothing is known.
-FIRST_TRIAL, TRIAL = TrialLength(15, 30), TrialLength(8, 24)
+# The first trial of a kind is longer: before it nothing is known. The third is `PATIENCE`'s.
+FIRST_TRIAL, TRIAL, UNPAID_TRIAL = TrialLength(15, 30), TrialLength(8, 24), TrialLength(8, 20)
 
 
 class Planner(Estimates):
@@ -78,7 +83,7 @@ class Planner(Estimates):
         max_rounds: most rounds of a window; as many as it has tokens by default.
         drafts_again: whether the drafter is asked in all rounds of a window; else in the first.
         max_batch: no slim tier while more requests than this decode.
-        trial_budget: share of the time that trials may lose.
+        trial_budget: share of the time that trials may lose, beside those that `PATIENCE` allows.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Planner(Estimates):
         self._trial: TrialLength | None = None
         self._trial_steps = self._verified_before = 0
         self._last_trial: dict[str, int] = {}  # number of the step, by kind
+        self._patience = dict.fromkeys((NONE, PLAIN, TIERED), PATIENCE)
         self._budget_seconds = 0.0
         self._steps_of = {NONE: 0, PLAIN: 0, TIERED: 0}
         # By request: s and q of `another_round`, the mean length of a round, and the hit rate.
@@ -138,8 +144,10 @@ class Planner(Estimates):
         if is_due or self._plan.kind not in self._possible_kinds(request_ids):
             self._choose(request_ids)
         self._trial_steps += self._trial is not None
+        # In steps of now: what a crowd's trials have lost would take a single request for ever.
         self._budget_seconds = min(
-            self._budget_seconds + self.trial_budget * self._used_seconds,
+            max(self._budget_seconds, -MAX_OWED_STEPS * self._used_seconds)
+            + self.trial_budget * self._used_seconds,
             MAX_SAVED_STEPS * self._used_seconds,
         )
         self._steps_of[self._plan.kind] += 1
@@ -204,7 +212,7 @@ class Planner(Estimates):
         return {
             "seconds": {
                 "full": dict(self._full.points()),
-                "slim": dict(self._slim.points()),
+                "slim": dict(self._slim.points(self._step)),
                 "draft": self.draft_seconds(self._planned_for[0]).tolist(),
                 "overhead": self.overhead_seconds(sum(self._planned_for)),
             },
@@ -280,19 +288,26 @@ class Planner(Estimates):
         self._end_trial(forecast)
         untried = [kind for kind in kinds if kind not in self._last_trial]
         if untried:
-            first = FIRST_PLANS[untried[0]]
-            num_drafts = min(first.num_draft_tokens, self.max_draft_tokens)
-            plan = DraftPlan(num_drafts, min(first.rounds, self.max_rounds))
-            self._begin_trial(plan, FIRST_TRIAL)
+            self._begin_trial(self._first_plan(untried[0]), FIRST_TRIAL)
         elif forecast is not None:
             best = {kind: best_plan(forecast, kind) for kind in kinds}
             self._use_best(forecast, best)
-            trial = self._due_trial(forecast, best)
-            if trial is not None:
+            kind, length = self._due_trial(forecast, best)
+            if kind is not None:
                 for estimates in (*self._by_rule.values(), *self._requests.values()):
-                    for rate in NEEDS[trial]:
+                    for rate in NEEDS[kind]:
                         estimates.of[rate].fade(TRIAL_FADE)
-                self._begin_trial(best[trial], TRIAL)
+                plan = best[kind]
+                if length == UNPAID_TRIAL:
+                    # What the best plan goes by may be long over.
+                    plan = self._first_plan(kind)
+                    self._patience[kind] = min(2 * self._patience[kind], MAX_PATIENCE)
+                self._begin_trial(plan, length)
+
+    def _first_plan(self, kind: str) -> DraftPlan:
+        first = FIRST_PLANS[kind]
+        num_drafts = min(first.num_draft_tokens, self.max_draft_tokens)
+        return DraftPlan(num_drafts, min(first.rounds, self.max_rounds))
 
     def _use_best(self, forecast: Forecast, best: dict[str, DraftPlan]) -> None:
         """Replaces the plan in use by the best one of its kind or, if its rates are known, of
@@ -308,12 +323,16 @@ class Planner(Estimates):
             if rates[plan.cell] > least and self._is_known(kind):
                 self._used, least = plan, rates[plan.cell]
         self._last_trial[self._used.kind] = self._step
+        self._patience[self._used.kind] = PATIENCE
         self._used_rate = float(rates[self._used.cell])
         self._used_seconds = float(forecast.seconds[self._used.cell])
         self._plan = self._used
 
     def _is_known(self, kind: str) -> bool:
-        """Whether the rates that a kind of plan depends on have enough trials, under any rule."""
+        """Whether the rates that a kind of plan depends on have enough trials, under any rule, and
+        what a slim pass takes is not forgotten."""
+        if kind == TIERED and not self._slim.points(self._step):
+            return False
         return all(
             max(estimates.of[rate].trials for estimates in self._by_rule.values()) >= MIN_TRIALS
             for rate in NEEDS[kind]
@@ -321,21 +340,20 @@ class Planner(Estimates):
 
     # --- trials ---------------------------------------------------------------------------------
 
-    def _due_trial(self, forecast: Forecast, best: dict[str, DraftPlan]) -> str | None:
+    def _due_trial(
+        self, forecast: Forecast, best: dict[str, DraftPlan]
+    ) -> tuple[str | None, TrialLength]:
         """The kind of plan whose last trial is the oldest, if it is time for one and the budget
-        covers it. Where no slim pass is remembered any more, a trial of the tier is due whatever it
-        loses: what made it look dear may be over, and nothing else would show that."""
-        due = [
-            kind
-            for kind, plan in best.items()
-            if kind != self._used.kind
-            and self._step - self._last_trial[kind] >= TRIAL_INTERVAL[kind]
-            and (
-                lost_seconds(forecast, plan) <= self._budget_seconds
-                or (kind == TIERED and not self._slim.points(self._step))
-            )
-        ]
-        return min(due, key=self._last_trial.__getitem__, default=None)
+        covers it, or if it was not tried for too long; and the length of the trial."""
+        others = sorted(best.keys() - {self._used.kind}, key=self._last_trial.__getitem__)
+        for kind in others:
+            steps = self._step - self._last_trial[kind]
+            loss = lost_seconds(forecast, best[kind])
+            if steps >= TRIAL_INTERVAL[kind] and loss <= self._budget_seconds:
+                return kind, TRIAL
+            if steps >= self._patience[kind]:
+                return kind, UNPAID_TRIAL
+        return None, TRIAL
 
     def _begin_trial(self, plan: DraftPlan, length: TrialLength) -> None:
         self._plan, self._trial = plan, length
@@ -348,8 +366,8 @@ class Planner(Estimates):
         return self._trial_steps >= (MIN_SAMPLES if has_enough else trial.max_steps)
 
     def _end_trial(self, forecast: Forecast | None) -> None:
-        """Takes from the budget what the trial has lost, by what it taught. The first trial of a
-        kind is free."""
+        """Takes from the budget what the trial has lost, by what it taught, if it was the budget
+        that allowed it."""
         if self._trial == TRIAL and forecast is not None:
             self._budget_seconds -= lost_seconds(forecast, self._plan, self._trial_steps)
         self._trial = None

@@ -322,7 +322,8 @@ class Estimates:
 
     def step_times(self, num_drafting: int, num_others: int) -> StepTimes | None:
         """Of a batch with so many requests that have drafts and so many others. Until a slim pass
-        was observed, it is taken to be as long as a full one. None before the first full pass."""
+        was observed, and once that is forgotten, it is taken to be as long as a full one. None
+        before the first full pass."""
         full = self._full.curve()
         if full is None:
             return None
@@ -344,8 +345,8 @@ class Estimates:
             return None
         size, seconds = points[0]
         smaller = [known for known, _ in self._full.points() if known < size]
-        below = [(known, seconds * float(full(known) / full(size))) for known in smaller]
-        return PassTimeCurve(*zip(*below, *points, strict=True))
+        below = [seconds * float(full(known) / full(size)) for known in smaller]
+        return PassTimeCurve(*zip(*points, strict=True)).with_smaller(smaller, below)
 
 
 def _rates_of_request(request: RateEstimates, common: dict[str, float]) -> list[float]:

@@ -43,6 +43,8 @@ class PassTimeEstimator:
         bucket = _bucket(size)
         if bucket not in self._samples:
             self._samples[bucket] = deque(maxlen=self.keep)
+        elif step - self._last_step[bucket] > self.memory:
+            self._samples[bucket].clear()
         self._samples[bucket].append((size, seconds))
         self._last_step[bucket] = step
 

@@ -4,6 +4,7 @@ takes, under every plan. The tiers are those of arXiv:2606.12243; this model of 
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,6 +93,13 @@ class PassTimeCurve:
             slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
         self._sizes = np.array([*sizes, far])
         self._seconds = np.array([*seconds, seconds[-1] + slope * (far - sizes[-1])])
+
+    def with_smaller(self, sizes: Sequence[float], seconds: Sequence[float]) -> "PassTimeCurve":
+        """With points below the first; what it says of larger sizes stays."""
+        found = copy(self)
+        found._sizes = np.array([*sizes, *self._sizes])
+        found._seconds = np.array([*seconds, *self._seconds])
+        return found
 
     def __call__(self, sizes: Any) -> Any:
         """Seconds, in the shape of `sizes`."""
