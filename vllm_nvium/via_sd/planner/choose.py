@@ -345,8 +345,9 @@ class Planner(Estimates):
     ) -> tuple[str | None, TrialLength]:
         """The kind of plan whose last trial is the oldest, if it is time for one and the budget
         covers it, or if it was not tried for too long; and the length of the trial."""
-        others = sorted(best.keys() - {self._used.kind}, key=self._last_trial.__getitem__)
-        for kind in others:
+        for kind in sorted(best, key=self._last_trial.__getitem__):
+            if kind == self._used.kind:
+                continue
             steps = self._step - self._last_trial[kind]
             loss = lost_seconds(forecast, best[kind])
             if steps >= TRIAL_INTERVAL[kind] and loss <= self._budget_seconds:
