@@ -18,9 +18,10 @@ ATTRIBUTE = "vllm_nvium_complete"
 def note_complete(scheduler: "Scheduler", report: dict[str, Any] | None) -> None:
     """Takes what a step's report tells of its requests, and keeps it with those that are left."""
     for request_id, complete in (report.pop(COMPLETE, {}) if report else {}).items():
-        request = scheduler.requests.get(request_id)
+        if (request := scheduler.requests.get(request_id)) is None:
+            continue
         # One that was preempted since then has other blocks, or none.
-        if request is not None and request.num_stale_output_tokens == 0:
+        if complete is None or request.num_stale_output_tokens == 0:
             setattr(request, ATTRIBUTE, complete)
 
 

@@ -627,6 +627,17 @@ def test_a_drafter_that_was_slow_for_a_while_is_used_again() -> None:
     assert planner.snapshot()["steps"]["plain"] - before > 450
 
 
+def test_a_drafter_that_was_slow_is_used_again_where_there_is_no_tier() -> None:
+    rates = [RequestRates(0.9, 0.9, 0.3)] * 16
+    planner = Planner(4, 16, max_rounds=0)
+    make_engine(rates, 0.25, 0.9).run(planner, 300)
+    make_engine(rates, 3.0, 0.9).run(planner, 60)
+    make_engine(rates, 0.25, 0.9).run(planner, 3500)
+    before = planner.snapshot()["steps"]["plain"]
+    make_engine(rates, 0.25, 0.9).run(planner, 500)
+    assert planner.snapshot()["steps"]["plain"] - before > 450
+
+
 def test_a_drafter_becomes_good_beside_a_slim_tier_that_never_pays() -> None:
     """What trials of the tier lose does not keep others from being tried."""
     planner = Planner(MAX_DRAFTS, MAX_WINDOW)
@@ -637,16 +648,22 @@ def test_a_drafter_becomes_good_beside_a_slim_tier_that_never_pays() -> None:
     assert rate * FULL > 0.9 * best_rates(good, 0.05, 4.0)[0]
 
 
-@pytest.mark.parametrize("paper", [False, True])
-def test_trials_that_no_budget_covers_are_seldom(paper: bool) -> None:
-    """A slim pass ten times as dear as a full one, for 20,000 steps: little is lost."""
-    rates = [RequestRates(0.5, 0.5, 0.97)] * 4
-    engine = make_engine(rates, 0.05, 10.0, paper=paper)
+@pytest.mark.parametrize(
+    ("count", "plain", "slim", "paper"),
+    [(4, 0.5, 10.0, False), (4, 0.5, 10.0, True), (1, 0.3, 10.0, False), (1, 0.3, 5.0, False)],
+)
+def test_trials_that_no_budget_covers_are_seldom(
+    count: int, plain: float, slim: float, paper: bool
+) -> None:
+    """Slim passes many times as dear as full ones, for 20,000 steps: little is lost. Where nothing
+    of them is remembered, they look as cheap as full ones."""
+    rates = [RequestRates(plain, plain, 0.98)] * count
+    engine = make_engine(rates, 0.05, slim, paper=paper)
     planner = Planner(MAX_DRAFTS, MAX_WINDOW)
     engine.run(planner, 100)
     before = planner.snapshot()["steps"]["tiered"]
-    plain, _ = best_rates(rates, 0.05, 10.0)
-    assert engine.run(planner, 20_000) * FULL >= 0.97 * plain
+    best, _ = best_rates(rates, 0.05, slim)
+    assert engine.run(planner, 20_000) * FULL >= 0.97 * best
     assert planner.snapshot()["steps"]["tiered"] > before
 
 

@@ -44,9 +44,11 @@ TRIAL_INTERVAL = {NONE: 45 * 40, PLAIN: 40, TIERED: 40}
 # The share of what is known about a kind of plan that its next trial keeps.
 TRIAL_FADE = 0.75
 # A kind of plan that was not tried for so many steps is tried whatever that loses: what made it
-# look dear may be over, and nothing else would show that. Each such trial doubles the number, until
-# the kind is in use again.
-PATIENCE, MAX_PATIENCE = 2000, 32000
+# look dear may be over, and nothing else would show that. Each such trial doubles the number, each
+# choice that puts the kind in use halves it. These are more steps than `PassTimeEstimator`
+# remembers, and those between two choices, so that such a trial's times are not mixed with older
+# ones.
+PATIENCE, MAX_PATIENCE = 2400, 38400
 # The trial budget saves up the time of this many steps at most, and owes that of so many.
 MAX_SAVED_STEPS, MAX_OWED_STEPS = 3, 10
 
@@ -68,8 +70,9 @@ class TrialLength:
     enough_tokens: int
 
 
-# The first trial of a kind is longer: before it nothing is known. The third is `PATIENCE`'s.
-FIRST_TRIAL, TRIAL, UNPAID_TRIAL = TrialLength(15, 30), TrialLength(8, 24), TrialLength(8, 20)
+# The first trial of a kind is longer: before it nothing is known. The third, which `PATIENCE`
+# allows, has only the steps that medians of times need.
+FIRST_TRIAL, TRIAL, UNPAID_TRIAL = TrialLength(15, 30), TrialLength(8, 24), TrialLength(8, 0)
 
 
 class Planner(Estimates):
@@ -298,7 +301,7 @@ class Planner(Estimates):
                     for rate in NEEDS[kind]:
                         estimates.of[rate].fade(TRIAL_FADE)
                 plan = best[kind]
-                if length == UNPAID_TRIAL:
+                if length is UNPAID_TRIAL:
                     # What the best plan goes by may be long over.
                     plan = self._first_plan(kind)
                     self._patience[kind] = min(2 * self._patience[kind], MAX_PATIENCE)
@@ -323,7 +326,7 @@ class Planner(Estimates):
             if rates[plan.cell] > least and self._is_known(kind):
                 self._used, least = plan, rates[plan.cell]
         self._last_trial[self._used.kind] = self._step
-        self._patience[self._used.kind] = PATIENCE
+        self._patience[self._used.kind] = max(self._patience[self._used.kind] // 2, PATIENCE)
         self._used_rate = float(rates[self._used.cell])
         self._used_seconds = float(forecast.seconds[self._used.cell])
         self._plan = self._used
@@ -344,13 +347,15 @@ class Planner(Estimates):
         self, forecast: Forecast, best: dict[str, DraftPlan]
     ) -> tuple[str | None, TrialLength]:
         """The kind of plan whose last trial is the oldest, if it is time for one and the budget
-        covers it, or if it was not tried for too long; and the length of the trial."""
+        covers it, or if it was not tried for too long; and the length of the trial. What a slim
+        pass would lose is not known where its times are forgotten."""
+        is_known = {kind: kind != TIERED or bool(self._slim.points(self._step)) for kind in best}
         for kind in sorted(best, key=self._last_trial.__getitem__):
             if kind == self._used.kind:
                 continue
             steps = self._step - self._last_trial[kind]
-            loss = lost_seconds(forecast, best[kind])
-            if steps >= TRIAL_INTERVAL[kind] and loss <= self._budget_seconds:
+            is_covered = lost_seconds(forecast, best[kind]) <= self._budget_seconds
+            if steps >= TRIAL_INTERVAL[kind] and is_known[kind] and is_covered:
                 return kind, TRIAL
             if steps >= self._patience[kind]:
                 return kind, UNPAID_TRIAL
@@ -369,7 +374,7 @@ class Planner(Estimates):
     def _end_trial(self, forecast: Forecast | None) -> None:
         """Takes from the budget what the trial has lost, by what it taught, if it was the budget
         that allowed it."""
-        if self._trial == TRIAL and forecast is not None:
+        if self._trial is TRIAL and forecast is not None:
             self._budget_seconds -= lost_seconds(forecast, self._plan, self._trial_steps)
         self._trial = None
 
