@@ -92,9 +92,12 @@ vllm.v1.worker.cpu_model_runner:CPUModelRunner initialize_kv_cache load_model
 vllm.v1.core.sched.scheduler:Scheduler _preempt_request
     wrapped to take back blocks that were planned and never computed
     ! under --scheduling-policy priority a prefix hit may read such a block
-vllm.v1.core.sched.scheduler:Scheduler _free_request_blocks requests
+vllm.v1.core.sched.scheduler:Scheduler _free_request_blocks
     wrapped to take blocks of a request, which it gives back, out of the prefix cache
     ! a step of requests that find what others have left open may take very long
+vllm.v1.core.sched.scheduler:Scheduler requests
+    which positions a request has left open is kept with it; conversations that go on get no drafts
+    ! others find open positions, and a conversation would read tokens behind the end of the last
 vllm.v1.core.kv_cache_manager:KVCacheManager get_blocks evict_blocks
     find and take back those blocks
     ! as above

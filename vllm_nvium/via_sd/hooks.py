@@ -102,7 +102,7 @@ vllm.v1.outputs SamplerOutput.sampled_token_ids SamplerOutput.logprobs_tensors
 vllm.v1.core.sched.scheduler:Scheduler num_lookahead_tokens num_spec_tokens
     overridden to reserve KV slots for a window
     ! windows would be written into blocks of other requests
-vllm.v1.core.sched.scheduler:Scheduler schedule requests
+vllm.v1.core.sched.scheduler:Scheduler schedule
     overridden to tell the runner of conversations that go on, which get no drafts
     ! its next turn would read tokens behind the end of the last
 vllm.v1.request:Request resumable
