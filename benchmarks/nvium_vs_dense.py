@@ -81,12 +81,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def longest_context(dense: str | None, most: int = 1024) -> int:
-    """Tokens of a context: a small model may know fewer positions."""
-    if dense is None:
+def longest_context(model: str | None, most: int = 1024) -> int:
+    """Tokens of a context: a small model may know fewer positions. N-vium has them in the
+    configuration of its parent."""
+    if model is None:
         return most
-    config = json.loads((Path(dense) / "config.json").read_text())
-    return min(most, int(config["max_position_embeddings"]))
+    config = json.loads((Path(model) / "config.json").read_text())
+    return min(most, int(config.get("text_config", config)["max_position_embeddings"]))
 
 
 def executed_share(
