@@ -201,12 +201,18 @@ class TraceEngine:
         # What was left there is for nobody to find.
         assert self.engine.reset_prefix_cache()
 
-    def open_in_prefix_cache(self) -> int:
-        """Positions that others could find there and that are not through every layer."""
+    def open_in_prefix_cache(self, unused: bool = False) -> int:
+        """Positions that others could find there and that are not through every layer.
+
+        Args:
+            unused: only in blocks that no request holds.
+        """
         found = 0
         pool = self.scheduler.kv_cache_manager.block_pool
         catch_up = self._watched
         for block in pool.blocks:
+            if unused and block.ref_cnt:
+                continue
             if block.block_hash is not None and catch_up is not None:
                 first = block.block_id * catch_up.block_size
                 marks = catch_up.side_cache.marks[first : first + catch_up.block_size]

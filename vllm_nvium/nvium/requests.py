@@ -229,13 +229,13 @@ class NviumRequests(RequestTable[RequestInfo]):
             last: [R] int64, in the order of the last `sampling` call.
         """
         self.complete[:] = last + 1
-        for index, (row, complete) in enumerate(
-            zip(self._rows, self.complete.tolist(), strict=True)
+        for request_id, row, complete in zip(
+            self._order, self._rows, self.complete.tolist(), strict=True
         ):
             row.complete = complete
             if row.is_told:
                 row.is_told = False
-                self.told[self._order[index]] = None
+                self.told[request_id] = None
         self._all_told = False
 
     def stopped(self) -> None:

@@ -38,8 +38,8 @@ class NviumCounts(Counts):
         exit_tokens: [N] tokens by the exit that they left at; the last is the final head. A token
             of the mixture counts for the exit that settled it.
         step_depths: [N] steps by the segments that they ran, from one.
-        forced_steps: steps that went on although every token had its head, because a request had
-            left too much behind or the side cache was full.
+        forced_steps: steps that went on although every token had its head, because a request, or
+            all of the step together, had left too much behind, or the side cache was full.
         caught_up_rows, caught_up_passes: rows that earlier steps had left behind, summed over the
             segments that ran on them, and how many segments had such rows.
         row_layers: layers run, summed over rows; dense_row_layers: what a dense model runs for the

@@ -616,23 +616,18 @@ def test_a_tier_that_was_slow_for_a_while_is_tried_again() -> None:
     assert planner.snapshot()["steps"]["tiered"] - before > 250
 
 
-def test_a_drafter_that_was_slow_for_a_while_is_used_again() -> None:
-    planner = Planner(4, 6)
-    rates = [RequestRates(0.9, 0.9, 0.3)]
-    make_engine(rates, 0.25, 0.9).run(planner, 300)
-    make_engine(rates, 2.0, 0.9).run(planner, 40)
-    make_engine(rates, 0.25, 0.9).run(planner, 3000)
-    before = planner.snapshot()["steps"]["plain"]
-    make_engine(rates, 0.25, 0.9).run(planner, 500)
-    assert planner.snapshot()["steps"]["plain"] - before > 450
-
-
-def test_a_drafter_that_was_slow_is_used_again_where_there_is_no_tier() -> None:
-    rates = [RequestRates(0.9, 0.9, 0.3)] * 16
-    planner = Planner(4, 16, max_rounds=0)
-    make_engine(rates, 0.25, 0.9).run(planner, 300)
-    make_engine(rates, 3.0, 0.9).run(planner, 60)
-    make_engine(rates, 0.25, 0.9).run(planner, 3500)
+@pytest.mark.parametrize(
+    ("count", "window", "max_rounds", "slow", "steps", "later"),
+    [(1, 6, None, 2.0, 40, 3000), (16, 16, 0, 3.0, 60, 3500)],
+    ids=["with a tier", "without"],
+)
+def test_a_drafter_that_was_slow_for_a_while_is_used_again(
+    count: int, window: int, max_rounds: int | None, slow: float, steps: int, later: int
+) -> None:
+    planner = Planner(4, window, max_rounds=max_rounds)
+    rates = [RequestRates(0.9, 0.9, 0.3)] * count
+    for draft, steps_of_it in ((0.25, 300), (slow, steps), (0.25, later)):
+        make_engine(rates, draft, 0.9).run(planner, steps_of_it)
     before = planner.snapshot()["steps"]["plain"]
     make_engine(rates, 0.25, 0.9).run(planner, 500)
     assert planner.snapshot()["steps"]["plain"] - before > 450

@@ -334,7 +334,7 @@ class Planner(Estimates):
     def _is_known(self, kind: str) -> bool:
         """Whether the rates that a kind of plan depends on have enough trials, under any rule, and
         what a slim pass takes is not forgotten."""
-        if kind == TIERED and not self._slim.points(self._step):
+        if kind == TIERED and not self.remembers_slim_passes():
             return False
         return all(
             max(estimates.of[rate].trials for estimates in self._by_rule.values()) >= MIN_TRIALS
@@ -347,15 +347,18 @@ class Planner(Estimates):
         self, forecast: Forecast, best: dict[str, DraftPlan]
     ) -> tuple[str | None, TrialLength]:
         """The kind of plan whose last trial is the oldest, if it is time for one and the budget
-        covers it, or if it was not tried for too long; and the length of the trial. What a slim
-        pass would lose is not known where its times are forgotten."""
-        is_known = {kind: kind != TIERED or bool(self._slim.points(self._step)) for kind in best}
+        covers it, or if it was not tried for too long; and the length of the trial. What slim
+        passes would lose is not known where their times are forgotten."""
         for kind in sorted(best, key=self._last_trial.__getitem__):
             if kind == self._used.kind:
                 continue
             steps = self._step - self._last_trial[kind]
-            is_covered = lost_seconds(forecast, best[kind]) <= self._budget_seconds
-            if steps >= TRIAL_INTERVAL[kind] and is_known[kind] and is_covered:
+            is_foreseen = kind != TIERED or self.remembers_slim_passes()
+            if (
+                steps >= TRIAL_INTERVAL[kind]
+                and is_foreseen
+                and lost_seconds(forecast, best[kind]) <= self._budget_seconds
+            ):
                 return kind, TRIAL
             if steps >= self._patience[kind]:
                 return kind, UNPAID_TRIAL

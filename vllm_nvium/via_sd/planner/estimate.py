@@ -290,6 +290,10 @@ class Estimates:
         curve = self._overhead.curve()
         return float(curve(num_requests)) if curve else 0.0
 
+    def remembers_slim_passes(self) -> bool:
+        """Whether it is known what a slim pass takes."""
+        return bool(self._slim.points(self._step))
+
     def has_tier(self, request_id: str) -> bool:
         return self.rule_of(request_id) != OFF
 
