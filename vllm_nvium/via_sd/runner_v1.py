@@ -23,7 +23,7 @@ from vllm_nvium.model_executor.via_sd.slim import SlimPass
 from vllm_nvium.model_executor.via_sd.slim_rows import rows_of_windows
 from vllm_nvium.model_executor.via_sd.step import Drafts, SlimDraws, Window
 from vllm_nvium.via_sd.loading import load_with_slim_verifier
-from vllm_nvium.via_sd.options import ViaSDOptions, options_of
+from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, options_of
 from vllm_nvium.via_sd.row_metadata import Span, draws_one_at_a_time
 from vllm_nvium.via_sd.sampler import draw_slim, sample_spans
 from vllm_nvium.via_sd.scheduler import CONVERSATIONS
@@ -250,9 +250,9 @@ class ViaSDModelRunnerMixin(Runner):
     def propose_draft_token_ids(
         self, scheduler_output: "SchedulerOutput", sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        start = time.perf_counter()
         request_ids, drafts = self.session.plan_drafts(self._view)
         self._has_drafted = True
+        start = self._clock()
         # Other drafters must see every token, to learn from it or for their own KV cache.
         method = self.speculative_config.method
         if drafts == 0 and method == "ngram":
@@ -263,8 +263,15 @@ class ViaSDModelRunnerMixin(Runner):
         answer = super().propose_draft_token_ids(schedule, sampled_token_ids, *args, **kwargs)
         if method == "suffix":
             answer = [tokens[:drafts] for tokens in answer]
-        self.session.observe_drafter(len(request_ids), drafts, time.perf_counter() - start)
+        self.session.observe_drafter(len(request_ids), drafts, self._clock() - start)
         return answer
+
+    def _clock(self) -> float:
+        """Seconds. vLLM waits for the device only after the drafter's call, and what that takes
+        there would count as the full model's."""
+        if self.device.type != "cpu" and self.via_sd.rounds == AUTO:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session

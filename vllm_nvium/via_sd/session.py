@@ -19,6 +19,7 @@ from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
 from vllm_nvium.via_sd.first_rank import PlansOfFirstRank, shared
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
 from vllm_nvium.via_sd.planner.choose import Planner
+from vllm_nvium.via_sd.planner.estimators import WindowSurvival
 from vllm_nvium.via_sd.planner.fixed import FixedRounds
 from vllm_nvium.via_sd.planner.model import DraftPlan
 from vllm_nvium.via_sd.request_metrics import DRAFTER, FULL, SLIM
@@ -229,6 +230,7 @@ class Session(TokenNotes):
         # Whether the drafter has been asked in every round so far. One that was left out of a round
         # has not seen that round's tokens, and is not asked again.
         is_asked = view.can_draft_again
+        survival = WindowSurvival(self.planner.survival)
         while True:
             current, drafts = self._with_a_round(view, current, drafts)
             if not current:
@@ -240,7 +242,7 @@ class Session(TokenNotes):
             lengths = [len(current[i].tokens) for i in going]
             names = [view.request_ids[current[i].request] for i in going]
             survivals = [
-                1.0 if window.is_paper else self.planner.survival(name, window.confidences)
+                1.0 if window.is_paper else survival(name, window.confidences)
                 for name, window in zip(names, (current[i] for i in going), strict=True)
             ]
             if not going or not self.planner.another_round(lengths, done, names, survivals):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,19 @@ from simulated_engine import RequestRates, SimulatedEngine
 
 from vllm_nvium.via_sd.planner.choose import REFRESH_STEPS, Planner
 from vllm_nvium.via_sd.planner.estimate import judge_drafts
-from vllm_nvium.via_sd.planner.estimators import PassTimeEstimator, RateEstimate
+from vllm_nvium.via_sd.planner.estimators import (
+    PassTimeEstimator,
+    RateEstimate,
+    WindowSurvival,
+)
 from vllm_nvium.via_sd.planner.fixed import FixedRounds
 from vllm_nvium.via_sd.planner.model import (
     LOSSLESS,
+    NONE,
     OFF,
     PAPER,
+    PLAIN,
+    TIERED,
     AcceptanceRates,
     BackgroundLoad,
     DraftPlan,
@@ -33,6 +41,7 @@ from vllm_nvium.via_sd.planner.model import (
     round_length,
     round_survival,
 )
+from vllm_nvium.via_sd.planner.trials import Patience
 
 FULL = 0.02  # seconds of a full pass
 DRAFTERS = {
@@ -672,6 +681,116 @@ def test_slim_passes_of_one_size_say_nothing_of_larger_ones() -> None:
     times = planner.step_times(8, 0)
     assert times is not None
     assert times.slim(1) == pytest.approx(0.1 / 8) and times.slim(64) == pytest.approx(0.1)
+
+
+def test_slim_passes_of_few_rows_say_little_of_a_crowds() -> None:
+    """Where each row more took some time among few, full passes tell whether that goes on."""
+    planner = Planner(4, 8)
+    for _ in range(20):
+        for rows in (1, 8, 64):
+            planner.observe_full_pass(rows, 0.01)
+        planner.observe_slim_pass(1, 0.003)
+        planner.observe_slim_pass(5, 0.00345)
+    times = planner.step_times(64, 0)
+    assert times is not None
+    assert times.slim(64) == pytest.approx(0.00345) == times.slim(512)
+
+
+def test_patience_with_a_crowd_is_not_that_with_a_single_request() -> None:
+    patience = Patience()
+    for _ in range(9):
+        patience.has_tried(TIERED, 64)
+    assert patience.steps(TIERED, 64) == Patience.MOST
+    assert patience.steps(TIERED, 1) == patience.steps(PLAIN, 64) == Patience.LEAST
+    for _ in range(9):
+        patience.has_used(TIERED, 64)
+    assert patience.steps(TIERED, 64) == Patience.LEAST
+
+
+def test_a_single_request_has_the_tier_soon_after_a_long_crowd() -> None:
+    """Whose trials were in vain, so that the next one would have been thousands of steps off."""
+    crowd = dear_rows(8)
+    planner = Planner(2, 4)
+    dear_rows(1).run(planner, 200)
+    crowd.run(planner, 8_000)
+    for name in crowd.names:
+        planner.remove(name)
+    single = dear_rows(1)
+    single.run(planner, Patience.LEAST + 100)
+    before = planner.snapshot()["steps"]["tiered"]
+    single.run(planner, 200)
+    assert planner.snapshot()["steps"]["tiered"] - before > 150
+
+
+def test_plain_decoding_where_no_step_does_nothing_but_decode() -> None:
+    """With prompts in every step no time is learned. What was tried last is not kept for ever."""
+    planner = Planner(4, 16)
+    plans = []
+    for _ in range(200):
+        plans.append(planner.plan(["a"], 1))
+        if plans[-1].rounds:
+            planner.observe_slim_pass(5, 9.9)
+            planner.observe_slim_check("a", 4, 4, 0)
+            planner.observe_full_check("a", 1, 0, is_tiered=True)
+        elif plans[-1].num_draft_tokens:
+            planner.observe_full_check("a", 4, 4, is_tiered=False, num_requested=4)
+    assert {plan.kind for plan in plans[:60]} == {NONE, PLAIN, TIERED}
+    assert set(plans[60:]) == {DraftPlan(0, 0)}
+
+
+def test_requests_that_come_and_go_do_not_cost_a_forecast_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        return forecast_plans(*args, **kwargs)
+
+    planner = Planner(4, 16)
+    engines = [make_engine([RequestRates(0.7, 0.8, 0.95)] * count, 0.05, 0.4) for count in (6, 8)]
+    engines[0].run(planner, 200)
+    monkeypatch.setattr("vllm_nvium.via_sd.planner.choose.forecast_plans", counted)
+    for step in range(100):
+        engines[step % 2].run(planner, 1)
+    assert 0 < made <= 100 * 2 / REFRESH_STEPS + 1
+    # A batch of another size altogether has a plan of its own at once.
+    before = made
+    make_engine([RequestRates(0.7, 0.8, 0.95)] * 16, 0.05, 0.4).run(planner, 1)
+    assert made == before + 1 or planner.snapshot()["is_trial"]
+
+
+def test_what_was_faded_stays_faded() -> None:
+    rate = RateEstimate()
+    for _ in range(60):
+        rate.observe(3, 1)
+    for _ in range(16):
+        rate.fade(0.75)
+        rate.observe(2, 1)
+    # Trials are x = 0.75 x + 3 in the end.
+    assert rate.trials < 3 / (1 - 0.75) + 4
+
+
+def test_tokens_of_a_window_are_looked_up_once() -> None:
+    planner = Planner(4, 16)
+    for name, kept in (("a", 3), ("b", 1)):
+        for confidence in (0.3, 0.7, 0.995):
+            planner.observe_full_check(name, 4, kept, True, 0, [confidence] * 4)
+    seen = 0
+
+    def survival(name: str, confidences: Sequence[float]) -> float:
+        nonlocal seen
+        seen += len(confidences)
+        return planner.survival(name, confidences)
+
+    grown = WindowSurvival(survival)
+    confidences = [0.3, 0.995, 0.7, 0.7, 0.2]
+    for length in (0, 2, 3, 5):
+        for name in ("a", "b"):
+            found = grown(name, confidences[:length])
+            assert found == pytest.approx(planner.survival(name, confidences[:length]))
+    assert seen == 2 * len(confidences)
 
 
 def test_what_is_long_over_is_not_mixed_with_what_is_now() -> None:

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the plan of every step: the one with the highest forecast, and now and then another one
-to learn about it. What these trials lose stays within a budget, so that a slim tier that does not
-pay costs little; a kind of plan for which the budget never suffices is tried all the same, seldom
-and ever more seldom.
+to learn about it (`trials.py`), so that a slim tier that does not pay costs little.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,35 +19,27 @@ from vllm_nvium.via_sd.planner.model import (
     forecast_plans,
     one_round,
 )
+from vllm_nvium.via_sd.planner.trials import (
+    FIRST_PLANS,
+    FIRST_TRIAL,
+    MAX_OWED_STEPS,
+    MAX_SAVED_STEPS,
+    MIN_TRIALS,
+    NEEDS,
+    TRIAL,
+    TRIAL_FADE,
+    TRIAL_INTERVAL,
+    UNPAID_TRIAL,
+    Patience,
+    TrialLength,
+    best_plan,
+    lost_seconds,
+)
 
-# A plan is kept for this many steps.
+# A plan is kept for this many steps; where many requests come and go, for half as many.
 REFRESH_STEPS = 8
 # The factor by which another plan has to be better, to replace one of its own or of another kind.
 PLAN_MARGIN, KIND_MARGIN = 1.003, 1.015
-
-# What each kind of plan is tried with first.
-FIRST_PLANS = {NONE: DraftPlan(0, 0), PLAIN: DraftPlan(4, 0), TIERED: DraftPlan(2, 2)}
-# The rates that a kind of plan depends on; it is used once each of them has this many trials.
-NEEDS: dict[str, tuple[str, ...]] = {
-    NONE: (),
-    PLAIN: ("accept_full",),
-    # A drafter that never has drafts teaches nothing about the slim verifier's judgement of them.
-    TIERED: ("accept_window",),
-}
-MIN_TRIALS = 16.0
-# Steps between two trials of the same kind. Plain decoding has no acceptance rate to learn, so that
-# it needs them far less often.
-TRIAL_INTERVAL = {NONE: 45 * 40, PLAIN: 40, TIERED: 40}
-# The share of what is known about a kind of plan that its next trial keeps.
-TRIAL_FADE = 0.75
-# A kind of plan that was not tried for so many steps is tried whatever that loses: what made it
-# look dear may be over, and nothing else would show that. Each such trial doubles the number, each
-# choice that puts the kind in use halves it. These are more steps than `PassTimeEstimator`
-# remembers, and those between two choices, so that such a trial's times are not mixed with older
-# ones.
-PATIENCE, MAX_PATIENCE = 2400, 38400
-# The trial budget saves up the time of this many steps at most, and owes that of so many.
-MAX_SAVED_STEPS, MAX_OWED_STEPS = 3, 10
 
 # The largest array of a forecast has B D L^2 cells, for B requests, D draft tokens and L window
 # lengths. One of MAX_CELLS takes a millisecond or two, so that larger batches are sampled:
@@ -59,20 +48,6 @@ MAX_SAVED_STEPS, MAX_OWED_STEPS = 3, 10
 MIN_SAMPLE, MAX_SAMPLE = 4, 8
 MAX_CELLS = MAX_SAMPLE * 8 * 15**2
 MAX_STRETCH = 32
-
-
-@dataclass(frozen=True)
-class TrialLength:
-    """A trial ends after `max_steps` steps, or after `MIN_SAMPLES`, which its medians need, once
-    the full model has judged `enough_tokens`."""
-
-    max_steps: int
-    enough_tokens: int
-
-
-# The first trial of a kind is longer: before it nothing is known. The third, which `PATIENCE`
-# allows, has only the steps that medians of times need.
-FIRST_TRIAL, TRIAL, UNPAID_TRIAL = TrialLength(15, 30), TrialLength(8, 24), TrialLength(8, 0)
 
 
 class Planner(Estimates):
@@ -86,7 +61,7 @@ class Planner(Estimates):
         max_rounds: most rounds of a window; as many as it has tokens by default.
         drafts_again: whether the drafter is asked in all rounds of a window; else in the first.
         max_batch: no slim tier while more requests than this decode.
-        trial_budget: share of the time that trials may lose, beside those that `PATIENCE` allows.
+        trial_budget: share of the time that trials may lose, beside those that `Patience` allows.
     """
 
     def __init__(
@@ -112,12 +87,12 @@ class Planner(Estimates):
         self._num_others = 0
         # Requests with drafts, and others, that the plan was made for.
         self._planned_for = (0, 0)
-        self._next_choice = 0
+        self._last_choice = self._next_choice = 0
         # The trial that runs, its steps so far, and `_num_verified` when it began.
         self._trial: TrialLength | None = None
         self._trial_steps = self._verified_before = 0
         self._last_trial: dict[str, int] = {}  # number of the step, by kind
-        self._patience = dict.fromkeys((NONE, PLAIN, TIERED), PATIENCE)
+        self._patience = Patience()
         self._budget_seconds = 0.0
         self._steps_of = {NONE: 0, PLAIN: 0, TIERED: 0}
         # By request: s and q of `another_round`, the mean length of a round, and the hit rate.
@@ -230,9 +205,12 @@ class Planner(Estimates):
     # --- the batch ------------------------------------------------------------------------------
 
     def _is_resized(self, num_requests: int) -> bool:
-        """Whether an eighth of the batch has come or gone since the plan was made."""
+        """Whether half of the batch has come or gone since the plan was made, or an eighth where
+        that was some steps ago: a forecast may take a tenth of a step."""
         counts = zip((num_requests, self._num_others), self._planned_for, strict=True)
-        return sum(abs(now - then) for now, then in counts) * 8 > sum(self._planned_for)
+        changed, size = sum(abs(now - then) for now, then in counts), sum(self._planned_for)
+        is_old = 2 * (self._step - self._last_choice) >= REFRESH_STEPS
+        return changed * 2 >= max(size, 1) or (is_old and changed * 8 > size)
 
     def _possible_kinds(self, request_ids: Sequence[str]) -> list[str]:
         if self.max_draft_tokens == 0:
@@ -282,7 +260,7 @@ class Planner(Estimates):
 
     def _choose(self, request_ids: Sequence[str]) -> None:
         """Sets the plan of the next steps, or begins a trial."""
-        self._planned_for = len(request_ids), self._num_others
+        self._planned_for, self._last_choice = (len(request_ids), self._num_others), self._step
         self._next_choice = self._step + self._refresh_steps(len(request_ids))
         self._round_gains.clear()
         kinds = self._possible_kinds(request_ids)
@@ -304,8 +282,11 @@ class Planner(Estimates):
                 if length is UNPAID_TRIAL:
                     # What the best plan goes by may be long over.
                     plan = self._first_plan(kind)
-                    self._patience[kind] = min(2 * self._patience[kind], MAX_PATIENCE)
+                    self._patience.has_tried(kind, sum(self._planned_for))
                 self._begin_trial(plan, length)
+        else:
+            # No step has done nothing but decode, so that no time is known.
+            self._plan = self._used
 
     def _first_plan(self, kind: str) -> DraftPlan:
         first = FIRST_PLANS[kind]
@@ -326,7 +307,7 @@ class Planner(Estimates):
             if rates[plan.cell] > least and self._is_known(kind):
                 self._used, least = plan, rates[plan.cell]
         self._last_trial[self._used.kind] = self._step
-        self._patience[self._used.kind] = max(self._patience[self._used.kind] // 2, PATIENCE)
+        self._patience.has_used(self._used.kind, sum(self._planned_for))
         self._used_rate = float(rates[self._used.cell])
         self._used_seconds = float(forecast.seconds[self._used.cell])
         self._plan = self._used
@@ -360,7 +341,7 @@ class Planner(Estimates):
                 and lost_seconds(forecast, best[kind]) <= self._budget_seconds
             ):
                 return kind, TRIAL
-            if steps >= self._patience[kind]:
+            if steps >= self._patience.steps(kind, sum(self._planned_for)):
                 return kind, UNPAID_TRIAL
         return None, TRIAL
 
@@ -380,19 +361,3 @@ class Planner(Estimates):
         if self._trial is TRIAL and forecast is not None:
             self._budget_seconds -= lost_seconds(forecast, self._plan, self._trial_steps)
         self._trial = None
-
-
-def best_plan(forecast: Forecast, kind: str) -> DraftPlan:
-    rates = forecast.rates
-    if kind == NONE:
-        return DraftPlan(0, 0)
-    if kind == PLAIN:
-        return DraftPlan(1 + int(rates[1:, 0].argmax()), 0)
-    drafts, rounds = np.unravel_index(int(rates[:, 1:].argmax()), rates[:, 1:].shape)
-    return DraftPlan(int(drafts), 1 + int(rounds))
-
-
-def lost_seconds(forecast: Forecast, plan: DraftPlan, steps: int = MIN_SAMPLES) -> float:
-    """What steps of a plan lose against the best plan."""
-    share = 1 - float(forecast.rates[plan.cell] / forecast.rates.max())
-    return steps * float(forecast.seconds[plan.cell]) * share

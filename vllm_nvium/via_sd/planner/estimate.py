@@ -341,16 +341,12 @@ class Estimates:
         """None before the first slim pass, and where the last one was so long ago that what it took
         says nothing any more.
 
-        Below the smallest slim pass that was seen, slim passes are taken to fall as full ones do:
-        after a crowd, a single request's would look as dear as the crowd's, and nobody would try.
+        Slim passes of sizes that were not seen are taken to follow full ones: after a crowd, a
+        single request's would look as dear as the crowd's, or the other way round, and nobody would
+        try.
         """
         points = self._slim.points(self._step)
-        if not points:
-            return None
-        size, seconds = points[0]
-        smaller = [known for known, _ in self._full.points() if known < size]
-        below = [seconds * float(full(known) / full(size)) for known in smaller]
-        return PassTimeCurve(*zip(*points, strict=True)).with_smaller(smaller, below)
+        return PassTimeCurve(*zip(*points, strict=True)).completed_by(full) if points else None
 
 
 def _rates_of_request(request: RateEstimates, common: dict[str, float]) -> list[float]:

@@ -119,6 +119,11 @@ class RateEstimate:
     def fade(self, keep: float) -> None:
         """Makes future trials count for more."""
         self.successes, self.trials = self.successes * keep, self.trials * keep
+        # With more of them than of all, the next trial would be a surprise.
+        self.recent_successes, self.recent_trials = (
+            self.recent_successes * keep,
+            self.recent_trials * keep,
+        )
 
     def estimate(self, prior: float, prior_trials: float) -> float:
         """(successes + prior * prior_trials) / (trials + prior_trials)"""
@@ -142,3 +147,24 @@ class SurvivalByConfidence:
     def estimate(self, confidence: float, usual: float) -> float:
         """Given the rate of all tokens."""
         return self._rates[bisect(self.EDGES, confidence)].estimate(usual, self.PRIOR_TRIALS)
+
+
+class WindowSurvival:
+    """The probability that the full model keeps all tokens of a window that grows: only its newest
+    ones are looked up.
+
+    Args:
+        survival: the probability for a request's tokens, by how sure the slim verifier was of each.
+    """
+
+    def __init__(self, survival: Callable[[str, Sequence[float]], float]) -> None:
+        self._survival = survival
+        # By request: tokens that were looked up, and their probability.
+        self._known: dict[str, tuple[int, float]] = {}
+
+    def __call__(self, request_id: str, confidences: Sequence[float]) -> float:
+        """Of all tokens of the request's window, which has grown since the last call."""
+        seen, survives = self._known.get(request_id, (0, 1.0))
+        survives *= self._survival(request_id, confidences[seen:])
+        self._known[request_id] = len(confidences), survives
+        return survives

@@ -87,23 +87,27 @@ class PassTimeCurve:
     """
 
     def __init__(self, sizes: Sequence[float], seconds: Sequence[float]) -> None:
-        far = 2.0 * sizes[-1] + 1024.0
-        slope = 0.0
+        self._sizes, self._seconds, self._slope = np.array(sizes), np.array(seconds), 0.0
         if sizes[-1] >= 2 * sizes[0] and sizes[-1] > 0:
-            slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
-        self._sizes = np.array([*sizes, far])
-        self._seconds = np.array([*seconds, seconds[-1] + slope * (far - sizes[-1])])
+            self._slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
 
-    def with_smaller(self, sizes: Sequence[float], seconds: Sequence[float]) -> "PassTimeCurve":
-        """With points below the first; what it says of larger sizes stays."""
-        found = copy(self)
-        found._sizes = np.array([*sizes, *self._sizes])
-        found._seconds = np.array([*seconds, *self._seconds])
+    def completed_by(self, other: "PassTimeCurve") -> "PassTimeCurve":
+        """With the shape of another curve below and above the sizes that were seen. Above, where
+        this curve promises more than that, it stands."""
+        found, share = copy(self), self._seconds[-1] / other(self._sizes[-1])
+        smaller = other._sizes[other._sizes < self._sizes[0]]
+        larger = other._sizes[other._sizes > self._sizes[-1]]
+        below = self._seconds[0] * other(smaller) / other(self._sizes[0])
+        above = np.minimum(share * other(larger), self(larger))
+        found._sizes = np.concatenate([smaller, self._sizes, larger])
+        found._seconds = np.concatenate([below, self._seconds, above])
+        found._slope = min(self._slope, share * other._slope)
         return found
 
     def __call__(self, sizes: Any) -> Any:
         """Seconds, in the shape of `sizes`."""
-        return np.interp(sizes, self._sizes, self._seconds)
+        beyond = np.maximum(np.asarray(sizes) - self._sizes[-1], 0.0)
+        return np.interp(sizes, self._sizes, self._seconds) + self._slope * beyond
 
 
 @dataclass(frozen=True)
