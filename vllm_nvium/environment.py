@@ -9,12 +9,19 @@ from pathlib import Path
 
 
 def environment_for(checkpoint: Path | str, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment vLLM should start in; what is set already stays as it is."""
+    """The environment vLLM should start in with a checkpoint of the demo; what is set already stays
+    as it is."""
+    environment = with_libraries(base)
+    if Path(checkpoint).is_dir():
+        environment.setdefault("HF_HUB_OFFLINE", "1")
+    return environment
+
+
+def with_libraries(base: Mapping[str, str]) -> dict[str, str]:
+    """The environment for any checkpoint; what is set already stays as it is."""
     environment = dict(base)
     # The CPU build would otherwise take a share of the machine's memory; GPUs ignore it.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    if Path(checkpoint).is_dir():
-        environment.setdefault("HF_HUB_OFFLINE", "1")
     libraries = preload_libraries()
     if libraries and not environment.get("LD_PRELOAD"):
         environment["LD_PRELOAD"] = ":".join(libraries)

@@ -32,3 +32,10 @@ def from_command_line(parser: Any, model: Path, *arguments: str) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs.from_cli_args(parser.parse_args(["--model", str(model), *arguments]))
+
+
+def additional_config_of(arguments: Any) -> Any:
+    """What an API server makes of the arguments that another process has parsed."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs.from_cli_args(arguments).additional_config

@@ -4,12 +4,14 @@ streamed, per-request overrides, and the examples as written."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from servers import free_port, running_server, vllm_command
@@ -152,6 +154,28 @@ def run_example(name: str, *arguments: str) -> str:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_several_front_ends_know_the_flags(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Each in a process of its own, which vLLM gives what the command line said."""
+    log = tmp_path / "log"
+    flags = ("--via-sd", "--via-sd-slim", "skip", "--via-sd-request-metrics", "summary")
+    more = ("--api-server-count", "2", "--max-model-len", "256")
+    with running_server(dense_checkpoint, log, *flags, *more) as url:
+        for request in range(8):
+            # A connection of its own, so that all of them answer some.
+            body = {"vllm_xargs": {"via_sd": "off"} if request % 2 else {}}
+            answer = httpx.post(
+                f"{url}/completions",
+                json={"model": "tiny", "prompt": PROMPT} | FIXED | NO_END | body,
+                timeout=120,
+            )
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["metrics"]["via_sd"]["full_passes"] > 0
+        metrics = httpx.get(f"{url.removesuffix('/v1')}/metrics", timeout=60).text
+    [passes] = re.findall(r"^vllm:via_sd_full_passes_total{.*} (.*)$", metrics, re.MULTILINE)
+    assert float(passes) > 8
+    assert len(set(re.findall(r"ApiServer_\d", log.read_text()))) == 2
 
 
 def test_help_shows_the_flags() -> None:

@@ -3,6 +3,7 @@
 results depend on. vLLM's parser knows the flags of this package once its plugins are loaded."""
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nvium.engine.feature import running
-from vllm_nvium.environment import environment_for
+from vllm_nvium.environment import with_libraries
 from vllm_nvium.errors import UserError, first_line
 
 # Flags that decide how fast a job runs, and not what it says; a job may go on with others.
@@ -77,6 +78,7 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.renderers.chat_utils import load_chat_template
 
     if (args.data_parallel_size or 1) > 1:
         raise UserError(
@@ -89,7 +91,21 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
             "--distributed-executor-backend is 'ray', which vLLM's CPU build does not have: leave "
             "it out, and use --replicas for more machines."
         )
+    args = _with_absolute_paths(args)
     try:
+        # Its text: replicas may stand on another machine, and a job goes on with the same only.
+        args.chat_template = load_chat_template(args.chat_template)
+    except Exception as error:  # noqa: BLE001 - vLLM's own class, which is no ValueError
+        raise UserError(
+            f"--chat-template is {str(args.chat_template)!r}, which is neither a file that can be "
+            "read nor a template."
+        ) from error
+    try:
+        config = _configuration(args)
+        if is_cpu and args.enable_chunked_prefill is None and running(config) is None:
+            # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
+            args.enable_chunked_prefill = False
+            config = _configuration(args)
         asked, usual = AsyncEngineArgs.from_cli_args(args), AsyncEngineArgs.from_cli_args(defaults)
         arguments = {
             field.name: value
@@ -98,28 +114,29 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
             # Ray's processor sets it itself.
             and field.name != "enable_log_requests"
         }
-        # A machine that only drives a cluster may have no device to check for.
-        with quiet():
-            config = None if current_platform.is_unspecified() else asked.create_engine_config()
     except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the engine does not start ({_reason(error)}).") from error
-    if is_cpu and args.enable_chunked_prefill is None and running(config) is None:
-        # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
-        arguments["enable_chunked_prefill"] = False
     workers = (args.tensor_parallel_size or 1) * (args.pipeline_parallel_size or 1)
     if is_cpu and workers > 1:
         # Without one, Ray's processor takes its own.
         arguments.setdefault("distributed_executor_backend", "mp")
+    flags = vars(args) | {
+        # Without what flags of this package have added.
+        "additional_config": {
+            key: value
+            for key, value in dict(args.additional_config or {}).items()
+            if getattr(args, key, None) is None
+        }
+    }
     given = {
         key: value
-        for key, value in vars(args).items()
+        for key, value in flags.items()
         if value != getattr(defaults, key) and key not in SPEED_ONLY | SECRET
     }
     return Engine(
-        # Replicas may stand in another folder.
-        model=str(Path(asked.model).absolute()) if Path(asked.model).is_dir() else asked.model,
+        model=asked.model,
         arguments=arguments,
         frontend=vars(args),
         about={"--model": asked.model}
@@ -130,9 +147,38 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     )
 
 
+def _configuration(args: argparse.Namespace) -> Any:
+    """vLLM's, or None on a machine that only drives a cluster and has no device to check for."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    if current_platform.is_unspecified():
+        return None
+    with quiet():
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def _with_absolute_paths(args: argparse.Namespace) -> argparse.Namespace:
+    """Where flags name files or folders of this one: replicas may stand in another."""
+    args = copy.copy(args)
+    args.speculative_config = copy.copy(args.speculative_config)
+    args.additional_config = copy.copy(args.additional_config)
+    for holder, key in (
+        (vars(args), "model"),
+        (vars(args), "tokenizer"),
+        (vars(args), "via_sd_mask"),
+        (args.speculative_config, "model"),
+        (args.additional_config, "via_sd_mask"),
+    ):
+        path = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(path, str) and Path(path).exists():
+            holder[key] = str(Path(path).absolute())
+    return args
+
+
 def environment_of_replica(engine: Engine) -> dict[str, str]:
     """The variables that a replica gets, beside those that Ray gives it."""
-    whole = environment_for(engine.model, os.environ)
+    whole = with_libraries(os.environ)
     passed = {key: value for key, value in whole.items() if key.startswith(PASSED_ON)}
     if engine.is_cpu:
         # Otherwise every replica of a machine binds its threads to the same cores.

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        the exit status; 2, and one line on standard error, for a `UserError`.
+        the exit status; with one line on standard error 2 for a `UserError`, and 130 where the
+        user interrupted it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = build_parser().parse_args(words[:1]).command
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(f"vllm-nvium {name}: error: {error}")
         return 2
+    except KeyboardInterrupt:
+        complain(f"vllm-nvium {name}: interrupted.")
+        return 130
 
 
 def _shorten(parser: argparse.ArgumentParser, common: set[str]) -> None:

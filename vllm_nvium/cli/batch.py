@@ -10,7 +10,7 @@ from typing import Any
 from vllm_nvium.checkpoints import require
 from vllm_nvium.cli.common import check_at_least, check_output
 from vllm_nvium.console import complain, say
-from vllm_nvium.environment import environment_for
+from vllm_nvium.environment import with_libraries
 from vllm_nvium.errors import UserError
 
 # `--help` shows these; --help-all the others, and vLLM's, too.
@@ -61,7 +61,8 @@ def make_parser(**about: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine-logs", action="store_true", help="print what the replicas print")
     add_engine_arguments(parser)
-    parser.set_defaults(parser=parser)
+    # vLLM's own default is a model that nobody named.
+    parser.set_defaults(parser=parser, model=None)
     return parser
 
 
@@ -69,14 +70,14 @@ def run(args: argparse.Namespace) -> int:
     """Do the job, or what is left of it.
 
     Returns:
-        0, or 130 when it was interrupted.
+        0, 1 when every row has an error, or 130 when it was interrupted.
     """
     parser = args.parser
     del args.parser
     check(args)
     # For this process, too: it makes the engine's configuration to check it. What is preloaded is
     # for engines alone.
-    suited = environment_for(args.model, os.environ)
+    suited = with_libraries(os.environ)
     os.environ.update({key: value for key, value in suited.items() if key != "LD_PRELOAD"})
     from vllm_nvium.batch.engine import engine_of
     from vllm_nvium.batch.job import Job
@@ -99,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
         complain("vllm-nvium batch: interrupted; the same command goes on.")
         return 130
     say(f"vllm-nvium batch: {progress.line()}", f"vllm-nvium batch: wrote {args.output}")
+    if progress.answered and progress.errors == progress.answered:
+        complain("vllm-nvium batch: every row has an error, and no answer.")
+        return 1
     return 0
 
 
@@ -106,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything slow starts."""
     from vllm_nvium.batch.inputs import check_suffix
 
+    if args.model is None:
+        raise UserError("--model is not given; name a folder or a hub id.")
     check_at_least(args, replicas=1)
     if args.cpus_per_replica is not None and args.cpus_per_replica <= 0:
         raise UserError(f"--cpus-per-replica is {args.cpus_per_replica}, and it must be above 0.")

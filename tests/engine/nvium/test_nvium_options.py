@@ -5,16 +5,18 @@ overrides of one request."""
 import dataclasses
 import inspect
 import math
+import multiprocessing
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from starts import from_command_line
+from starts import additional_config_of, from_command_line
 
 from vllm_nvium import plugin
 from vllm_nvium.engine.options import merge
@@ -237,6 +239,28 @@ def test_keywords_travel_in_additional_config(index: int, dense_checkpoint: Path
     for unknown in ("via_sd_speed", "via_sd_drafts", "nvium_depth", "other"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
             cls(model=path, **{unknown: 1})
+
+
+def test_flags_reach_processes_that_have_not_loaded_plugins(
+    parser: Any, dense_checkpoint: Path
+) -> None:
+    """vLLM's front ends, of which `--data-parallel-size 2` starts two."""
+    given = ["--model", str(dense_checkpoint), "--additional-config", '{"other": 1}']
+    args = parser.parse_args([*given, "--via-sd", "--via-sd-window", "9"])
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        found = pool.submit(additional_config_of, args).result()
+    assert found == {"other": 1, "via_sd": True, "via_sd_window": 9}
+
+
+def test_a_flag_that_says_something_else_than_additional_config(
+    parser: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--via-sd-window", "9", "--additional-config", '{"via_sd_window": 8}'])
+    assert "--via-sd-window is 9 but --additional-config says via_sd_window = 8; give one" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["EngineArgs", "AsyncEngineArgs"])

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy lossless VIA-SD on real weights in float32: every token is that of plain decoding in the
-same build of vLLM, with prefix caching, chunked prompts, preemption and mixed batches. It takes
-minutes to hours and needs checkpoints, so it runs only where they are named:
+"""Lossless VIA-SD on real weights: every token is that of plain decoding in the same build of
+vLLM, with prefix caching, chunked prompts, preemption and mixed batches, greedy or with seeds. It
+takes minutes to hours and needs checkpoints, so it runs only where they are named:
 
     pytest tests/engine/via_sd/test_via_sd_real_models.py --timeout 0 \\
         --via-sd-target TARGET --via-sd-prompts humaneval.jsonl \\
         [--via-sd-drafter none,ngram,DRAFT_MODEL] [--via-sd-kind int8,int4]
+        [--via-sd-dtype bfloat16] [--via-sd-temperature 1] [--via-sd-at-once 8]
         [--via-sd-skip-prompts 32 --via-sd-most-prompts 32]
 
 Plain decoding runs once for all drafters, kinds and rounds that are named.
@@ -20,12 +21,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 NEW_TOKENS = 128
-AT_ONCE = 32
 BLOCK = 32
-# Logits nearer than this may change places where float32 sums run in another order.
-TIE = 1e-3
+# Of sampled requests: as many log-probabilities show which tokens could have been drawn.
+TOP_K = 20
+# Logits nearer than this may change places where sums run in another order. Those of a model in
+# bfloat16 lie .125 apart between 16 and 32.
+TIE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+@dataclass
+class Decoding:
+    """How all engines decode.
+
+    Attributes:
+        temperature: above 0, prompt i is sampled with seed i and top-k 20.
+        at_once: most requests in a batch.
+    """
+
+    dtype: str
+    temperature: float
+    at_once: int
 
 
 @dataclass
@@ -34,8 +52,8 @@ class Said:
 
     Attributes:
         tokens: of every prompt.
-        gaps: of every token, how far its log-probability is above the next one's; empty unless
-            asked for.
+        gaps: of every token, how far its logit, divided by the temperature and with the noise
+            of its draw, is above the next one's; empty unless asked for.
         counts: `via_sd` and preemption counters of the engine.
     """
 
@@ -45,9 +63,13 @@ class Said:
 
 
 def generate(
-    model: str, prompts: list[list[int]], options: dict[str, Any], logprobs: int | None
+    model: str,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    how: Decoding,
+    with_gaps: bool,
 ) -> Said:
-    """Greedy tokens of all prompts, in an engine of the caller's process."""
+    """Tokens of all prompts, in an engine of the caller's process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
@@ -55,23 +77,30 @@ def generate(
     mean = sum(map(len, prompts)) / len(prompts) + NEW_TOKENS
     llm = LLM(
         model,
-        dtype="float32",
+        dtype=how.dtype,
         max_model_len=longest + 64,
-        max_num_seqs=AT_ONCE,
+        max_num_seqs=how.at_once,
         # Prompts come in pieces, beside requests that decode.
         max_num_batched_tokens=512,
         block_size=BLOCK,
         # Room for three quarters of what runs: the rest is preempted.
-        num_gpu_blocks_override=int(0.75 * AT_ONCE * mean / BLOCK),
+        num_gpu_blocks_override=max(int(0.75 * how.at_once * mean), longest + 2 * BLOCK) // BLOCK,
         enable_prefix_caching=True,
         enforce_eager=True,
         disable_log_stats=False,
         seed=0,
         **options,
     )
-    params = SamplingParams(
-        temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=logprobs
-    )
+    sampled = {"temperature": how.temperature, "top_k": TOP_K} if how.temperature else {}
+    params = [
+        SamplingParams(
+            **({"seed": i, **sampled} if sampled else {"temperature": 0.0}),
+            max_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            logprobs=(TOP_K if sampled else 2) if with_gaps else None,
+        )
+        for i in range(len(prompts))
+    ]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     said = [output.outputs[0] for output in outputs]
     counts = {
@@ -80,17 +109,30 @@ def generate(
         if metric.name.startswith(("vllm:via_sd", "vllm:num_preemptions", "vllm:prefix_cache_hits"))
         and hasattr(metric, "value")
     }
-    return Said(
-        [list(each.token_ids) for each in said],
-        [[gap_of(step) for step in each.logprobs or []] for each in said],
-        counts,
-    )
+    vocabulary = llm.model_config.get_vocab_size()
+    gaps = [
+        gaps_of(each.logprobs or [], how.temperature, vocabulary, seed)
+        for seed, each in enumerate(said)
+    ]
+    return Said([list(each.token_ids) for each in said], gaps, counts)
 
 
-def gap_of(step: Any) -> float:
-    """Between the best and the second best token of one step."""
-    best, second = sorted((each.logprob for each in step.values()), reverse=True)[:2]
-    return float(best - second)
+def gaps_of(
+    steps: list[dict[int, Any]], temperature: float, vocabulary: int, seed: int
+) -> list[float]:
+    """Between the best and the second best token of every step of one request: vLLM takes the
+    largest probability after division by exponential noise, which the request's generator draws
+    over the vocabulary for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    gaps = []
+    for step in steps:
+        scores = torch.tensor([each.logprob for each in step.values()])
+        if temperature:
+            noise = torch.empty(vocabulary).exponential_(generator=generator)
+            scores = scores / temperature - noise[list(step)].log()
+        best, second = scores.topk(2).values.tolist()
+        gaps.append(best - second)
+    return gaps
 
 
 def alone(*args: Any) -> Said:
@@ -123,8 +165,14 @@ def prompts(request: pytest.FixtureRequest, target: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain(target: str, prompts: list[list[int]]) -> Said:
-    return alone(target, prompts, {}, 2)
+def how(request: pytest.FixtureRequest) -> Decoding:
+    values = (request.config.getoption(f"--via-sd-{name}") for name in ("dtype", "temperature"))
+    return Decoding(*values, request.config.getoption("--via-sd-at-once"))
+
+
+@pytest.fixture(scope="module")
+def plain(target: str, prompts: list[list[int]], how: Decoding) -> Said:
+    return alone(target, prompts, {}, how, True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -134,11 +182,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, values, ids=[Path(value).name for value in values])
 
 
-def test_greedy_tokens_are_those_of_plain_decoding(
+def test_tokens_are_those_of_plain_decoding(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     target: str,
     prompts: list[list[int]],
+    how: Decoding,
     plain: Said,
     drafter: str,
     kind: str,
@@ -161,21 +210,22 @@ def test_greedy_tokens_are_those_of_plain_decoding(
             "model": drafter,
             "num_speculative_tokens": 4,
         }
-    with_tier = alone(target, prompts, options, None)
+    with_tier = alone(target, prompts, options, how, False)
 
+    tie = TIE[how.dtype] / (how.temperature or 1.0)
     equal, ties, wrong = 0, [], []
     for i, (expected, found) in enumerate(zip(plain.tokens, with_tier.tokens, strict=True)):
         differ = [k for k in range(NEW_TOKENS) if expected[k] != found[k]]
         if not differ:
             equal += 1
-        elif plain.gaps[i][differ[0]] < TIE:
+        elif plain.gaps[i][differ[0]] < tie:
             ties.append((i, differ[0], plain.gaps[i][differ[0]]))
         else:
             wrong.append((i, differ[0], plain.gaps[i][differ[0]]))
     report = request.config.pluginmanager.getplugin("terminalreporter")
     with capsys.disabled():
         for line in (
-            f"{Path(target).name}, {Path(drafter).name}, {kind}, rounds {rounds}: "
+            f"{Path(target).name}, {how}, {Path(drafter).name}, {kind}, rounds {rounds}: "
             f"{equal} of {len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
             f"plain {plain.counts}",
             f"VIA-SD {with_tier.counts}",
@@ -186,4 +236,4 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     if rounds != "auto":
         assert with_tier.counts["vllm:via_sd_slim_passes"] > 0
         assert with_tier.counts["vllm:via_sd_accepted_tokens"] > 0
-    assert plain.counts["vllm:num_preemptions"] > 0 or len(prompts) <= AT_ONCE // 2
+    assert plain.counts["vllm:num_preemptions"] > 0 or len(prompts) <= how.at_once // 2

@@ -79,6 +79,7 @@ def test_a_file_alone(tmp_path: Path) -> None:
         (["--dtype", "int8"], "--dtype is 'int8': input should be 'bfloat16' or 'float32'"),
         (["--trainer", "[3]"], "--trainer is [3]: input should be a valid dictionary"),
         (["--trainer", "{"], "--trainer is '{': expecting property name"),
+        (["--trainer", '{"max_steps": 3}'], "max_steps is what --tokens is for"),
         (["--no-such-flag", "3"], "unrecognized arguments: --no-such-flag 3"),
         (["--block-size", "1"], "--block-size is '1': input should be greater than or"),
         (["--learning-rate", "0"], "--learning-rate is '0': input should be greater than 0"),

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from vllm_nvium.batch.engine import SECRET, SPEED_ONLY, engine_of
+from vllm_nvium.batch.engine import SECRET, SPEED_ONLY, _with_absolute_paths, engine_of
 from vllm_nvium.batch.job import rows_per_block
 from vllm_nvium.cli import batch, main
 from vllm_nvium.errors import UserError
@@ -117,8 +117,61 @@ def test_flags_that_do_not_count_are_flags(parser: argparse.ArgumentParser) -> N
 def test_dense_models_on_cpu_compute_prompts_at_once(
     parser: argparse.ArgumentParser, tmp_path: Path, dense_checkpoint: Path
 ) -> None:
-    args = arguments(parser, tmp_path, "--model", str(dense_checkpoint))
-    assert engine_of(args, args).arguments == {"enable_chunked_prefill": False}
+    model = ["--model", str(dense_checkpoint)]
+    args, usual = (arguments(parser, tmp_path, *model) for _ in range(2))
+    assert engine_of(args, usual).arguments == {"enable_chunked_prefill": False}
+    # vLLM takes it with prompts in chunks, which is not what the replica would have.
+    args = arguments(parser, tmp_path, *model, "--max-num-batched-tokens", "64")
+    with pytest.raises(UserError, match="max_num_batched_tokens .64. is smaller"):
+        engine_of(args, usual)
+
+
+def test_files_are_found_wherever_a_replica_stands(
+    parser: argparse.ArgumentParser,
+    tmp_path: Path,
+    dense_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(dense_checkpoint)
+    (tmp_path / "mask.json").write_text('{"layers": [1]}')
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    model = ["--model", "model", "--tokenizer", "model"]
+    args = arguments(
+        parser, tmp_path, *model, "--chat-template", "chat.jinja", "--via-sd-mask", "mask.json"
+    )
+    found = _with_absolute_paths(args)
+    assert found.model == found.tokenizer == str(tmp_path / "model")
+    assert (
+        found.via_sd_mask == found.additional_config["via_sd_mask"] == str(tmp_path / "mask.json")
+    )
+    assert args.model == "model"
+    usual = arguments(parser, tmp_path, *model)
+    args = arguments(parser, tmp_path, *model, "--chat-template", "chat.jinja")
+    engine = engine_of(args, usual)
+    assert engine.frontend["chat_template"] == "{{ messages }}"
+    args = arguments(parser, tmp_path, *model, "--chat-template", "none/of.jinja")
+    with pytest.raises(UserError, match="--chat-template is 'none/of.jinja', which is neither"):
+        engine_of(args, usual)
+
+
+def test_a_model_has_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM's flag has a default, which would be downloaded."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("")
+    assert main(["batch", str(source), str(tmp_path / "out.jsonl")]) == 2
+    assert "--model is not given" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_nvium.cli.eval.run", interrupted)
+    assert main(["eval", str(tmp_path), "--text", "a"]) == 130
+    assert capsys.readouterr().err == "vllm-nvium eval: interrupted.\n"
 
 
 def test_without_ray_the_command_says_what_to_install(

@@ -709,14 +709,22 @@ def test_patience_with_a_crowd_is_not_that_with_a_single_request() -> None:
 
 def test_a_single_request_has_the_tier_soon_after_a_long_crowd() -> None:
     """Whose trials were in vain, so that the next one would have been thousands of steps off."""
-    crowd = dear_rows(8)
+
+    def engine(count: int) -> SimulatedEngine:
+        return SimulatedEngine(
+            [RequestRates(0.2, 0.2, 0.95)] * count,
+            draft=lambda *_: 0.0,
+            slim=lambda rows: 0.003 * max(1, rows / 4),
+            full=lambda rows: 0.01 * max(1, rows / 16),
+        )
+
+    crowd, single = engine(48), engine(1)
     planner = Planner(2, 4)
-    dear_rows(1).run(planner, 200)
-    crowd.run(planner, 8_000)
+    single.run(planner, 200)
+    crowd.run(planner, 5_200)
     for name in crowd.names:
         planner.remove(name)
-    single = dear_rows(1)
-    single.run(planner, Patience.LEAST + 100)
+    single.run(planner, 300)
     before = planner.snapshot()["steps"]["tiered"]
     single.run(planner, 200)
     assert planner.snapshot()["steps"]["tiered"] - before > 150

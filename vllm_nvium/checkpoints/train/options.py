@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vllm_nvium.checkpoints.options import (
     Integers,
@@ -25,6 +25,20 @@ LEARNING_RATES = {"exits": 1e-3, "lora": 5e-4, "full": 5e-5, "scratch": 6e-4}
 HEAD_LOSS = {"exits": 0.3, "lora": 0.3, "full": 0.2, "scratch": 0.0}
 # What may differ between a run and its continuation.
 NOT_IN_THE_RECORD = {"resume", "save_every", "calibration_tokens", "distill_replicas"}
+# Fields of TrainingArguments that other options say: schedules and --resume go by those.
+NOT_FOR_TRAINER = {
+    "output_dir": "out",
+    "max_steps": "tokens",
+    "num_train_epochs": "tokens",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "save_steps": "save_every",
+    "resume_from_checkpoint": "resume",
+    "seed": "seed",
+    "data_seed": "seed",
+}
 
 
 class TrainOptions(Options):
@@ -123,6 +137,13 @@ class TrainOptions(Options):
         "further TrainingArguments: names with values in a --config file, JSON as a flag",
         "JSON",
     )
+
+    @field_validator("trainer")
+    @classmethod
+    def _has_only_further_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given.keys() & NOT_FOR_TRAINER.keys():
+            raise ValueError(f"{name} is what {flag_of(NOT_FOR_TRAINER[name])} is for")
+        return given
 
     @property
     def peak_learning_rate(self) -> float:

@@ -29,9 +29,29 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         parser = original(parser)
         for feature in features():
             feature.add_arguments(parser)
+        parser.parse_known_args = _with_flags_merged(parser)
         return parser
 
     return add_cli_args
+
+
+def _with_flags_merged(parser: Any) -> Callable[..., Any]:
+    """This parser's way to parse, with the flags in `additional_config`. API servers that vLLM
+    spawns (`--api-server-count`, data parallelism) get what was parsed and make their engine
+    arguments of it before they load plugins."""
+    original = parser.parse_known_args
+
+    @functools.wraps(original)
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        found, rest = original(*args, **kwargs)
+        if flags := given_on_command_line(found, _keys()):
+            try:
+                found.additional_config = merge(found.additional_config, flags)
+            except UserError as error:
+                parser.error(str(error))
+        return found, rest
+
+    return parse_known_args
 
 
 def _with_keywords(original: Callable[..., Any]) -> Callable[..., Any]:
