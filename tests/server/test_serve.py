@@ -70,7 +70,7 @@ def test_override_of_the_law_and_of_the_cap(client: openai.OpenAI) -> None:
         # How many positions wait is a matter of speed and never of the text.
         texts = {
             complete(client, body={"vllm_xargs": {"nvium_sampling": law, "nvium_max_deferred": n}})
-            for n in (0, 1, 100)
+            for n in (0, 1, 8)
         }
         assert len(texts) == 1 and texts.pop().strip()
 
@@ -87,6 +87,7 @@ def test_seed_reproduces(client: openai.OpenAI) -> None:
         ({"nvium_max_deferred": -1}, ["nvium_max_deferred", "-1", "0..2147483647"]),
         ({"nvium_max_deferred": "many"}, ["nvium_max_deferred", "many", "0..2147483647"]),
         ({"nvium_max_deferred": 2**63}, ["nvium_max_deferred", "9223372036854775808"]),
+        ({"nvium_max_deferred": 9}, ["nvium_max_deferred", "9", "at most 8", "max-deferred"]),
         ({"nvium_max_deferred": [3]}, ["nvium_max_deferred", "[3]", "0..2147483647"]),
         ({"via_sd": "off"}, ["'via_sd' is 'off'", "VIA-SD is off", "remove it."]),
         ({"nvium_maximum": 3}, ["nvium_maximum", "nvium_max_deferred"]),

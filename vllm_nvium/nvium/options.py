@@ -16,6 +16,7 @@ from vllm_nvium.engine.options import (
     Remembered,
     add_flags,
     as_config,
+    flag,
     keys_of,
     picked,
     picked_of_request,
@@ -43,7 +44,7 @@ class NviumOptions:
         exit's head; `mixture` draws from the mixture of all heads.
     max_deferred: how many positions of a sequence may be left incomplete at some depth before a
         catch-up pass is forced; None for no limit but the one of all sequences together, which is
-        vLLM's `max_num_batched_tokens`.
+        vLLM's `max_num_batched_tokens`. A request may lower the engine's, not raise it.
     request_metrics: what an answer tells of its own tokens; `detailed` has the exit of each.
     """
 
@@ -100,10 +101,19 @@ class NviumOptions:
         `vllm_xargs`).
 
         Raises:
-            UserError: a key is unknown or a value is out of range; one sentence.
+            UserError: a key is unknown, a value is out of range, or a request asks to leave more
+                open than the engine's own bound, which holds for whoever waits for its catch-up
+                passes; one sentence.
         """
         given = picked_of_request(extra_args, is_own)
-        return replace(self, **read(type(self), given, PREFIX, "N-vium", of_request=True))
+        values = read(type(self), given, PREFIX, "N-vium", of_request=True)
+        asked, most = values.get("max_deferred"), self.max_deferred
+        if asked is not None and most is not None and asked > most:
+            raise UserError(
+                f"vllm_xargs '{PREFIX}max_deferred' is {asked}; it must be at most {most}, the "
+                f"server's {flag(PREFIX + 'max_deferred')}."
+            )
+        return replace(self, **values)
 
 
 # The options as keys of `additional_config` and as keyword arguments.

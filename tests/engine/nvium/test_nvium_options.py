@@ -20,6 +20,7 @@ from starts import additional_config_of, from_command_line
 
 from vllm_nvium import plugin
 from vllm_nvium.engine.options import merge
+from vllm_nvium.errors import UserError
 from vllm_nvium.nvium.options import NviumOptions, validate_request
 
 
@@ -95,10 +96,32 @@ def test_request_overrides_the_engine() -> None:
     # Null is "not given".
     nothing = {"nvium_sampling": None, "nvium_max_deferred": None, "nvium_other": None}
     assert read(nothing, defaults) == NviumOptions("mixture", 8)
-    assert read({"nvium_max_deferred": 2**31 - 1}, defaults).max_deferred == 2**31 - 1
+    for fewer in (0, 7, 8):
+        assert read({"nvium_max_deferred": fewer}, defaults).max_deferred == fewer
+    unbounded = {"nvium_max_deferred": 2**31 - 1}
+    assert read(unbounded, NviumOptions("mixture")).max_deferred == 2**31 - 1
     told = NviumOptions(request_metrics="summary")
     assert read({}, told).request_metrics == "summary"
     assert read({"nvium_request_metrics": "none"}, told).request_metrics == "none"
+
+
+@pytest.mark.parametrize(
+    ("most", "asked"), [(4, 5), (4, 2**31 - 1), (0, 1), (2**31 - 2, 2**31 - 1)]
+)
+def test_a_request_cannot_raise_the_engines_bound(most: int, asked: int) -> None:
+    """All requests of a step wait while one of them catches up."""
+    bounded = engine("NviumForCausalLM", nvium_max_deferred=most)
+    given = {"other": 1, "nvium_sampling": "mixture", "nvium_max_deferred": asked}
+    with pytest.raises(UserError) as error:
+        validate_request(SimpleNamespace(extra_args=given), bounded)
+    assert str(error.value) == (
+        f"vllm_xargs 'nvium_max_deferred' is {asked}; it must be at most {most}, the server's "
+        "--nvium-max-deferred."
+    )
+    for fine in (most, 0, None):
+        fewer = SimpleNamespace(extra_args=given | {"nvium_max_deferred": fine})
+        validate_request(fewer, bounded)
+    validate_request(SimpleNamespace(extra_args=given), engine("NviumForCausalLM"))
 
 
 def test_null_in_additional_config_is_not_given() -> None:
@@ -135,10 +158,10 @@ def test_an_override_on_another_model_is_refused(value: Any) -> None:
     validate_request(nothing, engine("LlamaForCausalLM"))
 
 
-def engine(architecture: str) -> Any:
+def engine(architecture: str, **additional: Any) -> Any:
     """What `validate_request` reads of an engine's configuration."""
     model = SimpleNamespace(architectures=[architecture], architecture=architecture)
-    return SimpleNamespace(additional_config={}, model_config=model)
+    return SimpleNamespace(additional_config=additional, model_config=model)
 
 
 def test_flags_travel_in_additional_config(parser: Any, dense_checkpoint: Path) -> None:
