@@ -6,7 +6,7 @@ them is `nvium/step.py`.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,13 +27,28 @@ from vllm_nvium.model_executor.layers.exit_head import Adapter, Exit
 from vllm_nvium.model_executor.layers.side_cache import SideCache
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.nvium.step import Step, run_cascade
-from vllm_nvium.model_executor.ops.head_rows import MIXTURE, NO_TOKEN, unpack
+from vllm_nvium.model_executor.ops.head_rows import (
+    MIXTURE,
+    NO_TOKEN,
+    speakers,
+    unpack,
+    unpack_on_host,
+)
 from vllm_nvium.model_executor.ops.mixture import RunningMixture
+from vllm_nvium.model_executor.ops.ragged import stretches
 from vllm_nvium.model_executor.rows import own_forward_context
 
-# Logits of one head that are in memory at a time where rows need several: 16 MiB. A dense model's
-# sampler takes several times [T, V]; this adds next to nothing to that.
+# Logits that are computed with at a time where rows need several heads: 16 MiB in float32, and a
+# few tensors like that. A dense model's sampler takes several times [T, V]; this adds next to
+# nothing to that.
 LOGITS_AT_A_TIME = 1 << 22
+# Head inputs in one product, unless more have no more logits than that. A product reads the whole
+# unembedding, which takes as long as computing with it for some hundred rows: products of a few
+# rows would each cost as much. [512, V] in 16 bit is as large as one of the several [256, V] in
+# float32 that a dense model's sampler has for 256 sequences.
+INPUTS_AT_A_TIME = 512
+# Beside the numbers of heads: rows that one head speaks for, whichever it is.
+ALONE = -1
 
 
 class _Segment(nn.Module):
@@ -104,6 +119,15 @@ def _make_segment(vllm_config: VllmConfig, parent: nn.Module, start: int, stop: 
     )
 
 
+def unembeddings_of_heads(config: NviumConfig) -> np.ndarray:
+    """[N] int64, ascending from 0: heads of the same number share one unembedding."""
+    heads = np.arange(config.num_heads_of_mixture)
+    if config.exit_head == "own":
+        return heads
+    has_two = config.exit_head == "embeddings" and not config.tie_word_embeddings
+    return (has_two & (heads == heads[-1])).astype(np.int64)
+
+
 class NviumForCausalLM(nn.Module, SupportsQuant):
     """The vLLM model (arXiv:2605.13190, section 3).
 
@@ -154,10 +178,9 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         self.segment_layers = [
             stop - start for start, stop in zip(bounds, bounds[1:], strict=False)
         ]
+        self.unembedding_of = unembeddings_of_heads(config)
         # With one unembedding for all heads a row need not say whose it is.
-        self.heads_differ = config.exit_head == "own" or (
-            config.exit_head == "embeddings" and not config.tie_word_embeddings
-        )
+        self.heads_differ = bool(self.unembedding_of.any())
         # [N-1] margins of exits, when they are the same for every token.
         self.constant_margins: np.ndarray | None = None
         self._constants_known = False
@@ -213,43 +236,57 @@ class NviumForCausalLM(nn.Module, SupportsQuant):
         """
         if hidden_states.shape[1] == self.config.hidden_size:
             return self.head_logits(hidden_states, len(self.exits))
-        result = torch.empty(
-            len(hidden_states),
-            self.config.vocab_size,
-            device=hidden_states.device,
-            dtype=torch.float32,
-        )
-        step = max(1, LOGITS_AT_A_TIME // self.config.vocab_size)
-        for start in range(0, len(hidden_states), step):
-            rows = slice(start, start + step)
-            result[rows] = self._wide_logits(hidden_states[rows])
-        return result
+        return self._wide_logits(hidden_states)
 
     def _wide_logits(self, packed: torch.Tensor) -> torch.Tensor:
         """Packed `HeadRows` [T, W] -> [T, V] float32."""
-        heads, log_weights, single, token = unpack(packed, self.num_heads, self.config.hidden_size)
-        # A row that one head speaks for is a mixture in which that head has all the weight.
-        alone = single != MIXTURE
-        own = torch.full_like(log_weights, -torch.inf)
-        own[alone, single[alone].long()] = 0.0
-        mixture = RunningMixture(
-            torch.where(alone[:, None], own, log_weights), self.config.vocab_size
-        )
-        for head in range(self.num_heads):
-            rows = mixture.rows_of(head)
-            if len(rows) == 0:
-                continue
-            logits = self.head_logits(heads[rows, head].contiguous(), head)
-            if logits is not None:  # None where another rank samples
-                mixture.add(head, rows, logits)
+        inputs, log_weights, _, _ = unpack(packed, self.num_heads, self.config.hidden_size)
+        weights, single, token = unpack_on_host(packed, self.num_heads)
+        rows, heads, alone = speakers(weights, single, token)
+        parts = np.where(alone, ALONE, heads)
+        order = np.lexsort((parts, self.unembedding_of[heads]))
+        rows, heads, parts = rows[order], heads[order], parts[order]
+        mixture = RunningMixture(log_weights, self.config.vocab_size)
+        at = torch.from_numpy(rows).to(packed.device)
+        for pairs, logits in self.logits_in_parts(inputs, rows, heads, parts):
+            if parts[pairs.start] == ALONE:
+                mixture.put(at[pairs], logits)
+            else:
+                mixture.add(int(heads[pairs.start]), at[pairs], logits)
         result = mixture.logits()
-        # Rows that nothing is read from; a decided one follows.
-        result[~alone & (log_weights == -torch.inf).all(dim=1)] = 0.0
-        decided = (token != NO_TOKEN).nonzero().squeeze(1)
-        if len(decided):
-            result[decided] = -torch.inf
-            result[decided, token[decided].long()] = 0.0
+        # Rows that nothing is read from, and those whose token is decided.
+        decided = token != NO_TOKEN
+        silent = ~decided & (single == MIXTURE) & (weights == -torch.inf).all(dim=1)
+        result[silent.nonzero().squeeze(1).to(result.device)] = 0.0
+        known = decided.nonzero().squeeze(1)
+        result[known.to(result.device), token[known].long().to(result.device)] = 0.0
         return result
+
+    def logits_in_parts(
+        self, inputs: torch.Tensor, rows: np.ndarray, heads: np.ndarray, parts: np.ndarray
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of pairs of a row and a head, by as few products as memory allows: one for all
+        heads that share an unembedding, unless there are very many pairs.
+
+        Args:
+            inputs: [T, N, H] of all heads.
+            rows, heads: [P] int64; heads that share an unembedding are beside each other.
+            parts: [P] int64, what belongs together; equal ones are beside each other.
+
+        Yields:
+            Pairs of one part and their logits [n, V], at most `LOGITS_AT_A_TIME` where that is a
+            row or more. Where another rank samples there is nothing.
+        """
+        at_a_time = max(1, LOGITS_AT_A_TIME // self.config.vocab_size)
+        index = torch.from_numpy(np.stack((rows, heads))).to(inputs.device)  # [2, P]
+        for product in stretches(self.unembedding_of[heads], max(at_a_time, INPUTS_AT_A_TIME)):
+            row, head = index[:, product]
+            logits = self.head_logits(inputs[row, head], int(heads[product.start]))
+            if logits is None:
+                continue
+            for piece in stretches(parts[product], at_a_time):
+                start = product.start + piece.start
+                yield slice(start, start + piece.stop - piece.start), logits[piece]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the checkpoint layout that `nvium_reference.py` saves."""

@@ -6,7 +6,10 @@ step in which some row needs the mixture itself returns such rows: the inputs of
 log-weights of the exits, and what is already decided. A step that needs none returns plain [T, H].
 """
 
+import numpy as np
 import torch
+
+from vllm_nvium.model_executor.ops.mixture import taking_part
 
 NO_TOKEN = -1
 MIXTURE = -1
@@ -46,11 +49,18 @@ def row_width(num_heads: int, hidden_size: int, dtype: torch.dtype) -> int:
 def _views(
     packed: torch.Tensor, num_heads: int, hidden_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    words = (num_heads + 2) * (4 // packed.dtype.itemsize)
+    first = _columns_of_words(num_heads, packed.dtype)
+    heads = packed[:, first : first + num_heads * hidden_size]
+    return heads.unflatten(1, (num_heads, hidden_size)), *_words(packed, num_heads)
+
+
+def _columns_of_words(num_heads: int, dtype: torch.dtype) -> int:
+    return (num_heads + 2) * (4 // dtype.itemsize)
+
+
+def _words(packed: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     log_weights = packed.view(torch.float32)[:, :num_heads]
-    fields = packed.view(torch.int32)[:, num_heads : num_heads + 2]
-    heads = packed[:, words : words + num_heads * hidden_size]
-    return heads.unflatten(1, (num_heads, hidden_size)), log_weights, fields
+    return log_weights, packed.view(torch.int32)[:, num_heads : num_heads + 2]
 
 
 def unpack(
@@ -65,3 +75,33 @@ def unpack(
     """
     heads, log_weights, fields = _views(packed.contiguous(), num_heads, hidden_size)
     return heads, log_weights, fields[:, 0], fields[:, 1]
+
+
+def unpack_on_host(
+    packed: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `unpack` returns beside the heads, on the host, by one copy."""
+    columns = _columns_of_words(num_heads, packed.dtype)
+    log_weights, fields = _words(packed[:, :columns].contiguous().cpu(), num_heads)
+    return log_weights, fields[:, 0], fields[:, 1]
+
+
+def speakers(
+    log_weights: torch.Tensor, single: torch.Tensor, token: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which heads the logits of the rows need: all pairs of a row and a head that speaks for it. A
+    row of a decided token needs none.
+
+    Args:
+        log_weights, single, token: on the host, see `unpack`.
+
+    Returns:
+        rows, heads: [P] int64, ascending by head and then by row;
+        alone: [P] bool, the head speaks for the row alone and is not one of a mixture.
+    """
+    is_open = token == NO_TOKEN
+    is_alone = is_open & (single != MIXTURE)
+    speaks = taking_part(log_weights) & (is_open & ~is_alone)[:, None]  # [T, N]
+    speaks[is_alone, single[is_alone].long()] = True
+    heads, rows = np.nonzero(speaks.numpy().T)
+    return rows, heads, is_alone.numpy()[rows]

@@ -64,6 +64,21 @@ def mixture_log_probs(head_logits: torch.Tensor, log_weights: torch.Tensor) -> t
     return torch.logsumexp(terms, dim=-2)
 
 
+def taking_part(log_weights: torch.Tensor) -> torch.Tensor:
+    """Which heads the mixture of a row has to see: those of weight above zero. Where one head has a
+    log-weight of exactly 0 the weights of the others are below the smallest float32.
+
+    Args:
+        log_weights: `[T, N]`.
+
+    Returns:
+        `[T, N]` bool.
+    """
+    has_all = log_weights == 0.0
+    # A NaN is neither: it has to reach the result.
+    return (log_weights != -torch.inf) & (~has_all.any(dim=-1, keepdim=True) | has_all)
+
+
 class RunningMixture:
     """Logits of the mixture of the heads, one head at a time, so that no `[T, N, V]` is needed.
 
@@ -84,16 +99,13 @@ class RunningMixture:
         self._log_probs = log_weights.new_full((num_rows, vocab_size), -torch.inf)  # [T, V]
         self._constant = log_weights.new_zeros(num_rows)  # [T]
 
-    def rows_of(self, head: int) -> torch.Tensor:
-        """`[n]` int64: the rows that a head has weight in. Where one head has a log-weight of
-        exactly 0 the weights of the others are below the smallest float32."""
-        has_all = (self._log_weights == 0.0).any(dim=1)
-        own = self._log_weights[:, head]
-        # A NaN is neither: it has to reach the result.
-        return ((own != -torch.inf) & (~has_all | (own == 0.0))).nonzero().squeeze(1)
+    def put(self, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        """Rows `[n]` int64 that one head speaks for, whatever their weights: its `logits [n, V]`,
+        which is what `add` makes of a weight of one."""
+        self._log_probs[rows] = _at_least_float32(logits)
 
     def add(self, head: int, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        """Adds `logits [n, V]` of a head at `rows_of(head)`."""
+        """Adds `logits [n, V]` of a head at rows `[n]` int64 that it takes part in."""
         log_weight = self._log_weights[rows, head]  # [n]
         logits = _at_least_float32(logits)
         log_sum = torch.logsumexp(logits, dim=-1)  # [n]
@@ -103,7 +115,7 @@ class RunningMixture:
         self._log_probs[rows] = torch.logaddexp(self._log_probs[rows], terms)
 
     def logits(self) -> torch.Tensor:
-        """`[T, V]` float32, of all heads that were added."""
+        """`[T, V]` float32, of all heads that were added; -inf in a row that none was added to."""
         return self._log_probs.add_(self._constant.unsqueeze(-1))
 
 

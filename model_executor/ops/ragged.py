@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Index arithmetic of catch-up on plain host arrays: ragged ranges of positions, the cache slots
-they live in, and how rows are split into passes.
+they live in, and how rows are split into passes and products.
 
 These run between two segments of one engine step, so each is a handful of vector operations and
 none loops over positions or sequences.
@@ -55,6 +55,20 @@ def range_starts(sequence: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """
     follows = (sequence[1:] == sequence[:-1]) & (positions[1:] == positions[:-1] + 1)
     return np.concatenate(([0], np.flatnonzero(~follows) + 1))
+
+
+def stretches(values: np.ndarray, longest: int) -> list[slice]:
+    """Where values stay the same: slices of [T], of at most `longest` rows each.
+
+    Args:
+        values: [T] int64, equal ones beside each other.
+    """
+    ends = np.append(np.flatnonzero(np.diff(values)) + 1, len(values)).tolist()
+    return [
+        slice(start, min(start + longest, end))
+        for begin, end in zip([0, *ends], ends, strict=False)
+        for start in range(begin, end, longest)
+    ]
 
 
 def passes_of(

@@ -15,6 +15,7 @@ from vllm_nvium.model_executor.ops.mixture import (
     exit_log_weights,
     expected_depth,
     mixture_log_probs,
+    taking_part,
 )
 
 
@@ -125,8 +126,8 @@ def test_expected_depth_refuses_another_number_of_exits() -> None:
 def running(head_logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
     """`[T, V]` of `[T, N, V]` and `[T, N]`, one head at a time."""
     mixture = RunningMixture(log_weights, head_logits.shape[-1])
-    for head in range(head_logits.shape[1]):
-        rows = mixture.rows_of(head)
+    for head, takes_part in enumerate(taking_part(log_weights).T):
+        rows = takes_part.nonzero().squeeze(1)
         mixture.add(head, rows, head_logits[rows, head])
     return mixture.logits()
 
@@ -146,6 +147,10 @@ def test_logits_of_a_head_that_has_all_the_weight_are_its_own(margins: list[floa
     log_weights = exit_log_weights(torch.tensor([margins, margins]))
     head = int(log_weights[0].argmax())
     assert torch.equal(running(logits, log_weights), logits[:, head])
+    assert torch.equal(taking_part(log_weights), log_weights == 0.0)
+    mixture = RunningMixture(log_weights, 50)
+    mixture.put(torch.tensor([1]), logits[1:, head])
+    assert torch.equal(mixture.logits()[1], logits[1, head])
 
 
 def test_what_is_not_a_number_reaches_the_logits() -> None:
