@@ -213,10 +213,14 @@ class _WideHeads:
         self.request, self.from_newest = request[chosen], from_newest[chosen]
         self.margins = torch.empty(len(self.output_rows), self.num_exits, dtype=torch.float32)
         self.rows: HeadRows | None = None
-        self.mass = np.zeros(batch.num_requests)  # weight of the heads already summed up
-        self.summed: dict[int, torch.Tensor] = {}  # request -> [V] float32, sum of pi_k q_k
-        # request -> (weight, head, head input) not yet summed up
-        self.waiting: dict[int, list[tuple[float, int, torch.Tensor]]] = {}
+        # Of greedy requests, see `_decide`: margins and weights `pi_k` of the newest rows at the
+        # exits so far, the sum of the weights, and how many heads are in the sums of `pi_k q_k`.
+        self.newest_margins = np.zeros((batch.num_requests, self.num_exits))
+        self.weights = np.zeros((batch.num_requests, self.num_exits))
+        self.mass = np.zeros(batch.num_requests)
+        self.num_summed = np.zeros(batch.num_requests, dtype=np.int64)
+        self.sums: torch.Tensor | None = None  # [greedy requests, V] float32
+        self.place = np.cumsum(sampling.greedy) - 1  # [R], where the sums of a request are
 
     def _packed(self, state: torch.Tensor) -> HeadRows:
         if self.rows is None:
@@ -234,11 +238,9 @@ class _WideHeads:
         sampling = step.sampling
         if len(self.output_rows):
             normed = exit_.norm(_take(state, self._rows_in_pass(rows)))
-            head_inputs = exit_.head_input(normed)
             index = torch.from_numpy(self.output_rows).to(state.device)
-            packed.heads[index, k] = head_inputs
+            packed.heads[index, k] = exit_.head_input(normed)
             self.margins[:, k] = exit_.margins(normed)
-            self._sum_up(k, head_inputs)
 
         normed = exit_.norm(_take(state, rows.newest()))
         margins = exit_.margins(normed).cpu().numpy()
@@ -248,7 +250,9 @@ class _WideHeads:
             step.exits[leaving] = k
             inputs = _head_inputs(exit_, _take(normed, leaving), margins[leaving])
             self._emit(packed, leaving, k, inputs)
-        self._decide(k, packed)
+        if sampling.greedy.any():
+            self._weigh(k, margins)
+            self._decide(k, packed)
         return int(np.count_nonzero(step.exits == UNDECIDED))
 
     def _emit(
@@ -259,16 +263,14 @@ class _WideHeads:
         packed.heads[index, head] = inputs
         packed.fields[index, 0] = head
 
-    def _sum_up(self, k: int, head_inputs: torch.Tensor) -> None:
-        """Remembers `pi_k` and head k of greedy requests; see `_decide`."""
-        weights = exit_log_weights(self.margins[:, : k + 1].double())[:, k].exp().cpu().numpy()
-        for row in np.flatnonzero(
-            (self.from_newest == 0) & self.step.sampling.greedy[self.request]
-        ):
-            request, weight = int(self.request[row]), float(weights[row])
-            if weight > 0.0:
-                self.waiting.setdefault(request, []).append((weight, k, head_inputs[row]))
-                self.mass[request] += weight
+    def _weigh(self, k: int, margins: np.ndarray) -> None:
+        """Notes `pi_k` of greedy requests, whose newest rows have these margins [R] at exit k. A
+        margin that is not a number adds nothing, here and at later exits: no head is left out."""
+        self.newest_margins[:, k] = margins
+        so_far = torch.from_numpy(self.newest_margins[:, : k + 1])
+        weights = exit_log_weights(so_far)[:, k].exp().numpy()
+        self.weights[:, k] = np.where(self.step.sampling.greedy & (weights > 0.0), weights, 0.0)
+        self.mass += self.weights[:, k]
 
     def _decide(self, k: int, packed: HeadRows) -> None:
         """Greedy tokens of the mixture that no later head can change any more.
@@ -278,19 +280,40 @@ class _WideHeads:
         `rest`. A lead is at most the mass so far, so nothing is evaluated while that is below half.
         """
         step, sampling = self.step, self.step.sampling
-        candidates = sampling.greedy & sampling.may_stop & (step.exits == UNDECIDED)
-        for request in map(int, np.flatnonzero(candidates & (self.mass > 0.5))):
-            for weight, head, head_input in self.waiting.pop(request, []):
-                logits = self.model.head_logits(head_input[None], head)
-                term = weight * torch.softmax(logits[0].float(), dim=-1)
-                total = self.summed.get(request)
-                self.summed[request] = term if total is None else total + term
-            top = self.summed[request].topk(2)
-            lead = float(of_first_rank(top.values[0] - top.values[1]))
-            if lead > 1.0 - self.mass[request] + LEAD_TOLERANCE:
-                newest = int(step.batch.query_start[request + 1]) - 1
-                packed.fields[newest, 1] = top.indices[0].int()
-                step.exits[request] = k
+        is_candidate = sampling.greedy & sampling.may_stop & (step.exits == UNDECIDED)
+        candidates = np.flatnonzero(is_candidate & (self.mass > 0.5))
+        if len(candidates) == 0:
+            return
+        sums = _take(self._sum_up(k, candidates, packed), self.place[candidates])  # [C, V]
+        top = sums.topk(2)
+        leads = of_first_rank(top.values[:, 0] - top.values[:, 1]).cpu().numpy()
+        settled = np.flatnonzero(leads > 1.0 - self.mass[candidates] + LEAD_TOLERANCE)
+        if len(settled) == 0:
+            return
+        tokens = _take(top.indices, settled)[:, 0].int()
+        newest = step.batch.query_start[1:][candidates[settled]].astype(np.int64) - 1
+        packed.fields[torch.from_numpy(newest).to(tokens.device), 1] = tokens
+        step.exits[candidates[settled]] = k
+
+    def _sum_up(self, k: int, candidates: np.ndarray, packed: HeadRows) -> torch.Tensor:
+        """Adds to the sums [greedy requests, V] of some requests [C] what their heads up to k add
+        to them and have not yet: `pi_j q_j`, head by head, whoever's they are."""
+        if self.sums is None:
+            shape = (int(self.place[-1]) + 1, self.model.config.vocab_size)
+            self.sums = torch.zeros(shape, dtype=torch.float32, device=packed.packed.device)
+        of_heads = np.arange(k + 1) >= self.num_summed[candidates, None]
+        of_heads &= self.weights[candidates, : k + 1] > 0.0
+        self.num_summed[candidates] = k + 1
+        heads, chosen = np.nonzero(of_heads.T)  # ascending by head
+        rows = self.step.batch.query_start[1:][candidates].astype(np.int64) - 1  # [C]
+        device = self.sums.device
+        places = torch.from_numpy(self.place[candidates][chosen]).to(device)  # [P]
+        weights = self.weights[candidates[chosen], heads].astype(np.float32)  # [P]
+        weights_device = torch.from_numpy(weights).to(device)
+        for pairs, logits in self.model.logits_in_parts(packed.heads, rows[chosen], heads, heads):
+            terms = weights_device[pairs, None] * torch.softmax(logits.float(), dim=-1)
+            self.sums.index_add_(0, places[pairs], terms)
+        return self.sums
 
     def at_end(self, rows: Rows, state: torch.Tensor) -> None:
         step, packed = self.step, self._packed(state)

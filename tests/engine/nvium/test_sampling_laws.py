@@ -22,6 +22,7 @@ from trace_engine import TOLERANCE, Arrival, TraceEngine, reference_logits
 
 from tiny_models import make_nvium
 from vllm_nvium.model_executor.models.nvium_reference import NviumForCausalLM
+from vllm_nvium.model_executor.nvium.step import UNDECIDED, _WideHeads
 from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
 
 VOCABULARY = 64
@@ -232,6 +233,47 @@ def test_mixture_greedy_is_the_argmax_of_the_mixture(
     served.run([(prompt, greedy) for prompt in PROMPTS])
     for number, prompt in enumerate(PROMPTS):
         check(number, prompt)
+
+
+@pytest.mark.parametrize("kind", ["final", "own"])
+def test_greedy_requests_of_the_mixture_are_settled_together(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each exit at most one product with each head so far, however many requests there are, and
+    what each of them gets is what it gets alone."""
+    served = Served(tmp_path, {"max_num_seqs": 8}, seed=3, exit_head=kind, initializer_range=0.3)
+    model, products, at_exits = served.engine.runner.model, [0], []
+    decide, head_logits = _WideHeads._decide, model.head_logits
+
+    def count(*args: Any) -> torch.Tensor:
+        products[0] += 1
+        return head_logits(*args)
+
+    def counted(self: _WideHeads, k: int, *args: Any) -> None:
+        products[0] = 0
+        undecided = int((self.step.exits == UNDECIDED).sum())
+        decide(self, k, *args)
+        settled = undecided - int((self.step.exits == UNDECIDED).sum())
+        at_exits.append((k, products[0], settled))
+
+    monkeypatch.setattr(model, "head_logits", count)
+    monkeypatch.setattr(_WideHeads, "_decide", counted)
+    requests = [
+        ([5 + number, 9, 33], params("mixture", temperature=0.0, max_tokens=20))
+        for number in range(8)
+    ]
+    served.run(requests)
+    most = 1 if kind == "final" else 3
+    assert all(count <= min(k + 1, most) for k, count, _ in at_exits)
+    assert max(settled for *_, settled in at_exits) > 1
+    assert max(count for _, count, _ in at_exits) == most
+    together = [served.tokens(number) for number in range(8)]
+    for number, request in enumerate(requests):
+        served.run([request])
+        assert served.tokens(0) == together[number]
+        output, _ = reference_logits(served.reference, request[0] + together[number])
+        for i, token in enumerate(together[number]):
+            check_argmax(output.logits[0, 2 + i], token)
 
 
 # --------------------------------------------------------------- what the sampler and clients get
