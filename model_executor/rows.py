@@ -14,7 +14,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_nvium.model_executor.ops.ragged import ragged_ranges
+from vllm_nvium.model_executor.ops.ragged import ragged_ranges, slots_of
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -28,9 +28,11 @@ class Batch:
         query_start: [R + 1] int32, where each request's rows start among the step's rows.
         first, last: [R] int64, positions of each request's first and newest row.
         complete: [R] int64, leading positions known to be through every segment; 0 if unknown.
-        block_table: [R, blocks] int32, on the host.
-        block_table_device: the same as a tensor on the model's device.
+        block_table: [rows, blocks] int32, on the host; read by `slots_of`.
+        block_table_device: [R, blocks] int32 on the model's device.
         slots_device: [T] int64, the slots of the step's rows on the model's device.
+        table_rows: [R] int64, the row of `block_table` that each request has; None where request
+            and row have the same number.
     """
 
     query_start: np.ndarray
@@ -40,6 +42,12 @@ class Batch:
     block_table: np.ndarray
     block_table_device: torch.Tensor
     slots_device: torch.Tensor
+    table_rows: np.ndarray | None = None
+
+    def slots_of(self, sequence: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
+        """[T] int64: cache slots of positions [T] int64 of requests [T] int64, see `ragged.py`."""
+        rows = sequence if self.table_rows is None else self.table_rows[sequence]
+        return slots_of(self.block_table, rows, positions, block_size)
 
     @property
     def num_requests(self) -> int:

@@ -32,7 +32,6 @@ from vllm_nvium.model_executor.ops.ragged import (
     passes_of,
     ragged_ranges,
     range_starts,
-    slots_of,
 )
 from vllm_nvium.model_executor.rows import Batch, Rows, select
 
@@ -128,7 +127,7 @@ class CatchUp:
             slots = slots_device.numpy()
         else:  # reading them back would make the host wait for the device before each step
             sequence, host_positions, _ = ragged_ranges(batch.first, batch.last)
-            slots = slots_of(batch.block_table, sequence, host_positions, self.block_size)
+            slots = batch.slots_of(sequence, host_positions, self.block_size)
         self._check_slots(slots)
         self.side_cache.release(slots)  # of whoever had these blocks before
         self.side_cache.marks[slots] = IN_FLIGHT
@@ -262,7 +261,7 @@ class CatchUp:
         sequence, positions, _ = ragged_ranges(
             np.minimum(batch.complete, batch.first), batch.first - 1
         )
-        slots = slots_of(batch.block_table, sequence, positions, self.block_size)
+        slots = batch.slots_of(sequence, positions, self.block_size)
         marks = self.side_cache.marks[slots]
         incomplete = np.flatnonzero(marks != self.num_segments)
         if len(incomplete) and batch.num_requests > 1:

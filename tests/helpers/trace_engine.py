@@ -23,7 +23,6 @@ from vllm_nvium.model_executor.nvium import policy
 from vllm_nvium.model_executor.nvium.completion import CatchUp
 from vllm_nvium.model_executor.nvium.step import Step
 from vllm_nvium.model_executor.ops.draws import request_seed, uniform_draws
-from vllm_nvium.model_executor.ops.ragged import slots_of
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.nvium.requests import UNLIMITED, NviumRequests
 
@@ -163,7 +162,7 @@ class TraceEngine:
         for request in np.flatnonzero((batch.complete == 0) & (batch.first > 0)):
             positions = np.arange(batch.first[request])
             sequence = np.full(len(positions), request)
-            slots = slots_of(batch.block_table, sequence, positions, catch_up.block_size)
+            slots = batch.slots_of(sequence, positions, catch_up.block_size)
             marks = catch_up.side_cache.marks[slots]
             self.unfinished_hits += bool((marks < catch_up.num_segments).any())
             self.rising_marks += bool((np.diff(marks.astype(int)) > 0).any())

@@ -180,7 +180,6 @@ class NviumModelState(DefaultModelState):
         decoding = (first >= req_states.prompt_len.np[indices]) & (first == last)
         self._unfinished = last + 1 < input_batch.prefill_len_np
         sampling = self.requests.sampling(input_batch.req_ids, last, decoding, self._unfinished)
-        num_blocks = int(last.max()) // self._catch_up.block_size + 1
         return Step(
             request_ids=list(input_batch.req_ids),
             batch=Batch(
@@ -188,9 +187,11 @@ class NviumModelState(DefaultModelState):
                 first=first,
                 last=last,
                 complete=self.requests.complete,
-                block_table=self._blocks.rows[indices, :num_blocks],
+                # Not a copy of these rows, of which a step reads a few entries.
+                block_table=self._blocks.rows,
                 block_table_device=self._block_table[:num_requests],
                 slots_device=self._slots,
+                table_rows=indices,
             ),
             sampling=sampling,
             catch_up=self._catch_up,

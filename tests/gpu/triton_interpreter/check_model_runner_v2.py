@@ -56,11 +56,13 @@ class V2Engine(TraceEngine):
         self.state.add_request, self.state.prepare_inputs = watch_add, watch_step
 
     def _check_block_table(self, batch: Any) -> None:
-        """The ids noted on the host are those on the device."""
+        """The ids noted on the host are those on the device, and no step copies them."""
+        assert batch.block_table is self.state._blocks.rows
         device = batch.block_table_device.numpy()
         for request, last in enumerate(batch.last):
             used = int(last) // 32 + 1
-            assert np.array_equal(batch.block_table[request, :used], device[request, :used])
+            noted = batch.block_table[batch.table_rows[request], :used]
+            assert np.array_equal(noted, device[request, :used])
             self.host_blocks_checked += used
 
 

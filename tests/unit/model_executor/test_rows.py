@@ -4,6 +4,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm.config import VllmConfig
@@ -40,3 +41,24 @@ def test_the_forward_context_is_the_callers_again(
         except RuntimeError:
             assert fails
         assert all(vars(context)[name] is value for name, value in given.items())
+
+
+@pytest.mark.parametrize("table_rows", [None, [3, 0, 2]])
+def test_slots_are_found_in_whichever_row_a_request_has(table_rows: list[int] | None) -> None:
+    table = np.random.default_rng(0).permutation(np.arange(1, 21, dtype=np.int32)).reshape(4, 5)
+    batch = rows.Batch(
+        query_start=np.arange(4, dtype=np.int32),
+        first=np.array([9, 4, 0]),
+        last=np.array([9, 4, 0]),
+        complete=np.zeros(3, dtype=np.int64),
+        block_table=table,
+        block_table_device=torch.from_numpy(table[:3]),
+        slots_device=torch.zeros(3, dtype=torch.int64),
+        table_rows=None if table_rows is None else np.array(table_rows),
+    )
+    sequence, positions = np.array([0, 0, 1, 2, 2]), np.array([3, 9, 4, 0, 1])
+    expected = [
+        int(table[(table_rows or [0, 1, 2])[request], position // 2]) * 2 + position % 2
+        for request, position in zip(sequence.tolist(), positions.tolist(), strict=True)
+    ]
+    assert batch.slots_of(sequence, positions, 2).tolist() == expected
