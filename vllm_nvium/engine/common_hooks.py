@@ -151,7 +151,7 @@ vllm.config.model:ModelConfig model revision architecture hf_config served_model
         runner_type
     which model it is; it names it in the metrics
     ! no start could be checked
-vllm.config.scheduler:SchedulerConfig max_num_seqs async_scheduling
+vllm.config.scheduler:SchedulerConfig max_num_seqs max_num_batched_tokens async_scheduling
     bounds of a pass, and what VIA-SD sets
     ! neither method starts
 vllm.config.parallel:ParallelConfig worker_cls pipeline_parallel_size

@@ -145,9 +145,6 @@ vllm.config.offload OffloadConfig.uva UVAOffloadConfig.cpu_offload_gb
 vllm.config.speculative:SpeculativeConfig draft_model_config
     an N-vium model as a drafter is refused
     ! it would draft with its last exit only
-vllm.config.scheduler:SchedulerConfig max_num_batched_tokens
-    most rows of a pass
-    ! no N-vium
 vllm.v1.attention.backend:AttentionCGSupport NEVER
     what the side cache's backend says of CUDA graphs
     ! the side cache is not allocated

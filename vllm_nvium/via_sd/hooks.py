@@ -103,8 +103,23 @@ vllm.v1.core.sched.scheduler:Scheduler num_lookahead_tokens num_spec_tokens
     overridden to reserve KV slots for a window
     ! windows would be written into blocks of other requests
 vllm.v1.core.sched.scheduler:Scheduler schedule
-    overridden to tell the runner of conversations that go on, which get no drafts
-    ! its next turn would read tokens behind the end of the last
+    overridden to shorten drafts that a step has no room for, and to tell the runner of
+        conversations that go on, which get no drafts
+    ! a next turn would read tokens behind the end of the last, and requests would miss steps
+vllm.v1.core.sched.scheduler:Scheduler running waiting kv_holding_waiting max_num_scheduled_tokens
+        max_num_active_reqs num_waiting_for_streaming_input
+    what a step has to have room for beside drafts
+    ! requests would have no token in a step
+vllm.config.scheduler:SchedulerConfig enable_chunked_prefill long_prefill_token_threshold
+        long_prefill_token_threshold_adaptive
+    what a step has to have room for beside drafts
+    ! requests would have no token in a step
+vllm.config.speculative:SpeculativeConfig max_num_new_slots_for_drafting
+    what a step has to have room for beside drafts
+    ! requests would have no token in a step
+vllm.v1.request:Request spec_token_ids num_tokens
+    its drafts, and what it needs without them
+    ! drafts could not be shortened
 vllm.v1.request:Request resumable
     tells conversations that go on from other requests
     ! a conversation could not be told from other requests

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler with room for a window: the slim verifier writes K/V at positions that the next
 step will schedule, so their blocks must be there before. Without it those writes land in blocks of
-other requests."""
+other requests. And with room beside windows: what they take of a step is bounded."""
 
+from itertools import chain, islice
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nvium.via_sd.options import options_of
+from vllm_nvium.via_sd.step_budget import fair_shares, room_for_drafts
 
 # An attribute of vLLM's SchedulerOutput: those of its requests that are conversations.
 CONVERSATIONS = "via_sd_conversations"
@@ -29,16 +31,66 @@ class ViaSDScheduler(Scheduler):
         if self.dynamic_sd_lookup is None:
             most = self.scheduler_config.max_num_seqs
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (most + 1)
+        speculative = self.vllm_config.speculative_config
+        assert speculative is not None
+        # Rows of a step that a draft model adds for each request.
+        self._drafter_slots = speculative.max_num_new_slots_for_drafting
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Tells the runner of conversations that go on (`resumable`), which have no drafts: where a
-        turn ends inside what was verified, vLLM 0.32 takes tokens behind the end for computed, and
-        the next turn reads other text than without drafts."""
+        """Shortens drafts that the step has no room for, and tells the runner of conversations that
+        go on (`resumable`), which have no drafts: where a turn ends inside what was verified, vLLM
+        0.32 takes tokens behind the end for computed, and the next turn reads other text than
+        without drafts."""
+        self._fit_drafts()
         output = super().schedule(*args, **kwargs)
         found = {name for name in output.num_scheduled_tokens if self.requests[name].resumable}
         if found:
             setattr(output, CONVERSATIONS, found)
         return output
+
+    def _fit_drafts(self) -> None:
+        """vLLM serves running requests one after the other with all of their drafts, and those for
+        whom nothing is left have no token in the step, which plain decoding never does to them. One
+        with a thinking budget is taken for new then, and may be told anew to end its thought."""
+        drafted = [request for request in self.running if request.spec_token_ids]
+        if not drafted:
+            return
+        config = self.scheduler_config
+        budget = min(
+            self.max_num_scheduled_tokens,
+            config.max_num_batched_tokens - self._drafter_slots * len(self.running),
+        )
+        room = room_for_drafts(
+            budget,
+            self._needs(),
+            self._needs_of_waiting(budget),
+            1 + self._drafter_slots,
+            config.enable_chunked_prefill,
+        )
+        counts = [len(request.spec_token_ids) for request in drafted]
+        if sum(counts) <= room:
+            return
+        for request, count in zip(drafted, fair_shares(counts, room), strict=True):
+            request.spec_token_ids = request.spec_token_ids[:count]
+
+    def _needs(self) -> list[int]:
+        """Tokens that each running request needs in this step, without drafts."""
+        config = self.scheduler_config
+        most = config.long_prefill_token_threshold or config.max_num_batched_tokens
+        if config.long_prefill_token_threshold_adaptive:
+            most = max(most, config.max_num_batched_tokens // len(self.running))
+        return [min(each.num_tokens - each.num_computed_tokens, most) for each in self.running]
+
+    def _needs_of_waiting(self, enough: int) -> int:
+        """Tokens of the prompts that may begin in this step; counted until there are enough."""
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        places = max(self.max_num_active_reqs - taken, 0)
+        needs = 0
+        for request in islice(chain(self.kv_holding_waiting, self.waiting), places):
+            needs += request.num_tokens - request.num_computed_tokens + self._drafter_slots
+            if needs >= enough:
+                break
+        return needs
 
     @property
     def num_lookahead_tokens(self) -> int:

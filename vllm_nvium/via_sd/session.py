@@ -312,6 +312,18 @@ class Session(TokenNotes):
                     stop_tokens=request.stop_tokens,
                 )
             )
+        # What all requests verify has to fit into one step: the scheduler would cut the rest, and
+        # the slim passes for it would be for nothing. One token stays, or nobody would learn what
+        # the tier is worth.
+        rows = {window.request for window in windows}
+        beside = sum(
+            1 + self.asked.get(request_id, 0)
+            for row, request_id in enumerate(view.request_ids)
+            if row not in rows and not view.unfinished[row]
+        )
+        for window in windows:
+            most = (view.max_slim_rows - beside) // len(windows) - 1
+            window.limit = min(window.limit, max(most, 1))
         return windows
 
     def _rooms(self, view: StepView, windows: Sequence[Window]) -> list[int]:
