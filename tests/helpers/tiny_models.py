@@ -89,7 +89,8 @@ def save_character_tokenizer(path: Path) -> None:
     characters = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
     tokenizer = Tokenizer(characters)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    # guidance has to see how tokens become bytes; no token here is a byte.
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

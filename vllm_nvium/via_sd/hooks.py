@@ -106,6 +106,9 @@ vllm.v1.core.sched.scheduler:Scheduler schedule
     overridden to shorten drafts that a step has no room for, and to tell the runner of
         conversations that go on, which get no drafts
     ! a next turn would read tokens behind the end of the last, and requests would miss steps
+vllm.v1.core.sched.scheduler:Scheduler update_draft_token_ids
+    overridden: a structured output has no drafts from a token on that may end it
+    ! under guidance and `ignore_eos` such a request would end with an error
 vllm.v1.core.sched.scheduler:Scheduler running waiting kv_holding_waiting max_num_scheduled_tokens
         max_num_active_reqs num_waiting_for_streaming_input
     what a step has to have room for beside drafts
@@ -117,7 +120,10 @@ vllm.config.scheduler:SchedulerConfig enable_chunked_prefill long_prefill_token_
 vllm.config.speculative:SpeculativeConfig max_num_new_slots_for_drafting
     what a step has to have room for beside drafts
     ! requests would have no token in a step
-vllm.v1.request:Request spec_token_ids num_tokens
+vllm.v1.outputs:DraftTokenIds req_ids
+    whose drafts have come
+    ! drafts of structured outputs could not be cut
+vllm.v1.request:Request spec_token_ids num_tokens use_structured_output sampling_params
     its drafts, and what it needs without them
     ! drafts could not be shortened
 vllm.v1.request:Request resumable

@@ -4,12 +4,15 @@ step will schedule, so their blocks must be there before. Without it those write
 other requests. And with room beside windows: what they take of a step is bounded."""
 
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nvium.via_sd.options import options_of
 from vllm_nvium.via_sd.step_budget import fair_shares, room_for_drafts
+
+if TYPE_CHECKING:
+    from vllm.v1.outputs import DraftTokenIds
 
 # An attribute of vLLM's SchedulerOutput: those of its requests that are conversations.
 CONVERSATIONS = "via_sd_conversations"
@@ -91,6 +94,23 @@ class ViaSDScheduler(Scheduler):
             if needs >= enough:
                 break
         return needs
+
+    def update_draft_token_ids(self, draft_token_ids: "DraftTokenIds") -> None:
+        """A structured output has no drafts from the first token on that may end it: the full model
+        says that token itself, in the same step. Where the text goes on behind it (`ignore_eos`),
+        vLLM shows a grammar all new tokens at once, and guidance takes none behind the end: the
+        request would end with an error."""
+        super().update_draft_token_ids(draft_token_ids)
+        for name in draft_token_ids.req_ids:
+            request = self.requests.get(name)
+            if request is None or not request.use_structured_output:
+                continue
+            assert request.sampling_params is not None
+            # With `ignore_eos`, too, it has the token that ends a text.
+            ends = request.sampling_params.all_stop_token_ids
+            drafts = request.spec_token_ids
+            first = next((place for place, token in enumerate(drafts) if token in ends), None)
+            request.spec_token_ids = drafts[:first]
 
     @property
     def num_lookahead_tokens(self) -> int:
