@@ -312,9 +312,8 @@ class Session(TokenNotes):
                     stop_tokens=request.stop_tokens,
                 )
             )
-        # What all requests verify has to fit into one step: the scheduler would cut the rest, and
-        # the slim passes for it would be for nothing. One token stays, or nobody would learn what
-        # the tier is worth.
+        # What all requests verify has to fit into one step: the scheduler would cut the rest. One
+        # token stays, or nobody would learn what the tier is worth.
         rows = {window.request for window in windows}
         beside = sum(
             1 + self.asked.get(request_id, 0)
