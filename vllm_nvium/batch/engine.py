@@ -91,6 +91,7 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
             "--distributed-executor-backend is 'ray', which vLLM's CPU build does not have: leave "
             "it out, and use --replicas for more machines."
         )
+    given_flags = vars(args)
     args = _with_absolute_paths(args)
     try:
         # Its text: replicas may stand on another machine, and a job goes on with the same only.
@@ -102,10 +103,10 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
         ) from error
     try:
         config = _configuration(args)
-        if is_cpu and args.enable_chunked_prefill is None and running(config) is None:
-            # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
-            args.enable_chunked_prefill = False
-            config = _configuration(args)
+        # vLLM 0.32 on CPU stops when the prompt of a seeded request is computed in chunks.
+        at_once = is_cpu and args.enable_chunked_prefill is None and running(config) is None
+        if at_once:
+            config = _configuration(args, enable_chunked_prefill=False)
         asked, usual = AsyncEngineArgs.from_cli_args(args), AsyncEngineArgs.from_cli_args(defaults)
         arguments = {
             field.name: value
@@ -114,6 +115,8 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
             # Ray's processor sets it itself.
             and field.name != "enable_log_requests"
         }
+        if at_once:
+            arguments["enable_chunked_prefill"] = False
     except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, UserError):
             raise
@@ -122,12 +125,12 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     if is_cpu and workers > 1:
         # Without one, Ray's processor takes its own.
         arguments.setdefault("distributed_executor_backend", "mp")
-    flags = vars(args) | {
-        # Without what flags of this package have added.
+    # As they were given, and without what flags of this package have added.
+    flags = given_flags | {
         "additional_config": {
             key: value
-            for key, value in dict(args.additional_config or {}).items()
-            if getattr(args, key, None) is None
+            for key, value in dict(given_flags["additional_config"] or {}).items()
+            if given_flags.get(key) is None
         }
     }
     given = {
@@ -139,7 +142,7 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
         model=asked.model,
         arguments=arguments,
         frontend=vars(args),
-        about={"--model": asked.model}
+        about={"--model": given_flags["model"]}
         | {f"--{key.replace('_', '-')}": _plain(value) for key, value in sorted(given.items())},
         is_cpu=is_cpu,
         max_num_seqs=256 if config is None else config.scheduler_config.max_num_seqs,
@@ -147,13 +150,16 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     )
 
 
-def _configuration(args: argparse.Namespace) -> Any:
+def _configuration(args: argparse.Namespace, **changed: Any) -> Any:
     """vLLM's, or None on a machine that only drives a cluster and has no device to check for."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     if current_platform.is_unspecified():
         return None
+    # vLLM writes into what it is given.
+    args = argparse.Namespace(**vars(args) | changed)
+    args.speculative_config = copy.copy(args.speculative_config)
     with quiet():
         return AsyncEngineArgs.from_cli_args(args).create_engine_config()
 
@@ -166,12 +172,17 @@ def _with_absolute_paths(args: argparse.Namespace) -> argparse.Namespace:
     for holder, key in (
         (vars(args), "model"),
         (vars(args), "tokenizer"),
-        (vars(args), "via_sd_mask"),
+        (vars(args), "spec_model"),
         (args.speculative_config, "model"),
+        (vars(args), "via_sd_mask"),
         (args.additional_config, "via_sd_mask"),
     ):
         path = holder.get(key) if isinstance(holder, dict) else None
-        if isinstance(path, str) and Path(path).exists():
+        is_mask = key == "via_sd_mask"
+        # A mask may be a list of layers, and a file of that name no mask.
+        if not isinstance(path, str) or (is_mask and not path.endswith(".json")):
+            continue
+        if os.path.exists(path):  # noqa: PTH110 - false for what cannot be a path, too
             holder[key] = str(Path(path).absolute())
     return args
 

@@ -120,10 +120,16 @@ vllm.config.scheduler:SchedulerConfig enable_chunked_prefill long_prefill_token_
 vllm.config.speculative:SpeculativeConfig max_num_new_slots_for_drafting
     what a step has to have room for beside drafts
     ! requests would have no token in a step
+vllm.v1.request:RequestStatus WAITING PREEMPTED
+    whose prompts may begin
+    ! requests would have no token in a step
+vllm.v1.core.sched.output:SchedulerOutput total_num_scheduled_tokens scheduled_new_reqs
+    whether a prompt has begun, or nothing was left for one
+    ! room would be kept for prompts that cannot begin
 vllm.v1.outputs:DraftTokenIds req_ids
     whose drafts have come
     ! drafts of structured outputs could not be cut
-vllm.v1.request:Request spec_token_ids num_tokens use_structured_output sampling_params
+vllm.v1.request:Request spec_token_ids num_tokens use_structured_output sampling_params status
     its drafts, and what it needs without them
     ! drafts could not be shortened
 vllm.v1.request:Request resumable

@@ -26,7 +26,7 @@ from vllm_nvium.via_sd.loading import load_with_slim_verifier
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions, options_of
 from vllm_nvium.via_sd.row_metadata import Span, draws_one_at_a_time
 from vllm_nvium.via_sd.sampler import draw_slim, sample_spans
-from vllm_nvium.via_sd.scheduler import CONVERSATIONS
+from vllm_nvium.via_sd.scheduler import CONVERSATIONS, ROOM
 from vllm_nvium.via_sd.session import Session
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ class ViaSDModelRunnerMixin(Runner):
                 for name, tokens in zip(known.req_ids, known.num_output_tokens, strict=True)
                 if tokens > 0
             },
+            getattr(scheduler_output, ROOM, None),
         )
         return super().execute_model(scheduler_output, *args, **kwargs)
 

@@ -7,15 +7,17 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from vllm_nvium.via_sd.options import options_of
-from vllm_nvium.via_sd.step_budget import fair_shares, room_for_drafts
+from vllm_nvium.via_sd.step_budget import Admission, fair_shares, room_for_drafts
 
 if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds
 
-# An attribute of vLLM's SchedulerOutput: those of its requests that are conversations.
-CONVERSATIONS = "via_sd_conversations"
+# Attributes of vLLM's SchedulerOutput: those of its requests that are conversations, and how many
+# tokens the drafts of all requests may take, where that is less than they might want.
+CONVERSATIONS, ROOM = "via_sd_conversations", "via_sd_room"
 
 
 class ViaSDScheduler(Scheduler):
@@ -38,43 +40,60 @@ class ViaSDScheduler(Scheduler):
         assert speculative is not None
         # Rows of a step that a draft model adds for each request.
         self._drafter_slots = speculative.max_num_new_slots_for_drafting
+        self._admission = Admission()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Shortens drafts that the step has no room for, and tells the runner of conversations that
         go on (`resumable`), which have no drafts: where a turn ends inside what was verified, vLLM
         0.32 takes tokens behind the end for computed, and the next turn reads other text than
         without drafts."""
-        self._fit_drafts()
+        waiting = self._needs_of_waiting() if self._admission.is_open(len(self.running)) else 0
+        room = self._fit_drafts(waiting) if self.running else None
         output = super().schedule(*args, **kwargs)
+        if waiting:
+            begun = len(output.scheduled_new_reqs) + len(
+                output.scheduled_cached_reqs.resumed_req_ids
+            )
+            has_left = output.total_num_scheduled_tokens < self._budget
+            self._admission.observe(len(self.running), begun > 0 or not has_left)
+        if room is not None and room < len(self.running) * self.num_spec_tokens:
+            setattr(output, ROOM, room)
         found = {name for name in output.num_scheduled_tokens if self.requests[name].resumable}
         if found:
             setattr(output, CONVERSATIONS, found)
         return output
 
-    def _fit_drafts(self) -> None:
+    @property
+    def _budget(self) -> int:
+        return min(
+            self.max_num_scheduled_tokens,
+            self.scheduler_config.max_num_batched_tokens - self._drafter_slots * len(self.running),
+        )
+
+    def _fit_drafts(self, waiting: int) -> int:
         """vLLM serves running requests one after the other with all of their drafts, and those for
         whom nothing is left have no token in the step, which plain decoding never does to them. One
-        with a thinking budget is taken for new then, and may be told anew to end its thought."""
-        drafted = [request for request in self.running if request.spec_token_ids]
-        if not drafted:
-            return
-        config = self.scheduler_config
-        budget = min(
-            self.max_num_scheduled_tokens,
-            config.max_num_batched_tokens - self._drafter_slots * len(self.running),
-        )
+        with a thinking budget is taken for new then, and may be told anew to end its thought.
+
+        Args:
+            waiting: tokens of prompts that may begin.
+
+        Returns:
+            tokens that drafts may take.
+        """
         room = room_for_drafts(
-            budget,
+            self._budget,
             self._needs(),
-            self._needs_of_waiting(budget),
+            waiting,
             1 + self._drafter_slots,
-            config.enable_chunked_prefill,
+            self.scheduler_config.enable_chunked_prefill,
         )
+        drafted = [request for request in self.running if request.spec_token_ids]
         counts = [len(request.spec_token_ids) for request in drafted]
-        if sum(counts) <= room:
-            return
-        for request, count in zip(drafted, fair_shares(counts, room), strict=True):
-            request.spec_token_ids = request.spec_token_ids[:count]
+        if sum(counts) > room:
+            for request, count in zip(drafted, fair_shares(counts, room), strict=True):
+                request.spec_token_ids = request.spec_token_ids[:count]
+        return room
 
     def _needs(self) -> list[int]:
         """Tokens that each running request needs in this step, without drafts."""
@@ -84,13 +103,20 @@ class ViaSDScheduler(Scheduler):
             most = max(most, config.max_num_batched_tokens // len(self.running))
         return [min(each.num_tokens - each.num_computed_tokens, most) for each in self.running]
 
-    def _needs_of_waiting(self, enough: int) -> int:
+    def _needs_of_waiting(self) -> int:
         """Tokens of the prompts that may begin in this step; counted until there are enough."""
-        taken = len(self.running) + self.num_waiting_for_streaming_input
-        places = max(self.max_num_active_reqs - taken, 0)
-        needs = 0
-        for request in islice(chain(self.kv_holding_waiting, self.waiting), places):
-            needs += request.num_tokens - request.num_computed_tokens + self._drafter_slots
+        places = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        enough, needs = self._budget - len(self.running), 0
+        ready = (
+            request
+            for request in chain(self.kv_holding_waiting, self.waiting)
+            if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        )
+        for request in islice(ready, max(places, 0)):
+            need = request.num_tokens - request.num_computed_tokens + self._drafter_slots
+            if not self.scheduler_config.enable_chunked_prefill and needs + need > enough:
+                break  # it is computed at once, and does not fit into this step
+            needs += need
             if needs >= enough:
                 break
         return needs

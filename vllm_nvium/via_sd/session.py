@@ -25,6 +25,7 @@ from vllm_nvium.via_sd.planner.model import DraftPlan
 from vllm_nvium.via_sd.request_metrics import DRAFTER, FULL, SLIM
 from vllm_nvium.via_sd.requests import ViaSDRequests
 from vllm_nvium.via_sd.stats import ViaSDCounts
+from vllm_nvium.via_sd.step_budget import rooms
 from vllm_nvium.via_sd.step_view import StepView
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Session(TokenNotes):
         self.verified: dict[str, Sequence[int]] = {}
         # Drafts that were asked for the last step and go straight to the full model.
         self.asked: dict[str, int] = {}
+        self.room: int | None = None  # see `begin_step`
         self.draft_seconds = self._step_start = 0.0
         self._step_end: float | None = None
 
@@ -92,14 +94,20 @@ class Session(TokenNotes):
     # --- one step -------------------------------------------------------------------------------
 
     def begin_step(
-        self, scheduled: dict[str, int], drafts: dict[str, Sequence[int]], decoding: set[str]
+        self,
+        scheduled: dict[str, int],
+        drafts: dict[str, Sequence[int]],
+        decoding: set[str],
+        room: int | None = None,
     ) -> None:
         """The full model is about to run.
 
         Args:
             scheduled: rows of each request; drafts: those that are verified among them.
             decoding: requests that have generated a token before.
+            room: tokens that drafts of all requests may take in a step like this; None: enough.
         """
+        self.room = room
         self._step_start = time.perf_counter()
         # The last token of a prompt is one row too.
         self.is_decode = bool(scheduled) and all(
@@ -142,6 +150,9 @@ class Session(TokenNotes):
             self.plan = self.planner.plan(request_ids, decoding)
         # Where all read their prompts or go one token at a time, nobody is to have drafts.
         count = self.plan.num_draft_tokens if request_ids else 0
+        if request_ids and self.room is not None:
+            # The scheduler would cut the rest, and it would look as if the drafter had not had it.
+            count = min(count, self.room // len(request_ids))
         self.asked = dict.fromkeys(request_ids, count)
         return request_ids, count
 
@@ -260,7 +271,7 @@ class Session(TokenNotes):
         drafter has none, the slim verifier's own token makes a round, but not under the paper's
         rule: nobody but the slim verifier would ever have seen such a token.
         """
-        drafts = drafts.trimmed(self._rooms(view, windows))
+        drafts = drafts.trimmed(rooms(windows, view.max_slim_rows))
         kept = []
         for i, (window, tokens) in enumerate(zip(windows, drafts.tokens, strict=True)):
             if window.is_paper and not tokens:
@@ -312,24 +323,13 @@ class Session(TokenNotes):
                     stop_tokens=request.stop_tokens,
                 )
             )
-        # What all requests verify has to fit into one step: the scheduler would cut the rest. One
-        # token stays, or nobody would learn what the tier is worth.
-        rows = {window.request for window in windows}
-        beside = sum(
-            1 + self.asked.get(request_id, 0)
-            for row, request_id in enumerate(view.request_ids)
-            if row not in rows and not view.unfinished[row]
-        )
-        for window in windows:
-            most = (view.max_slim_rows - beside) // len(windows) - 1
-            window.limit = min(window.limit, max(most, 1))
-        return windows
-
-    def _rooms(self, view: StepView, windows: Sequence[Window]) -> list[int]:
-        """Tokens that each window may grow by, so that all of them fit into one pass of the slim
-        verifier, and then of a draft model, which adds a row of its own for each."""
-        most = view.max_slim_rows // max(len(windows), 1) - 1
-        return [min(window.room, most) for window in windows]
+        if windows and self.room is not None:
+            rows = {window.request for window in windows}
+            others = [name for i, name in enumerate(view.request_ids) if i not in rows]
+            room = self.room - sum(self.asked.get(name, 0) for name in others)
+            for window in windows:
+                window.limit = min(window.limit, room // len(windows))
+        return [window for window in windows if window.limit > 0]
 
     def check(
         self, view: StepView, windows: list[Window], drafts: Drafts

@@ -3,6 +3,8 @@
 
 from collections.abc import Sequence
 
+from vllm_nvium.model_executor.via_sd.step import Window
+
 
 def room_for_drafts(
     budget: int, needs: Sequence[int], waiting: int, least: int, in_parts: bool
@@ -28,6 +30,39 @@ def room_for_drafts(
     prompts = sum(needs[last + 1 :]) + waiting
     share = max((spare + 1) // 2, least) if in_parts else spare
     return max(spare - min(share, prompts), 0)
+
+
+def rooms(windows: Sequence[Window], max_rows: int) -> list[int]:
+    """Tokens that each window may grow by, so that all of them fit into one pass of the slim
+    verifier, and then of a draft model, which adds a row of its own for each.
+
+    Args:
+        max_rows: of a pass.
+    """
+    most = max_rows // max(len(windows), 1) - 1
+    return [min(window.room, most) for window in windows]
+
+
+class Admission:
+    """Whether room is kept for prompts that wait. Where it was kept and none began, they wait for
+    something else, such as blocks of the KV cache: it is kept again once fewer requests run, and
+    now and then."""
+
+    EVERY = 32  # steps
+
+    def __init__(self) -> None:
+        self._steps = self._next = self._running = 0
+
+    def is_open(self, running: int) -> bool:
+        """Asked once per step, with the number of running requests."""
+        self._steps += 1
+        return self._steps >= self._next or running < self._running
+
+    def observe(self, running: int, has_begun: bool) -> None:
+        """What came of it in a step at whose end so many run: whether a prompt began, or nothing
+        was left for one."""
+        self._next = 0 if has_begun else self._steps + self.EVERY
+        self._running = running
 
 
 def fair_shares(wanted: Sequence[int], total: int) -> list[int]:

@@ -3,6 +3,7 @@
 step, as in plain decoding, prompts go on beside them, and the text is the same.
 """
 
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -109,21 +110,54 @@ def test_no_window_is_grown_that_is_cut(
     tiered: ViaSDEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The session knows the bound, so that slim passes are not for nothing."""
-    scheduler, grown = tiered.scheduler, []
-    update = scheduler.update_draft_token_ids
+    scheduler, seen = tiered.scheduler, []
+    schedule = scheduler.schedule
 
-    def update_and_see(drafts: Any) -> None:
-        update(drafts)
+    def schedule_and_see(*args: Any, **kwargs: Any) -> Any:
         decoding = [each for each in scheduler.running if each.num_output_tokens]
-        grown.append([1 + len(each.spec_token_ids) for each in decoding])
+        grown = {each.request_id: len(each.spec_token_ids) for each in decoding}
+        output = schedule(*args, **kwargs)
+        verified = output.scheduled_spec_decode_tokens
+        seen.append((grown, {name: len(verified.get(name, ())) for name in grown}))
+        return output
 
-    monkeypatch.setattr(scheduler, "update_draft_token_ids", update_and_see)
+    monkeypatch.setattr(scheduler, "schedule", schedule_and_see)
     most = [20, 30, 40]
     texts_of(tiered, [Arrival(0, repeated(i), greedy(each)) for i, each in enumerate(most)])
-    of_three = [sum(rows) for rows in grown if len(rows) == 3]
-    assert TOKENS - 3 <= max(of_three) <= TOKENS
+    # From the second step on in which all decode.
+    pairs = list(itertools.pairwise(seen))
+    of_three = [now for before, now in pairs if len(before[0]) == len(now[0]) == 3]
+    assert of_three and all(grown == verified for grown, verified in of_three)
+    has_drafts = TOKENS - 3 * (1 + scheduler._drafter_slots)
+    assert has_drafts - 3 < max(sum(grown.values()) for grown, _ in of_three) <= has_drafts
     # Where fewer decode, windows are longer.
-    assert any(max(rows) > TOKENS // 3 for rows in grown if 0 < len(rows) < 3)
+    of_fewer = [grown for grown, _ in seen if 0 < len(grown) < 3]
+    assert any(max(grown.values()) > has_drafts // 3 for grown in of_fewer)
+
+
+def test_prompts_that_cannot_begin_keep_no_room(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KV cache has no blocks for one that waits: those who decode have whole windows."""
+    engine = ViaSDEngine(
+        model, NGRAM, OPTIONS, max_num_batched_tokens=TOKENS, max_num_seqs=3,
+        num_gpu_blocks_override=10,
+    )  # fmt: skip
+    verified: list[int] = []
+
+    def see(scheduler: Any, decoding: set[str], output: Any) -> None:
+        if len(decoding) == 1 and len(scheduler.waiting) == 1:
+            counts = map(len, output.scheduled_spec_decode_tokens.values())
+            verified.append(sum(counts))
+
+    trace = [
+        Arrival(0, repeated(0) * 12, greedy(100)),
+        Arrival(10, [random.Random(9).randrange(3, VOCABULARY) for _ in range(200)], greedy(4)),
+    ]
+    watch(engine, monkeypatch, see)
+    texts_of(engine, trace)
+    # Of 15 tokens the prompt would have 8, so that windows had 7 at most.
+    assert len(verified) > 8 and verified[2:].count(WINDOW) > 2
 
 
 @pytest.mark.parametrize("budget", [2, 5, 9])

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nvium.via_sd.step_budget import fair_shares, room_for_drafts
+from vllm_nvium.via_sd.step_budget import Admission, fair_shares, room_for_drafts
 
 counts = st.lists(st.integers(0, 20), max_size=8)
 
@@ -61,3 +61,15 @@ def test_everybody_who_would_have_a_token_has_one(
             assert (has > 0) == (has_without > 0)
         # Nor are drafts cut by anybody else.
         assert share == 0 or has == need + share
+
+
+def test_room_that_no_prompt_took_is_kept_again_later() -> None:
+    admission = Admission()
+    assert admission.is_open(3)
+    admission.observe(3, has_begun=True)
+    assert admission.is_open(3)
+    admission.observe(3, has_begun=False)
+    waits = [admission.is_open(3) for _ in range(Admission.EVERY)]
+    assert waits == [False] * (Admission.EVERY - 1) + [True]
+    admission.observe(3, has_begun=False)
+    assert not admission.is_open(4) and admission.is_open(2), "a request has ended"

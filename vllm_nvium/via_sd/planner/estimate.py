@@ -341,9 +341,9 @@ class Estimates:
         """None before the first slim pass, and where the last one was so long ago that what it took
         says nothing any more.
 
-        Slim passes of sizes that were not seen are taken to follow full ones: after a crowd, a
-        single request's would look as dear as the crowd's, or the other way round, and nobody would
-        try.
+        Below the sizes that were seen, slim passes are taken to follow full ones: after a crowd, a
+        single request's would look as dear as the crowd's, and nobody would try. Above, they are
+        taken to grow no faster than full ones, for the same reason.
         """
         points = self._slim.points(self._step)
         return PassTimeCurve(*zip(*points, strict=True)).completed_by(full) if points else None
