@@ -125,13 +125,14 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     if is_cpu and workers > 1:
         # Without one, Ray's processor takes its own.
         arguments.setdefault("distributed_executor_backend", "mp")
-    # As they were given, and without what flags of this package have added.
+    # As they were given, and without what flags of this package have added; of a template its text.
     flags = given_flags | {
+        "chat_template": args.chat_template,
         "additional_config": {
             key: value
             for key, value in dict(given_flags["additional_config"] or {}).items()
             if given_flags.get(key) is None
-        }
+        },
     }
     given = {
         key: value

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vllm_nvium.engine.options import shown
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import read_record, write_atomically
 
@@ -121,9 +122,9 @@ def _check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], folder: Path
     for name in [*mine, *theirs]:
         if theirs.get(name) != mine.get(name):
             raise UserError(
-                f"OUTPUT belongs to another job: {name} is {mine.get(name, 'not given')!r}, and "
-                f"{folder} was begun with {theirs.get(name, 'none')!r}; give the same command to "
-                "go on, or another OUTPUT."
+                f"OUTPUT belongs to another job: {name} is {shown(mine.get(name, 'not given'))}, "
+                f"and {folder} was begun with {shown(theirs.get(name, 'none'))}; give the same "
+                "command to go on, or another OUTPUT."
             )
 
 

@@ -120,7 +120,7 @@ vllm.config.scheduler:SchedulerConfig enable_chunked_prefill long_prefill_token_
 vllm.config.speculative:SpeculativeConfig max_num_new_slots_for_drafting
     what a step has to have room for beside drafts
     ! requests would have no token in a step
-vllm.v1.request:RequestStatus WAITING PREEMPTED
+vllm.v1.request:RequestStatus WAITING PREEMPTED WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
     whose prompts may begin
     ! requests would have no token in a step
 vllm.v1.core.sched.output:SchedulerOutput total_num_scheduled_tokens scheduled_new_reqs

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 # tokens the drafts of all requests may take, where that is less than they might want.
 CONVERSATIONS, ROOM = "via_sd_conversations", "via_sd_room"
 
+# Of requests whose prompts may begin in the next step; a grammar may be ready by then.
+READY = (
+    RequestStatus.WAITING,
+    RequestStatus.PREEMPTED,
+    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR,
+)
+
 
 class ViaSDScheduler(Scheduler):
     """Reserves as many KV slots ahead as a window has tokens, and a draft model's drafts behind the
@@ -50,12 +57,10 @@ class ViaSDScheduler(Scheduler):
         waiting = self._needs_of_waiting() if self._admission.is_open(len(self.running)) else 0
         room = self._fit_drafts(waiting) if self.running else None
         output = super().schedule(*args, **kwargs)
-        if waiting:
-            begun = len(output.scheduled_new_reqs) + len(
-                output.scheduled_cached_reqs.resumed_req_ids
-            )
+        has_begun = bool(output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids)
+        if waiting or has_begun:
             has_left = output.total_num_scheduled_tokens < self._budget
-            self._admission.observe(len(self.running), begun > 0 or not has_left)
+            self._admission.observe(len(self.running), has_begun or not has_left)
         if room is not None and room < len(self.running) * self.num_spec_tokens:
             setattr(output, ROOM, room)
         found = {name for name in output.num_scheduled_tokens if self.requests[name].resumable}
@@ -110,7 +115,7 @@ class ViaSDScheduler(Scheduler):
         ready = (
             request
             for request in chain(self.kv_holding_waiting, self.waiting)
-            if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            if request.status in READY
         )
         for request in islice(ready, max(places, 0)):
             need = request.num_tokens - request.num_computed_tokens + self._drafter_slots

@@ -144,17 +144,17 @@ class Session(TokenNotes):
 
     def plan_drafts(self, view: StepView) -> tuple[list[str], int]:
         """Who may have drafts, and how many the drafter is to propose for each."""
-        request_ids = self.drafting(view)
-        if request_ids:
-            decoding = len(view.request_ids) - int(sum(view.unfinished))
-            self.plan = self.planner.plan(request_ids, decoding)
-        # Where all read their prompts or go one token at a time, nobody is to have drafts.
-        count = self.plan.num_draft_tokens if request_ids else 0
-        if request_ids and self.room is not None:
-            # The scheduler would cut the rest, and it would look as if the drafter had not had it.
-            count = min(count, self.room // len(request_ids))
-        self.asked = dict.fromkeys(request_ids, count)
-        return request_ids, count
+        if not (request_ids := self.drafting(view)):
+            # All read their prompts or go one token at a time: nobody is to have drafts.
+            self.asked = {}
+            return request_ids, 0
+        # The scheduler cuts what has no room, and it would look as if the drafter had not had it.
+        most = self.options.window if self.room is None else self.room // len(request_ids)
+        decoding = len(view.request_ids) - int(sum(view.unfinished))
+        plan = self.planner.plan(request_ids, decoding) if most else DraftPlan(0, 0)
+        self.plan = DraftPlan(min(plan.num_draft_tokens, most), plan.rounds)
+        self.asked = dict.fromkeys(request_ids, self.plan.num_draft_tokens)
+        return request_ids, self.plan.num_draft_tokens
 
     def observe_drafter(self, num_requests: int, count: int, seconds: float) -> None:
         """The drafter has answered for the first round."""

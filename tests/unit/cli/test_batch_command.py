@@ -150,6 +150,9 @@ def test_files_are_found_wherever_a_replica_stands(
     args = arguments(parser, tmp_path, *model, "--chat-template", "chat.jinja")
     engine = engine_of(args, usual)
     assert engine.frontend["chat_template"] == "{{ messages }}"
+    # A job goes on with the same template only.
+    assert engine.about["--chat-template"] == "{{ messages }}"
+    assert engine.about["--model"] == "model"
     args = arguments(parser, tmp_path, *model, "--chat-template", "none/of.jinja")
     with pytest.raises(UserError, match="--chat-template is 'none/of.jinja', which is neither"):
         engine_of(args, usual)
