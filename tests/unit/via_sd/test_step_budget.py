@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What drafts may take of a step, and who has how much of it."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_nvium.via_sd.options import ViaSDOptions
+from vllm_nvium.via_sd.session import Session
 from vllm_nvium.via_sd.step_budget import Admission, fair_shares, room_for_drafts
 
 counts = st.lists(st.integers(0, 20), max_size=8)
@@ -73,3 +79,28 @@ def test_room_that_no_prompt_took_is_kept_again_later() -> None:
     assert waits == [False] * (Admission.EVERY - 1) + [True]
     admission.observe(3, has_begun=False)
     assert not admission.is_open(4) and admission.is_open(2), "a request has ended"
+
+
+def test_the_planner_is_not_asked_where_no_draft_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first trials would be over before anything was tried."""
+    from vllm import SamplingParams
+
+    monkeypatch.setattr("vllm_nvium.via_sd.first_rank.number_of_ranks", lambda: 1)
+    session = Session(ViaSDOptions(drafts=4), can_draft_again=True)
+    names = ["a", "b"]
+    for name in names:
+        session.add(name, SamplingParams())
+    view: Any = SimpleNamespace(
+        request_ids=names, unfinished=[False, False], one_at_a_time=[False, False]
+    )
+    session.room = 1
+    for _ in range(50):
+        assert session.plan_drafts(view) == (names, 0)
+    # Nothing is known yet, so that all kinds of plans are tried.
+    counts = set()
+    for room in [*[3] * 50, *[None] * 50]:
+        session.room = room
+        counts.add((room, session.plan_drafts(view)[1]))
+        assert set(session.asked.values()) == {session.plan.num_draft_tokens}
+    assert max(count for room, count in counts if room == 3) == 1
+    assert session.planner.snapshot()["steps"]["tiered"] > 0
