@@ -123,7 +123,7 @@ vllm.config.speculative:SpeculativeConfig max_num_new_slots_for_drafting
 vllm.v1.request:RequestStatus WAITING PREEMPTED WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
     whose prompts may begin
     ! requests would have no token in a step
-vllm.v1.core.sched.output:SchedulerOutput total_num_scheduled_tokens scheduled_new_reqs
+vllm.v1.core.sched.output:SchedulerOutput total_num_scheduled_tokens
     whether a prompt has begun, or nothing was left for one
     ! room would be kept for prompts that cannot begin
 vllm.v1.outputs:DraftTokenIds req_ids
