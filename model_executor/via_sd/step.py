@@ -62,6 +62,17 @@ class Window:
         return self.position + len(self.tokens)
 
 
+def rooms(windows: Sequence[Window], max_rows: int) -> list[int]:
+    """Tokens that each window may grow by, so that all of them fit into one pass of the slim
+    verifier, and then of a draft model, which adds a row of its own for each.
+
+    Args:
+        max_rows: of a pass.
+    """
+    most = max_rows // max(len(windows), 1) - 1
+    return [min(window.room, most) for window in windows]
+
+
 @dataclass(frozen=True)
 class Drafts:
     """What the drafter proposes for some windows, in their order.

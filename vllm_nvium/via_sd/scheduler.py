@@ -50,10 +50,10 @@ class ViaSDScheduler(Scheduler):
         self._admission = Admission()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Shortens drafts that the step has no room for, and tells the runner of conversations that
-        go on (`resumable`), which have no drafts: where a turn ends inside what was verified, vLLM
-        0.32 takes tokens behind the end for computed, and the next turn reads other text than
-        without drafts."""
+        """Shortens drafts that the step has no room for and tells the runner how much room there
+        is, and of conversations that go on (`resumable`), which have no drafts: where a turn ends
+        inside what was verified, vLLM 0.32 takes tokens behind the end for computed, and the next
+        turn reads other text than without drafts."""
         waiting = self._needs_of_waiting() if self._admission.is_open(len(self.running)) else 0
         room = self._fit_drafts(waiting) if self.running else None
         output = super().schedule(*args, **kwargs)

@@ -15,7 +15,7 @@ from vllm_nvium.engine.stats import Reporter
 from vllm_nvium.model_executor.ops.tiers import ESCALATE
 from vllm_nvium.model_executor.rows import Rows
 from vllm_nvium.model_executor.via_sd.policy import check_round, kept_unasked
-from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend
+from vllm_nvium.model_executor.via_sd.step import Drafts, Window, extend, rooms
 from vllm_nvium.via_sd.first_rank import PlansOfFirstRank, shared
 from vllm_nvium.via_sd.options import AUTO, ViaSDOptions
 from vllm_nvium.via_sd.planner.choose import Planner
@@ -25,7 +25,6 @@ from vllm_nvium.via_sd.planner.model import DraftPlan
 from vllm_nvium.via_sd.request_metrics import DRAFTER, FULL, SLIM
 from vllm_nvium.via_sd.requests import ViaSDRequests
 from vllm_nvium.via_sd.stats import ViaSDCounts
-from vllm_nvium.via_sd.step_budget import rooms
 from vllm_nvium.via_sd.step_view import StepView
 
 if TYPE_CHECKING:

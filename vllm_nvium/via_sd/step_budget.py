@@ -3,8 +3,6 @@
 
 from collections.abc import Sequence
 
-from vllm_nvium.model_executor.via_sd.step import Window
-
 
 def room_for_drafts(
     budget: int, needs: Sequence[int], waiting: int, least: int, in_parts: bool
@@ -30,17 +28,6 @@ def room_for_drafts(
     prompts = sum(needs[last + 1 :]) + waiting
     share = max((spare + 1) // 2, least) if in_parts else spare
     return max(spare - min(share, prompts), 0)
-
-
-def rooms(windows: Sequence[Window], max_rows: int) -> list[int]:
-    """Tokens that each window may grow by, so that all of them fit into one pass of the slim
-    verifier, and then of a draft model, which adds a row of its own for each.
-
-    Args:
-        max_rows: of a pass.
-    """
-    most = max_rows // max(len(windows), 1) - 1
-    return [min(window.room, most) for window in windows]
 
 
 class Admission:
