@@ -36,8 +36,8 @@ ENGINES := tests/engine/nvium tests/engine/via_sd
 test: $(TEST_READY)
 	@if [ -n "$(ARGS)" ]; then exec $(TEST_BIN)/python -m pytest -q $(ARGS); fi; \
 	status=0; \
-	for part in "tests/unit tests/gpu" $(ENGINES) "tests/server" \
-	  "tests/engine $(addprefix --ignore=,$(ENGINES))"; do \
+	for part in "tests/unit tests/gpu" $(ENGINES) \
+	  "tests/server tests/engine $(addprefix --ignore=,$(ENGINES))"; do \
 	  echo "pytest $$part"; \
 	  $(TEST_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $$part || status=1; \
 	done; exit $$status

@@ -59,14 +59,16 @@ other = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields"), [("llama", {}), pytest.param("gemma3", WINDOWS, marks=other)]
+    ("kind", "length", "fields"),
+    [("llama", 1, {}), pytest.param("gemma3", 2, WINDOWS, marks=other)],
 )
 def test_compiled_segments_do_not_load_each_others_artefacts(
-    tmp_path: Path, kind: str, fields: dict[str, Any]
+    tmp_path: Path, kind: str, length: int, fields: dict[str, Any]
 ) -> None:
     # Segments of equal length have equal graphs, up to the names of their layers.
-    make_dense(tmp_path / "dense", kind, num_hidden_layers=6, **fields)
-    convert(tmp_path / "dense", tmp_path / "nvium", DenseOptions(exit_layers=[2, 4]))
+    make_dense(tmp_path / "dense", kind, num_hidden_layers=3 * length, **fields)
+    exits = DenseOptions(exit_layers=[length, 2 * length])
+    convert(tmp_path / "dense", tmp_path / "nvium", exits)
     expected = greedy_tokens(str(tmp_path / "dense"), enforce_eager=True)
     cache = tmp_path / "cache"
     environment = os.environ | {"VLLM_CACHE_ROOT": str(cache), "VLLM_LOGGING_LEVEL": "INFO"}

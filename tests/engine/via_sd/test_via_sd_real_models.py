@@ -15,8 +15,9 @@ Plain decoding runs once for all drafters, kinds and rounds that are named.
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ BLOCK = 32
 # Of sampled requests: as many log-probabilities show which tokens could have been drawn.
 TOP_K = 20
 # Logits nearer than this may change places where sums run in another order. Those of a model in
-# bfloat16 lie .125 apart between 16 and 32.
-TIE = {"float32": 1e-3, "bfloat16": 0.5}
+# bfloat16 lie .125 apart between 16 and 32, and each of two may be rounded to its neighbour: plain
+# decoding in smaller batches has changed places at .25.
+TIE = {"float32": 1e-3, "bfloat16": 0.3}
 
 
 @dataclass
@@ -135,6 +137,39 @@ def gaps_of(
     return gaps
 
 
+@dataclass
+class Compared:
+    """Texts of an engine with those of plain decoding.
+
+    Attributes:
+        equal: how many are the same, of so many texts.
+        ties, wrong: of each other one its number, the first token that differs and how near the
+            second best was there, in plain decoding.
+    """
+
+    equal: int
+    texts: int
+    ties: list[tuple[int, int, float]]
+    wrong: list[tuple[int, int, float]]
+
+    def __str__(self) -> str:
+        texts = f"{self.equal} of {self.texts} equal"
+        return f"{texts}; (prompt, token, gap) of ties {self.ties}, wrong {self.wrong}"
+
+
+def compare(plain: Said, other: Said, how: Decoding) -> Compared:
+    tie = TIE[how.dtype] / (how.temperature or 1.0)
+    found = Compared(0, len(plain.tokens), [], [])
+    for i, (expected, tokens) in enumerate(zip(plain.tokens, other.tokens, strict=True)):
+        differ = [k for k in range(NEW_TOKENS) if expected[k] != tokens[k]]
+        if not differ:
+            found.equal += 1
+            continue
+        gap = plain.gaps[i][differ[0]]
+        (found.ties if gap < tie else found.wrong).append((i, differ[0], gap))
+    return found
+
+
 def alone(*args: Any) -> Said:
     """`generate` in a process of its own, so that its weights are gone afterwards."""
     context = multiprocessing.get_context("spawn")
@@ -175,6 +210,32 @@ def plain(target: str, prompts: list[list[int]], how: Decoding) -> Said:
     return alone(target, prompts, {}, how, True)
 
 
+@pytest.fixture
+def show(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Prints lines, whatever pytest does with output."""
+    report = request.config.pluginmanager.getplugin("terminalreporter")
+
+    def write(*lines: str) -> None:
+        with capsys.disabled():
+            for line in lines:
+                report.write_line(line)
+
+    return write
+
+
+def test_plain_decoding_in_smaller_batches(
+    show: Callable[..., None], target: str, prompts: list[list[int]], how: Decoding, plain: Said
+) -> None:
+    """How far plain decoding is equal to itself where requests have other company: in bfloat16 it
+    has ties, as VIA-SD has."""
+    if how.dtype == "float32":
+        pytest.skip("has no ties")
+    smaller = replace(how, at_once=max(how.at_once // 2, 1))
+    found = compare(plain, alone(target, prompts, {}, smaller, False), how)
+    show(f"{Path(target).name}, {how}, plain decoding in batches of {smaller.at_once}: {found}")
+    assert not found.wrong
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("drafter", "kind", "rounds"):
         if name in metafunc.fixturenames:
@@ -183,8 +244,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_tokens_are_those_of_plain_decoding(
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
+    show: Callable[..., None],
     target: str,
     prompts: list[list[int]],
     how: Decoding,
@@ -212,26 +272,10 @@ def test_tokens_are_those_of_plain_decoding(
         }
     with_tier = alone(target, prompts, options, how, False)
 
-    tie = TIE[how.dtype] / (how.temperature or 1.0)
-    equal, ties, wrong = 0, [], []
-    for i, (expected, found) in enumerate(zip(plain.tokens, with_tier.tokens, strict=True)):
-        differ = [k for k in range(NEW_TOKENS) if expected[k] != found[k]]
-        if not differ:
-            equal += 1
-        elif plain.gaps[i][differ[0]] < tie:
-            ties.append((i, differ[0], plain.gaps[i][differ[0]]))
-        else:
-            wrong.append((i, differ[0], plain.gaps[i][differ[0]]))
-    report = request.config.pluginmanager.getplugin("terminalreporter")
-    with capsys.disabled():
-        for line in (
-            f"{Path(target).name}, {how}, {Path(drafter).name}, {kind}, rounds {rounds}: "
-            f"{equal} of {len(prompts)} equal; (prompt, token, gap) of ties {ties}, wrong {wrong}",
-            f"plain {plain.counts}",
-            f"VIA-SD {with_tier.counts}",
-        ):
-            report.write_line(line)
-    assert not wrong
+    found = compare(plain, with_tier, how)
+    what = f"{Path(target).name}, {how}, {Path(drafter).name}, {kind}, rounds {rounds}"
+    show(f"{what}: {found}", f"plain {plain.counts}", f"VIA-SD {with_tier.counts}")
+    assert not found.wrong
     assert with_tier.counts["vllm:via_sd_full_passes"] > 0
     if rounds != "auto":
         assert with_tier.counts["vllm:via_sd_slim_passes"] > 0
