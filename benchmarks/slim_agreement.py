@@ -16,7 +16,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear, layers_for
+from vllm_nvium.model_executor.layers.low_precision_kernels import layers_for
+from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear
 
 
 def main() -> None:

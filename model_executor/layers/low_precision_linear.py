@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of linear layers at low precision, for a slim verifier that is the target itself with
-cheaper weights. Which of torch's and vLLM's kernels a machine has is found out by running them.
+cheaper weights: what all of them have, and those that processors multiply with.
 """
 
 import itertools
@@ -20,7 +20,6 @@ from vllm_nvium.model_executor.ops.quantise import (
     dequantise_int8,
     in_parts,
     parts_of,
-    quantise_fp8,
     quantise_int4,
     quantise_int8,
 )
@@ -54,8 +53,14 @@ class LowPrecisionLinear(nn.Module):
     device_type: ClassVar[str]
     bytes_per_weight: ClassVar[float]
     activations: ClassVar[torch.dtype] = torch.bfloat16
+    # All classes, as compiled code knows them.
+    by_name: ClassVar[dict[str, type["LowPrecisionLinear"]]] = {}
     levels: torch.Tensor
     scales: torch.Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.by_name[cls.__name__] = cls
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -144,33 +149,6 @@ class Int4Linear(LowPrecisionLinear):
     def meant(cls, weight: torch.Tensor) -> torch.Tensor:
         levels, scales = quantise_int4(weight, group_of(weight.shape[1]))
         return dequantise_int4(levels, scales.to(torch.bfloat16))
-
-
-class Int4LinearOnCUDA(Int4Linear):
-    """The same on GPUs, where torch lays the weights out in tiles of 16 x TILES inputs."""
-
-    device_type = "cuda"
-    TILES = 8
-
-    @classmethod
-    def refusal(cls, outputs: int, inputs: int) -> str | None:
-        if outputs % 8 or inputs % (16 * cls.TILES):
-            return f"{outputs} x {inputs} are no multiples of 8 x {16 * cls.TILES}"
-        return group_refusal(inputs)
-
-    @classmethod
-    def packed(cls, levels: torch.Tensor) -> torch.Tensor:
-        # Two in a byte, the first in the upper half. Eight rows are a tile.
-        pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
-        return torch.ops.aten._convert_weight_to_int4pack(pairs, cls.TILES)
-
-    @staticmethod
-    def product(
-        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
-    ) -> torch.Tensor:
-        group = x.shape[1] // scales.shape[0]
-        multiply = torch.ops.aten._weight_int4pack_mm
-        return multiply(x.contiguous(), levels, group, scales)
 
 
 class Int8Linear(LowPrecisionLinear):
@@ -300,53 +278,12 @@ class Int8LinearByFBGEMM(LowPrecisionLinear):
         return dequantise_int8(levels, scales[:, None])
 
 
-class FP8Linear(LowPrecisionLinear):
-    """torch's product of float8 weights and activations, with a scale per row of each."""
-
-    kernel, kind, device_type = "torch W8A8 float8", FP8, "cuda"
-    bytes_per_weight = 1.0
-
-    @classmethod
-    def refusal(cls, outputs: int, inputs: int) -> str | None:
-        if outputs % 16 or inputs % 16:
-            return f"{outputs} x {inputs} are no multiples of 16"
-        return None
-
-    def copy_weight(self, weight: torch.Tensor) -> None:
-        levels, scales = in_parts(quantise_fp8, weight)
-        self._keep(levels=levels, scales=scales.t())
-
-    @staticmethod
-    def product(
-        x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, outputs: int
-    ) -> torch.Tensor:
-        rounded, of_rows = quantise_fp8(x)
-        return torch._scaled_mm(
-            rounded, levels.t(), scale_a=of_rows, scale_b=scales, out_dtype=torch.bfloat16
-        )
-
-    @classmethod
-    def meant(cls, weight: torch.Tensor) -> torch.Tensor:
-        levels, scales = quantise_fp8(weight)
-        return levels.float() * scales
-
-
-LAYERS: tuple[type[LowPrecisionLinear], ...] = (
-    Int4Linear,
-    Int4LinearOnCUDA,
-    Int8Linear,
-    Int8LinearByOneDNN,
-    Int8LinearByFBGEMM,
-    FP8Linear,
-)
-
-
 @torch.library.custom_op("vllm_nvium::low_precision_product", mutates_args=())
 def _product(
     x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, layer: str, outputs: int
 ) -> torch.Tensor:
     """`LowPrecisionLinear.multiply` of a class by its name."""
-    [cls] = [each for each in LAYERS if each.__name__ == layer]
+    cls = LowPrecisionLinear.by_name[layer]
     return bounded(cls.product(x.to(cls.activations), levels, scales, outputs), x.dtype)
 
 
@@ -355,29 +292,6 @@ def _(
     x: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, layer: str, outputs: int
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], outputs)
-
-
-def layers_for(device_type: str, kinds: tuple[str, ...] = KINDS) -> list[type[LowPrecisionLinear]]:
-    """Those that this machine can run: each is tried on a small weight and compared with what it
-    stands for, because that an operator exists does not say that it works."""
-    found = []
-    for layer in LAYERS:
-        if layer.device_type == device_type and layer.kind in kinds and _is_right(layer):
-            found.append(layer)
-    return found
-
-
-def _is_right(layer: type[LowPrecisionLinear]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(256, 256, generator=generator).to(layer.device_type)
-    x = torch.randn(3, 256, generator=generator).to(layer.device_type)
-    try:
-        found = layer(weight.to(torch.bfloat16)).multiply(x)
-    except (RuntimeError, NotImplementedError, AttributeError):  # not built for this machine
-        return False
-    meant = x.to(torch.bfloat16).float() @ layer.meant(weight.to(torch.bfloat16)).t()
-    # Activations are rounded too: to 8 bits of mantissa, or to 255 levels.
-    return bool((found - meant).abs().max() < 0.05 * meant.abs().max())
 
 
 def group_of(inputs: int) -> int:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How weights are rounded to four and eight bits, and what the rounded ones stand for. Kernels that
-multiply with them are in `layers/low_precision_linear.py`.
+multiply with them are in `layers/low_precision_linear.py` and `layers/low_precision_on_gpu.py`.
 """
 
 from collections.abc import Callable

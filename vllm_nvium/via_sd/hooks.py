@@ -176,6 +176,9 @@ vllm._custom_ops _supports_onednn create_onednn_scaled_mm onednn_scaled_int8_qua
         onednn_scaled_mm CPUDNNLGEMMHandler.handler_tensor
     products of eight-bit matrices on CPU
     ! no slim verifier in eight bits on CPU
+vllm._custom_ops scaled_int8_quant cutlass_scaled_mm
+    products of eight-bit matrices on GPUs
+    ! no int8 slim verifier on GPUs
 vllm.config.attention:AttentionConfig hisparse_config
     what needs Model Runner V2 is refused
     ! vLLM would refuse a runner that the user never chose

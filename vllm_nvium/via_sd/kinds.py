@@ -12,12 +12,11 @@ from vllm.utils.platform_utils import is_uva_available
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
 from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.layers.low_precision_kernels import LAYERS, layers_for
 from vllm_nvium.model_executor.layers.low_precision_linear import (
     INT4,
     KINDS,
-    LAYERS,
     LowPrecisionLinear,
-    layers_for,
 )
 from vllm_nvium.via_sd.options import AUTO, SKIP
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from vllm_nvium.engine.patches.model_loader import loaded_model_is_shown
 from vllm_nvium.errors import UserError
-from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear, layers_for
+from vllm_nvium.model_executor.layers.low_precision_kernels import layers_for
+from vllm_nvium.model_executor.layers.low_precision_linear import LowPrecisionLinear
 from vllm_nvium.model_executor.ranks import is_first_rank, number_of_ranks, told_by_first_rank
 from vllm_nvium.model_executor.via_sd.mask import skipped_layers
 from vllm_nvium.model_executor.via_sd.slim import SlimPass, SlimVerifier

@@ -60,9 +60,10 @@ def test_kernels_of_gpus_are_not_tried(
     monkeypatch.setattr(
         kinds, "shapes_of_config", lambda *_: {(192, 128), (128, 128), (256, 128), (128, 256)}
     )
-    for kind in ("int4", "fp8"):
+    for kind in ("int4", "int8", "fp8"):
         check_copies(kind, config, False)
-    with pytest.raises(UserError, match="'int8', but .* no kernel for it; here fp8, int4, skip"):
+    monkeypatch.setattr(kinds, "shapes_of_config", lambda *_: {(24, 128)})
+    with pytest.raises(UserError, match="'int8', but 24 x 128 are .* of 16; here int4, skip work"):
         check_copies("int8", config, False)
     with pytest.raises(UserError, match="'fp8', but .*; here skip works"):
         candidates_for("fp8", KINDS, {(8, 8)}, 1, lambda _: [])

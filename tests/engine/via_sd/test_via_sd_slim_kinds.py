@@ -23,11 +23,11 @@ from via_sd_engine import NGRAM, TARGET, ViaSDEngine, slim_logits
 
 from tiny_models import make_dense, make_eagle
 from vllm_nvium.errors import UserError
+from vllm_nvium.model_executor.layers.low_precision_kernels import layers_for
 from vllm_nvium.model_executor.layers.low_precision_linear import (
     Int4Linear,
     Int8Linear,
     LowPrecisionLinear,
-    layers_for,
 )
 from vllm_nvium.model_executor.via_sd.slim_quantised import Copies
 from vllm_nvium.model_executor.via_sd.target_weights import shapes_of

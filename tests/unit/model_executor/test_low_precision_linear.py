@@ -9,16 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_nvium.model_executor.layers import low_precision_linear
+from vllm_nvium.model_executor.layers import (
+    low_precision_kernels,
+    low_precision_linear,
+    low_precision_on_gpu,
+)
+from vllm_nvium.model_executor.layers.low_precision_kernels import layers_for
 from vllm_nvium.model_executor.layers.low_precision_linear import (
     Int4Linear,
-    Int4LinearOnCUDA,
     Int8Linear,
     Int8LinearByFBGEMM,
     Int8LinearByOneDNN,
     LowPrecisionLinear,
     group_of,
-    layers_for,
+)
+from vllm_nvium.model_executor.layers.low_precision_on_gpu import (
+    FP8Linear,
+    Int4LinearOnCUDA,
+    Int8LinearByCUTLASS,
 )
 from vllm_nvium.model_executor.ops.quantise import AT_A_TIME, parts_of, quantise_int4
 
@@ -44,9 +52,12 @@ def test_some_kernel_of_each_kind_runs_on_cpu() -> None:
 
 def test_every_kernel_of_the_device_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[type[LowPrecisionLinear]] = []
-    monkeypatch.setattr(low_precision_linear, "_is_right", tried.append)
+    monkeypatch.setattr(low_precision_kernels, "_is_right", tried.append)
     assert layers_for("cpu") == []
     assert tried == [Int4Linear, Int8Linear, Int8LinearByOneDNN, Int8LinearByFBGEMM]
+    tried.clear()
+    assert layers_for("cuda") == []
+    assert tried == [Int4LinearOnCUDA, Int8LinearByCUTLASS, FP8Linear]
 
 
 @pytest.mark.skipif(Int8LinearByFBGEMM not in HERE, reason="torch has no FBGEMM")
@@ -198,6 +209,47 @@ def test_large_weights_are_quantised_in_parts_on_gpus_too(monkeypatch: pytest.Mo
     assert copy.scales.shape == (2, 2 * OF_256 + 96, 2)
 
 
+def cutlass_scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """What vLLM says of its operator, and what its kernel asks for: a by rows and b by columns, and
+    a scale per row of a and per column of b."""
+    assert a.dtype == b.dtype == torch.int8
+    assert a.is_contiguous() and b.stride() == (1, b.shape[0])
+    assert scale_a.numel() == a.shape[0] and scale_b.numel() == b.shape[1]
+    assert scale_a.is_contiguous() and scale_b.is_contiguous()
+    sums = a.to(torch.int32) @ b.to(torch.int32)
+    return (sums * scale_a.view(-1, 1) * scale_b.view(1, -1)).to(out_dtype)
+
+
+def scaled_int8_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    scale = x.float().abs().amax(dim=1, keepdim=True) / 127
+    return (x.float() / scale).round().to(torch.int8), scale, None
+
+
+def test_vllms_int8_product_on_gpus_is_asked_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By operators that stand in for it here: what the kernel itself computes is tried at start."""
+    ops = SimpleNamespace(cutlass_scaled_mm=cutlass_scaled_mm, scaled_int8_quant=scaled_int8_quant)
+    monkeypatch.setattr(low_precision_on_gpu, "custom_ops", lambda: ops)
+    monkeypatch.setattr(low_precision_kernels, "LAYERS", (Int8LinearByCUTLASS,))
+    monkeypatch.setattr(Int8LinearByCUTLASS, "device_type", "cpu")
+    assert layers_for("cpu") == [Int8LinearByCUTLASS]
+    weight, x = weight_of(1504, 192), weight_of(3, 192, seed=1)
+    copy = Int8LinearByCUTLASS(weight)
+    meant = x @ Int8LinearByCUTLASS.meant(weight).t()
+    found = copy.multiply(x)
+    torch.testing.assert_close(found, meant, rtol=0.02, atol=0.02 * float(meant.abs().max()))
+    places = [tensor.data_ptr() for tensor in copy.buffers()]
+    copy.copy_weight(2 * weight)
+    assert [tensor.data_ptr() for tensor in copy.buffers()] == places
+    torch.testing.assert_close(copy.multiply(x), 2 * found, rtol=0.02, atol=0.02)
+    assert Int8LinearByCUTLASS.refusal(40, 64) == "40 x 64 are no multiples of 16"
+
+
 def test_weights_that_do_not_fit_are_refused() -> None:
     assert Int4Linear.refusal(48, 128) is None
     assert Int4Linear.refusal(40, 128) == "40 outputs are no multiple of 16"
@@ -220,7 +272,7 @@ def test_kernels_that_are_wrong_or_missing_are_not_used(monkeypatch: pytest.Monk
             result: torch.Tensor = torch.ops.aten.no_such_operator(x)
             return result
 
-    monkeypatch.setattr(low_precision_linear, "LAYERS", (Wrong, Missing, Int8Linear))
+    monkeypatch.setattr(low_precision_kernels, "LAYERS", (Wrong, Missing, Int8Linear))
     assert layers_for("cpu") == [Int8Linear]
     assert layers_for("cpu", ("int4",)) == []
     assert layers_for("cuda") == []
