@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray Serve: replicas of `vllm serve` behind one address. Each replica is vLLM's own app with its
-own engine, so all of its routes and flags are there; Ray starts, restarts and shares out.
+own engine, so all of its routes are there, and its flags but those of the socket, which is Ray's;
+Ray starts, restarts and shares out.
 
     pip install 'ray[serve]==2.60.0'
-    python examples/ray_serve.py --replicas 2 --port 8000 MODEL [any flag of vllm serve]
+    python examples/ray_serve.py --replicas 2 --port 8000 MODEL [flags of vllm serve]
 """
 
 import argparse
@@ -12,6 +13,9 @@ from typing import Any
 
 import ray
 from ray import serve
+
+# Flags of vLLM's own listening socket.
+ADDRESS = ("--ssl-", "--enable-ssl-", "--uds")
 
 
 class VLLM:
@@ -53,7 +57,11 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--gpus", type=float, default=0, help="of each replica")
+    parser.add_argument("--host", default="127.0.0.1")
     own, arguments = parser.parse_known_args()
+    for argument in arguments:
+        if argument.replace("_", "-").startswith(ADDRESS):
+            parser.error(f"{argument} would have no effect: Ray Serve listens, not vLLM; remove it")
     if not own.gpus:
         # Every replica would bind its threads to the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -68,7 +76,7 @@ def main() -> None:
         pass
 
     ray.init(num_cpus=own.replicas + 1, include_dashboard=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": own.port})
+    serve.start(http_options={"host": own.host, "port": own.port})
     serve.run(Replica.bind(), blocking=True)
 
 
