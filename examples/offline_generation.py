@@ -33,7 +33,8 @@ def main() -> None:
     llm = LLM(args.checkpoint, additional_config=options, enforce_eager=args.enforce_eager)
 
     # Options of one request: here the last prompt is drawn from the mixture whatever the engine's
-    # default is. With a seed, a request's output does not depend on the rest of the batch.
+    # default is. With a seed, a request's output does not depend on the rest of the batch, but for
+    # the rounding of matrix products.
     params = [
         SamplingParams(
             temperature=args.temperature,

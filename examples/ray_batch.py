@@ -2,7 +2,7 @@
 """Ray Data by hand: an N-vium model as a stage of a pipeline of one's own. `vllm-nvium batch` is
 for files of requests; this is for data that is already in Ray.
 
-    pip install 'vllm-nvium[ray]'
+    pip install '.[ray]'
     python examples/ray_batch.py MODEL [--replicas 2] [--sampling mixture]
 """
 

@@ -36,9 +36,11 @@ class VLLM:
 
     async def start(self) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
+
+        # Of another module in vLLM 0.33 than in 0.32; both have them here.
+        from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 

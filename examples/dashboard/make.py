@@ -3,7 +3,7 @@
 library. Import the JSON in Grafana (Dashboards, New, Import) and choose the Prometheus that scrapes
 `vllm serve`.
 
-    pip install 'vllm-nvium[dashboard]'
+    pip install '.[dashboard]'
     python examples/dashboard/make.py
 """
 

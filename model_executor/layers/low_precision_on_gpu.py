@@ -49,7 +49,7 @@ class Int4LinearOnCUDA(Int4Linear):
 
 class Int8LinearByCUTLASS(LowPrecisionLinear):
     """The product of int8 weights and int8 activations, which have a scale per row, that vLLM has
-    for quantised models: for GPUs without float8 too."""
+    for quantised models: for GPUs of NVIDIA, those without float8 too."""
 
     kernel, kind, device_type = "CUTLASS W8A8", INT8, "cuda"
     bytes_per_weight = 1.0
@@ -62,6 +62,8 @@ class Int8LinearByCUTLASS(LowPrecisionLinear):
         return None
 
     def copy_weight(self, weight: torch.Tensor) -> None:
+        if torch.version.hip is not None:  # there vLLM takes a kernel of Triton's for all sizes
+            raise NotImplementedError
         levels, scales = in_parts(quantise_int8, weight)
         self._keep(levels=levels, scales=scales[:, None])
 

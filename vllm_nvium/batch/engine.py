@@ -142,7 +142,9 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
     return Engine(
         model=asked.model,
         arguments=arguments,
-        frontend=vars(args),
+        # Rows name the model as the command does.
+        frontend=vars(args)
+        | {"served_model_name": args.served_model_name or [given_flags["model"]]},
         about={"--model": given_flags["model"]}
         | {f"--{key.replace('_', '-')}": _plain(value) for key, value in sorted(given.items())},
         is_cpu=is_cpu,

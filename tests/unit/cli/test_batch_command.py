@@ -109,6 +109,23 @@ def test_an_engine_is_what_was_given_and_nothing_else(
     assert engine.max_num_seqs == 3 and engine.workers == 1 and engine.is_cpu
 
 
+def test_rows_name_the_model_as_the_command_does(
+    parser: argparse.ArgumentParser,
+    tmp_path: Path,
+    nvium_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Replicas get its whole path: they may stand in another folder."""
+    monkeypatch.chdir(nvium_checkpoint.parent)
+    model = ["--model", nvium_checkpoint.name]
+    usual = arguments(parser, tmp_path, *model)
+    engine = engine_of(arguments(parser, tmp_path, *model), usual)
+    assert engine.frontend["served_model_name"] == [nvium_checkpoint.name]
+    assert engine.frontend["model"] == engine.model == str(nvium_checkpoint)
+    engine = engine_of(arguments(parser, tmp_path, *model, "--served-model-name", "a", "b"), usual)
+    assert engine.frontend["served_model_name"] == ["a", "b"]
+
+
 def test_flags_that_do_not_count_are_flags(parser: argparse.ArgumentParser) -> None:
     known = {action.dest for action in parser._actions}
     assert known >= SPEED_ONLY | SECRET
