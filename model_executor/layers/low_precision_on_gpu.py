@@ -62,7 +62,8 @@ class Int8LinearByCUTLASS(LowPrecisionLinear):
         return None
 
     def copy_weight(self, weight: torch.Tensor) -> None:
-        if torch.version.hip is not None:  # there vLLM takes a kernel of Triton's for all sizes
+        # On ROCm vLLM takes a kernel of Triton's for all sizes.
+        if getattr(torch.version, "hip", None):
             raise NotImplementedError
         levels, scales = in_parts(quantise_int8, weight)
         self._keep(levels=levels, scales=scales[:, None])

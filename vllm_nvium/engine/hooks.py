@@ -28,6 +28,7 @@ FILES_OF = {
     "engine/patches/model_loader.py": "via_sd",
     "engine/patches/model_runner_v2.py": "nvium",
     "model_executor/layers/low_precision_linear.py": "via_sd",
+    "model_executor/layers/low_precision_on_gpu.py": "via_sd",
 }
 
 

@@ -10,7 +10,7 @@ vllm.engine.arg_utils:EngineArgs speculative_config scheduler_cls worker_cls asy
         enable_lora
     set while vLLM makes its configuration for a start with --via-sd
     ! no VIA-SD
-vllm.config.model:ModelConfig hf_text_config max_model_len logprobs_mode get_hidden_size
+vllm.config.model:ModelConfig head_dtype hf_text_config max_model_len logprobs_mode get_hidden_size
         get_head_size get_num_attention_heads get_num_kv_heads get_vocab_size
     says whether the target can lose layers
     ! no VIA-SD

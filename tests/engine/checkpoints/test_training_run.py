@@ -375,6 +375,13 @@ def test_a_run_that_ends_before_its_first_step(
     assert (out / "model").exists()
     run.unclaim(out)
     assert (out / "model").exists()
+    # Somebody needed the room.
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = sorted(out.rglob("*"))
+    assert main([*command, "--resume"]) == 2
+    run.unclaim(out)
+    assert sorted(out.rglob("*")) == before
 
 
 def test_a_run_has_one_process(tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_what_the_configuration_tells_is_refused_at_once(dense_checkpoint: Path)
         start(dense_checkpoint, **via_sd(slim))
     # Nobody would make copies.
     start(dense_checkpoint, **via_sd("int4", rounds=0))
+    # vLLM asks of such a head that it is its own.
+    override = {"hf_overrides": {"head_dtype": "float32"}, "dtype": "bfloat16"}
+    assert refusal(dense_checkpoint, **via_sd("auto"), **override) == (
+        "--hf-overrides sets head_dtype float32, but --via-sd-slim auto multiplies with a copy of "
+        "the head; leave it out, or give skip."
+    )
+    start(dense_checkpoint, **via_sd("skip"), **override)
 
 
 def test_kernels_of_gpus_are_not_tried(

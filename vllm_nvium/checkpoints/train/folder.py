@@ -72,7 +72,7 @@ def _begin(out: Path, options: TrainOptions) -> None:
 def unclaim(out: Path) -> None:
     """Leaves nothing of a run that was refused before it had a checkpoint, so that the corrected
     command can be given."""
-    if any(out.glob("checkpoint-*")):
+    if any(out.glob("checkpoint-*")) or (out / "model").exists() or (out / "exits").exists():
         return
     for path in _not_sampled(out):
         if path.is_dir():

@@ -65,6 +65,10 @@ def train(options: TrainOptions) -> Path:
 def _train(options: TrainOptions, out: Path) -> Path:
     """`train`, in a folder that this process has."""
     checkpoint = last_complete_checkpoint(out)
+    if checkpoint is None and (out / "model").exists():
+        raise UserError(
+            f"--out {out} has a model and no checkpoint to go on from: give another folder."
+        )
     try:
         start = _open(options, out)
         trainer = _trainer(options, out, start, is_resumed=checkpoint is not None)
