@@ -160,9 +160,7 @@ class Int8Linear(LowPrecisionLinear):
     @classmethod
     def refusal(cls, outputs: int, inputs: int) -> str | None:
         # With other sizes torch 2.13 was seen to read beyond the weight.
-        if outputs % 32 or inputs % 32:
-            return f"{outputs} x {inputs} are no multiples of 32"
-        return None
+        return multiples_refusal(outputs, inputs, 32)
 
     def copy_weight(self, weight: torch.Tensor) -> None:
         levels, scales = in_parts(quantise_int8, weight)
@@ -297,6 +295,12 @@ def _(
 def group_of(inputs: int) -> int:
     """The largest of `GROUPS` that divides the inputs of a layer."""
     return next(group for group in GROUPS if inputs % group == 0)
+
+
+def multiples_refusal(outputs: int, inputs: int, of: int) -> str | None:
+    if outputs % of or inputs % of:
+        return f"{outputs} x {inputs} are no multiples of {of}"
+    return None
 
 
 def group_refusal(inputs: int) -> str | None:

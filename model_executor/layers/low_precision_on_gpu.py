@@ -11,6 +11,7 @@ from vllm_nvium.model_executor.layers.low_precision_linear import (
     LowPrecisionLinear,
     custom_ops,
     group_refusal,
+    multiples_refusal,
 )
 from vllm_nvium.model_executor.ops.quantise import (
     dequantise_int8,
@@ -57,9 +58,7 @@ class Int8LinearByCUTLASS(LowPrecisionLinear):
     @classmethod
     def refusal(cls, outputs: int, inputs: int) -> str | None:
         # With other sizes vLLM takes a kernel of Triton's, which nobody has timed.
-        if outputs % 16 or inputs % 16:
-            return f"{outputs} x {inputs} are no multiples of 16"
-        return None
+        return multiples_refusal(outputs, inputs, 16)
 
     def copy_weight(self, weight: torch.Tensor) -> None:
         # On ROCm vLLM takes a kernel of Triton's for all sizes.
@@ -94,9 +93,7 @@ class FP8Linear(LowPrecisionLinear):
 
     @classmethod
     def refusal(cls, outputs: int, inputs: int) -> str | None:
-        if outputs % 16 or inputs % 16:
-            return f"{outputs} x {inputs} are no multiples of 16"
-        return None
+        return multiples_refusal(outputs, inputs, 16)
 
     def copy_weight(self, weight: torch.Tensor) -> None:
         levels, scales = in_parts(quantise_fp8, weight)

@@ -143,8 +143,9 @@ def check(vllm_config: "VllmConfig") -> None:
         check_copies(kind, vllm_config, _is_int8(model))
         if kind != SKIP and model.head_dtype != model.dtype:
             raise UserError(
-                f"--hf-overrides sets head_dtype {_name_of(model.head_dtype)}, but --via-sd-slim "
-                f"{kind} multiplies with a copy of the head; leave it out, or give skip."
+                f"--hf-overrides sets head_dtype {str(model.head_dtype).removeprefix('torch.')}, "
+                f"but --via-sd-slim {kind} multiplies with a copy of the head; leave it out, or "
+                "give skip."
             )
     checked: dict[str, Any] = {SLIM: kind}
     mask = options.mask or (DEFAULT_MASK if kind == SKIP else None)
@@ -177,10 +178,6 @@ def check(vllm_config: "VllmConfig") -> None:
         options.window,
         options.drafts,
     )
-
-
-def _name_of(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _kind_of_slim(options: ViaSDOptions, model: Any) -> str:
