@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
+from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 
 from vllm_nvium.engine.patches.model_loader import loaded_model_is_shown
 from vllm_nvium.errors import UserError
@@ -161,10 +163,11 @@ def _check_memory(copies: Copies, runner: Any) -> None:
     assert copies.layer is not None
     needed, weights = copies.num_bytes, copies.num_bytes_copied
     if runner.device.type == "cpu":
-        # Ranks of one machine have one memory.
-        sharing = runner.vllm_config.parallel_config.local_world_size
+        # Ranks and data-parallel engines of one machine have one memory.
+        parallel = runner.vllm_config.parallel_config
+        sharing = parallel.local_world_size * max(parallel.data_parallel_size_local, 1)
         needed, weights = needed * sharing, weights * sharing
-        free = psutil.virtual_memory().available
+        free = _free_memory_of_host()
     else:
         free = torch.accelerator.get_memory_info()[0]
     if needed > free:
@@ -180,3 +183,22 @@ def _check_memory(copies: Copies, runner: Any) -> None:
         100 * needed / weights,
         copies.layer.kernel,
     )
+
+
+def _free_memory_of_host() -> int:
+    """Bytes that the machine has left, or the container where it is given less (control group)."""
+    free = psutil.virtual_memory().available
+    limit, used = get_cgroup_memory_limit(), get_cgroup_memory_usage()
+    if limit is None or used is None:
+        return free
+    return min(free, limit - used + _cached_files(Path("/sys/fs/cgroup")))
+
+
+def _cached_files(control_group: Path) -> int:
+    """Bytes of files that a control group keeps in memory, such as weights that were read: they
+    count as used, and are given up when a process needs memory."""
+    for path in (control_group / "memory.stat", control_group / "memory/memory.stat"):
+        if path.exists():
+            rows = dict(line.split() for line in path.read_text().splitlines())
+            return int(rows.get("active_file", 0)) + int(rows.get("inactive_file", 0))
+    return 0
