@@ -51,12 +51,13 @@ vllm.v1.worker.gpu_model_runner:GPUModelRunner _draft_token_ids _draft_token_req
     ! no VIA-SD
 vllm.v1.worker.gpu_input_batch:InputBatch num_tokens_no_spec num_prompt_tokens token_ids_cpu
         sampling_metadata spec_token_ids req_output_token_ids req_id_to_index logitsprocs
-        thinking_budget_state_holder
+        thinking_budget_state_holder presence_penalties_reqs frequency_penalties_reqs
+        repetition_penalties_reqs
     the tokens that a window starts from, and what its requests ask of the sampler
     ! no VIA-SD
 vllm.v1.sample.metadata:SamplingMetadata temperature all_random top_k top_p generators
         max_num_logprobs logprob_token_ids prompt_token_ids frequency_penalties presence_penalties
-        repetition_penalties output_token_ids spec_token_ids allowed_token_ids_mask
+        repetition_penalties no_penalties output_token_ids spec_token_ids allowed_token_ids_mask
         bad_words_token_ids logitsprocs thinking_budget_state_holder
     repeated for the rows behind drafts, so that each is sampled as in plain decoding
     ! sampled tokens would follow another law

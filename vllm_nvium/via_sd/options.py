@@ -40,6 +40,9 @@ SKIP = "skip"
 DEFAULT_MASK = "even:0.2"
 # So many drafts are verified in a step at most; a round adds one of them at least.
 LARGEST_WINDOW = 128
+# Of all requests in a step, where these are no more: the memory of a step is that of their logits,
+# and a full model that verifies so many rows has long ceased to be cheaper than by one row.
+MOST_DRAFTS = 1024
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 # What the paper's rule alone has.
 THRESHOLDS = ("accept", "escalate")
@@ -168,6 +171,12 @@ class ViaSDOptions:
     def most_with_windows(self, requests: int) -> int:
         """Of so many requests in a step, those that may have windows at the same time."""
         return min(self.max_batch or requests, requests)
+
+    def most_drafts(self, requests: int, has_windows: bool = True) -> int:
+        """Of so many requests, in one step."""
+        windows = self.most_with_windows(requests) if has_windows else 0
+        drafted = max(requests * self.drafts, windows * self.window)
+        return min(drafted, max(requests, MOST_DRAFTS))
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "ViaSDOptions | None":

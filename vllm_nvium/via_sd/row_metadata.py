@@ -18,6 +18,7 @@ from vllm.v1.sample.logits_processor import (
     MinTokensLogitsProcessor,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.penalties import apply_all_penalties
 
 # vLLM's own logits processors -> the attribute that tells whether a request of the batch asks for
 # it. Each is made anew for the rows behind drafts; of another one nothing is known.
@@ -144,7 +145,12 @@ def metadata_of_spans(
     def by_row(value: dict[int, Any] | None) -> dict[int, Any]:
         return {row: value[each] for row, each in enumerate(of_row) if value and each in value}
 
-    outputs = _outputs_of_rows(batch, spans)
+    outputs = _outputs_of_rows(batch, requests, spans)
+    processors = _processors_of_rows(batch, requests, of_row, outputs, first_rows)
+    penalised = _penalised(batch)
+    if rows := [row for row, each in enumerate(of_row) if each in penalised]:
+        # Where vLLM has them: behind all other processors that can change what is likeliest.
+        processors.non_argmax_invariant.append(_PenaltiesOfRows(batch, of_row, outputs, rows))
     holder = metadata.thinking_budget_state_holder
     if holder is not None:
         tracks = all_requests and holder.has_tracked_requests()
@@ -156,30 +162,38 @@ def metadata_of_spans(
         top_k=rows_of(metadata.top_k),
         generators=generators,
         max_num_logprobs=metadata.max_num_logprobs if all_requests else None,
-        prompt_token_ids=rows_of(metadata.prompt_token_ids),
-        frequency_penalties=rows_of(metadata.frequency_penalties),
-        presence_penalties=rows_of(metadata.presence_penalties),
-        repetition_penalties=rows_of(metadata.repetition_penalties),
+        no_penalties=True,
+        prompt_token_ids=None,
         output_token_ids=outputs,
         allowed_token_ids_mask=rows_of(metadata.allowed_token_ids_mask),
         bad_words_token_ids=by_row(metadata.bad_words_token_ids),
-        logitsprocs=_processors_of_rows(batch, requests, of_row, outputs, first_rows),
+        logitsprocs=processors,
         logprob_token_ids=by_row(metadata.logprob_token_ids) if all_requests else None,
         spec_token_ids=None,
         thinking_budget_state_holder=holder,
     )
 
 
-def _outputs_of_rows(batch: Any, spans: Sequence[Span]) -> list[list[int]]:
-    """[T], the output of its request that each row stands behind; empty where nobody reads it."""
-    is_read = batch.sampling_metadata.output_token_ids or any(
-        isinstance(each, MinTokensLogitsProcessor) and each.min_toks
-        for each in batch.logitsprocs.all
-    )
-    if not is_read:
-        return []
+def _params(batch: Any, requests: Any, row: int) -> Any:
+    return requests[batch.req_ids[row]].sampling_params
+
+
+def _penalised(batch: Any) -> set[int]:
+    """Rows of the batch whose requests have a penalty."""
+    names = batch.presence_penalties_reqs | batch.frequency_penalties_reqs
+    return {batch.req_id_to_index[name] for name in names | batch.repetition_penalties_reqs}
+
+
+def _outputs_of_rows(batch: Any, requests: Any, spans: Sequence[Span]) -> list[list[int]]:
+    """[T], the output of its request that each row stands behind; empty where nobody reads it: a
+    copy of a long text for every row would hold up the requests beside it."""
+    read = _penalised(batch) | set(batch.sampling_metadata.bad_words_token_ids or ())
+    # vLLM's processor counts it, and is made anew.
+    read |= {each.request for each in spans if _params(batch, requests, each.request).min_tokens}
     return [
         [*batch.req_output_token_ids[span.request], *span.before, *span.drafts[:place]]
+        if span.request in read
+        else []
         for span in spans
         for place in range(span.num_rows)
     ]
@@ -214,12 +228,47 @@ def _made_anew(
     """A processor of vLLM to which each row is a request with the output before it."""
     added = []
     for row, each in enumerate(of_row):
-        params = requests[batch.req_ids[each]].sampling_params
-        added.append((row, params, None, outputs[row] if outputs else []))
+        added.append((row, _params(batch, requests, each), None, outputs[row]))
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=len(added)))
     processor = kind(config, batch.device, False)
     processor.update_state(BatchUpdate(len(added), removed=(), added=added, moved=()))
     return processor
+
+
+class _PenaltiesOfRows:
+    """vLLM's penalties on the rows of requests that have one. On all rows they would cost those
+    beside them a count of the vocabulary and a copy of the longest prompt for each row.
+
+    Args:
+        batch: vLLM's.
+        of_row: [T], each row's request in the batch; outputs: [T], of each row.
+        rows: [P], those with a penalty, at least one.
+    """
+
+    def __init__(
+        self, batch: Any, of_row: Sequence[int], outputs: Sequence[list[int]], rows: Sequence[int]
+    ) -> None:
+        metadata, requests = batch.sampling_metadata, [of_row[row] for row in rows]
+        index = torch.tensor(requests, device=batch.device)
+        longest = max(int(batch.num_prompt_tokens[each]) for each in requests)
+        self.rows = torch.tensor(rows, device=batch.device)
+        self.prompts = metadata.prompt_token_ids[:, :longest][index]
+        self.penalties = [
+            values[index]
+            for values in (
+                metadata.presence_penalties,
+                metadata.frequency_penalties,
+                metadata.repetition_penalties,
+            )
+        ]
+        self.outputs = [outputs[row] for row in rows]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        penalised = logits[self.rows]
+        logits[self.rows] = apply_all_penalties(
+            penalised, self.prompts, *self.penalties, self.outputs
+        )
+        return logits
 
 
 class _OfFirstRows:

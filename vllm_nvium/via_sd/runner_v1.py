@@ -178,11 +178,9 @@ class ViaSDModelRunnerMixin(Runner):
     def _most_sampled_rows(self) -> int:
         """Rows of logits in one step: behind each request's newest token and all of its drafts. Of
         the slim verifier there are no more."""
-        options, requests = self.via_sd, self.max_num_reqs
-        has_windows = self.slim is not None and options.rounds != 0
-        windows = options.most_with_windows(requests) if has_windows else 0
-        drafted = max(requests * options.drafts, windows * options.window)
-        return min(requests + drafted, self.max_num_tokens)
+        has_windows = self.slim is not None and self.via_sd.rounds != 0
+        drafted = self.via_sd.most_drafts(self.max_num_reqs, has_windows)
+        return min(self.max_num_reqs + drafted, self.max_num_tokens)
 
     # --- one step -------------------------------------------------------------------------------
 

@@ -48,6 +48,9 @@ class ViaSDScheduler(Scheduler):
         # Rows of a step that a draft model adds for each request.
         self._drafter_slots = speculative.max_num_new_slots_for_drafting
         self._admission = Admission()
+        options = options_of(self.vllm_config)
+        assert options is not None
+        self._most_drafts = options.most_drafts(self.scheduler_config.max_num_seqs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Shortens drafts that the step has no room for and tells the runner how much room there
@@ -55,13 +58,13 @@ class ViaSDScheduler(Scheduler):
         inside what was verified, vLLM 0.32 takes tokens behind the end for computed, and the next
         turn reads other text than without drafts."""
         waiting = self._needs_of_waiting() if self._admission.is_open(len(self.running)) else 0
-        room = self._fit_drafts(waiting) if self.running else None
+        room = self._fit_drafts(waiting) if self.running else self._most_drafts
         output = super().schedule(*args, **kwargs)
         has_begun = bool(output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids)
         if waiting or has_begun:
             has_left = output.total_num_scheduled_tokens < self._budget
             self._admission.observe(len(self.running), has_begun or not has_left)
-        if room is not None and room < len(self.running) * self.num_spec_tokens:
+        if room < len(self.running) * self.num_spec_tokens:
             setattr(output, ROOM, room)
         found = {name for name in output.num_scheduled_tokens if self.requests[name].resumable}
         if found:
@@ -93,6 +96,7 @@ class ViaSDScheduler(Scheduler):
             1 + self._drafter_slots,
             self.scheduler_config.enable_chunked_prefill,
         )
+        room = min(room, self._most_drafts)
         drafted = [request for request in self.running if request.spec_token_ids]
         counts = [len(request.spec_token_ids) for request in drafted]
         if sum(counts) > room:

@@ -16,6 +16,7 @@ from test_via_sd_traces import Served, crowd, play
 from via_sd_engine import NGRAM, TARGET, ViaSDEngine
 
 from tiny_models import make_dense
+from vllm_nvium.via_sd import options as options_module
 from vllm_nvium.via_sd.options import ViaSDOptions
 from vllm_nvium.via_sd.runner_v1 import ViaSDModelRunnerMixin
 
@@ -58,8 +59,24 @@ def test_the_sampler_runs_over_the_rows_of_all_windows(
     assert on_cpu._dummy_sampler_run(torch.zeros(8, 32)) == ((8, 32), "n-grams")
 
 
-@pytest.mark.parametrize("most_tokens", [48, 512])
-def test_no_step_has_more_rows(most_tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("requests", "rows"), [(50, 50 * 17), (64, 64 * 17), (256, 256 + 1024), (2000, 2 * 2000)]
+)
+def test_a_crowd_has_fewer_drafts_each(
+    requests: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start of 1,024 requests would keep 35 GB for logits."""
+    monkeypatch.setattr(OfVllm, "max_num_reqs", requests)
+    monkeypatch.setattr(OfVllm, "max_num_tokens", 16384)
+    assert Runner("cuda", object(), window=16)._most_sampled_rows == rows
+
+
+@pytest.mark.parametrize(("most_tokens", "most_drafts"), [(48, None), (512, None), (512, 30)])
+def test_no_step_has_more_rows(
+    most_tokens: int, most_drafts: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if most_drafts is not None:
+        monkeypatch.setattr(options_module, "MOST_DRAFTS", most_drafts)
     reference = make_dense(tmp_path, seed=1, **TARGET)
     options = {"slim": "int8", "window": 12, "rounds": 12}
     sizes = {"num_gpu_blocks_override": 60, "max_num_batched_tokens": most_tokens}
@@ -78,6 +95,7 @@ def test_no_step_has_more_rows(most_tokens: int, tmp_path: Path) -> None:
     runner._sample, runner.slim.compute_logits = sample_and_count, compute_and_count
     play(Served(reference, engine), crowd(3, size=8))
     most = runner._most_sampled_rows
-    assert most == min(runner.max_num_reqs * 13, most_tokens)
+    requests = runner.max_num_reqs
+    assert most == min(requests * 13, most_tokens, requests + (most_drafts or 1024))
     assert 2 * runner.max_num_reqs < max(full) <= most, "more than vLLM takes for the most"
     assert max(slim) <= most

@@ -6,7 +6,7 @@ what plain vLLM answers, at temperature 0 and with a seed, or both refuse.
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from trace_engine import Arrival, TraceEngine
 from via_sd_engine import NGRAM, ViaSDEngine
 
 from tiny_models import make_dense, save_character_tokenizer
+from vllm_nvium.via_sd import row_metadata
 
 # The vocabulary is that of the tokenizer: no token is without a character.
 VOCABULARY = 98
@@ -277,6 +278,35 @@ def test_answers_to_all_of_them_at_once_are_those_of_plain_decoding(engines: Eng
             check_same(mine, engines.plain_answer(*each), logprobs=False)
         except AssertionError as error:
             raise AssertionError(each) from error
+
+
+def test_one_request_with_a_penalty_costs_others_nothing(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A count of the vocabulary, a copy of the longest prompt and one of its text for every row of
+    a step: only rows of requests that ask for them have them."""
+    sizes = []
+    apply = row_metadata.apply_all_penalties
+
+    def measured(logits: torch.Tensor, prompts: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append((*prompts.shape, sum(map(len, rest[-1]))))
+        return apply(logits, prompts, *rest)
+
+    monkeypatch.setattr(row_metadata, "apply_all_penalties", measured)
+    fields = {"seed": 3, "ignore_eos": True}
+    long = Arrival(0, PROMPT * 4, SamplingParams(max_tokens=60, **fields))
+    other = Arrival(0, list(PROMPT), SamplingParams(max_tokens=40, min_tokens=20, **fields))
+    asked = SamplingParams(max_tokens=20, repetition_penalty=1.1, **fields)
+    penalised = Arrival(12, list(PROMPT), asked)
+    found = answers(engines.tiered, [long, other, penalised])
+    for mine, one in zip(found, (long, other, penalised), strict=True):
+        check_same(mine, answers(engines.plain, [replace(one, step=0)])[0])
+    assert sizes
+    window = TIERED["window"] + 1
+    for rows, width, outputs in sizes:
+        assert rows <= window
+        assert width == len(PROMPT)
+        assert outputs <= rows * (20 + window)
 
 
 # --- logits processors of users -------------------------------------------------------------------
