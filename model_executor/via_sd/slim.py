@@ -5,7 +5,7 @@ later pass of the full model over the same positions makes good what it left ope
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,7 @@ class SlimVerifier:
         skipped: indices of layers; see `mask.skipped_layers`.
         copies: module of the target -> what the slim verifier has instead; see `slim_quantised`.
         kind: names what they are, for compiled artefacts.
+        before_pass: called before each.
     """
 
     attention_groups: Sequence[Sequence[Any]] = ()
@@ -71,8 +72,9 @@ class SlimVerifier:
         vllm_config: VllmConfig,
         copies: Mapping[nn.Module, nn.Module] | None = None,
         kind: str = "skip",
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        self.vllm_config, self.kind = vllm_config, kind
+        self.vllm_config, self.kind, self._before_pass = vllm_config, kind, before_pass
         self.skipped = tuple(skipped)
         inner, copies = model.model, copies or {}
         kept = [
@@ -94,6 +96,7 @@ class SlimVerifier:
         }
 
     def __call__(self, token_ids: torch.Tensor, groups: Sequence[Rows]) -> torch.Tensor:
+        self._before_pass()
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
         for attention, rows in zip(self.attention_groups, groups, strict=True):

@@ -5,6 +5,7 @@ embeddings and attention modules are the target's own, and so is the KV cache.
 """
 
 import copy
+import functools
 import multiprocessing
 import os
 from collections import deque
@@ -64,6 +65,8 @@ class Copies:
         self.of: dict[nn.Module, nn.Module] = {}
         # Those that were copied since anybody last asked for new copies.
         self._new: set[nn.Module] = set()
+        # Weights were written by calls that do not say when they are done.
+        self._are_old = False
         # Of copies, in threads, while the target loads.
         self._preparing: deque[Future[None]] = deque()
         self.linears, self.head = linears_of(layers), head_of(model)
@@ -144,6 +147,23 @@ class Copies:
         self._new.clear()
         with threads_on_all_cores() as threads:  # or the next step would do it, one by one
             list(threads.map(_prepare, self.of.values()))
+        self._are_old = False
+
+    def notice_loading(self, model: nn.Module) -> None:
+        """Of a loaded model, whose `load_weights` is called by whoever has other weights for it:
+        all at once, or one after the other. The copies are made anew before the next pass."""
+        load_weights = model.load_weights
+
+        @functools.wraps(load_weights)
+        def load_and_notice(*args: Any, **kwargs: Any) -> Any:
+            self._are_old = True
+            return load_weights(*args, **kwargs)
+
+        model.load_weights = load_and_notice
+
+    def make_anew_if_old(self) -> None:
+        if self._are_old:
+            self.make_anew()
 
     def _copy(self, module: Any) -> None:
         found, weight = self.of.get(module), weight_of(module)

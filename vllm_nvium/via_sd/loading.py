@@ -97,10 +97,12 @@ def load_with_slim_verifier(
         return None
     copies.forget_what_was_new()
     model = runner.get_model()
-    # A patch tells models whose weights were written.
+    # A patch tells models whose weights were written; what workers of others do, nobody tells.
     model.weights_changed = copies.make_anew
+    copies.notice_loading(model)
     assert copies.layer is not None
-    return SlimVerifier(model, skipped, config, copies.of, copies.layer.__name__)
+    name, anew = copies.layer.__name__, copies.make_anew_if_old
+    return SlimVerifier(model, skipped, config, copies.of, name, anew)
 
 
 def _copies_of(

@@ -262,6 +262,18 @@ def test_weights_are_copied_once_when_they_are_loaded(
     left = [m for m in copied if m.weight is not None and m.weight.numel()]
     engine.runner.get_model().weights_changed()
     assert [copied[module] for module in left] == [4] * len(left)
+    # Loaded into the model by somebody's worker, part by part: once, before the next slim pass.
+    newest = make_dense(tmp_path / "newest", seed=3, **TARGET).state_dict()
+    model = engine.runner.get_model()
+    for name in ("lm_head.weight", "model.norm.weight"):
+        model.load_weights([(name, newest[name])])
+    assert [copied[module] for module in left] == [4] * len(left)
+    engine.run(crowd(4, size=2))
+    assert [copied[module] for module in left] == [5] * len(left)
+    head = engine.runner.slim._head.lm_head.low_precision
+    x = torch.randn(3, newest["lm_head.weight"].shape[1])
+    fresh = type(head)(newest["lm_head.weight"]).multiply(x)
+    torch.testing.assert_close(head.multiply(x), fresh, rtol=0, atol=0)
 
 
 # Layers of a checkpoint that are one in vLLM.
