@@ -30,6 +30,16 @@ vllm.config.offload:UVAOffloadConfig cpu_offload_gb
 vllm.envs VLLM_WEIGHT_OFFLOADING_DISABLE_UVA
     whether layers fetch offloaded weights by themselves
     ! a slim pass would run the target's own weights
+vllm.config.vllm:VllmConfig compilation_config num_speculative_tokens
+    where vLLM captures graphs of whole windows
+    ! sizes that are too small are refused by a worker, late
+vllm.config.compilation:CompilationConfig cudagraph_mode cudagraph_capture_sizes
+        max_cudagraph_capture_size
+    where vLLM captures graphs of whole windows
+    ! sizes that are too small are refused by a worker, late
+vllm.config.compilation:CUDAGraphMode decode_mode
+    where vLLM captures graphs of whole windows
+    ! sizes that are too small are refused by a worker, late
 vllm.config.vllm:VllmConfig device_config
     for which device there have to be kernels
     ! a kind without a kernel is refused by a worker, late

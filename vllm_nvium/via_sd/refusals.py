@@ -168,3 +168,18 @@ def check_architecture(model_config: Any) -> None:
             f"--via-sd is on, but {model_config.model} is a {found}, and the slim verifier works "
             f"on {', '.join(ARCHITECTURES)}; remove the flag."
         )
+
+
+def check_graphs(vllm_config: Any) -> None:
+    """Where vLLM captures graphs of whole windows, one of them has to be among the sizes: it says
+    so in a worker, late, and of options that nobody gave."""
+    compilation, rows = vllm_config.compilation_config, 1 + vllm_config.num_speculative_tokens
+    mode, largest = compilation.cudagraph_mode, compilation.max_cudagraph_capture_size
+    if mode is None or mode.decode_mode().name != "FULL" or largest is None:
+        return
+    if compilation.cudagraph_capture_sizes and largest < rows:
+        raise UserError(
+            f"--max-cudagraph-capture-size (or the largest of --cudagraph-capture-sizes) is "
+            f"{largest}, but --via-sd-window {rows - 1} has graphs of {rows} tokens; give at least "
+            "that, a smaller window, or cudagraph_mode PIECEWISE in --compilation-config."
+        )

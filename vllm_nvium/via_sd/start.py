@@ -28,6 +28,7 @@ from vllm_nvium.via_sd.refusals import (
     METHODS,
     check_architecture,
     check_drafter,
+    check_graphs,
     check_rejection,
     refuse_unsupported,
 )
@@ -123,6 +124,7 @@ def check(vllm_config: "VllmConfig") -> None:
     model = vllm_config.model_config
     check_architecture(model)
     check_drafter(vllm_config.speculative_config)
+    check_graphs(vllm_config)
     may_keep = options.mode == "paper" or options.allow_paper_mode
     if may_keep and model.logprobs_mode.startswith("processed"):
         raise UserError(
