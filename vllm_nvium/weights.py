@@ -3,7 +3,8 @@
 the same sizes. Nothing is loaded: files are found, their headers read, and a few rows."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from vllm_nvium.model_executor.models.checkpoint_layout import indexed_files
 TENSOR = "model.layers.{}.self_attn.q_proj.weight"
 ROWS = 8
 PLAIN = ("F64", "F32", "F16", "BF16")
+# Of each tensor, in a digest of all.
+FIRST_BYTES = 4096
 
 
 def weight_files(
@@ -54,6 +57,27 @@ def fingerprint(
     return hashlib.sha256(b"".join(parts)).hexdigest() if parts else None
 
 
+def digest(model: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+    """What tells a checkpoint from any other of the same sizes, in seconds at most: the SHA-256 of
+    the first bytes of every tensor, of the headers of its files, and of its configurations.
+
+    Returns:
+        64 hexadecimal digits; `None` where its files are not here or not safetensors.
+    """
+    try:
+        files = weight_files(model, revision, cache_dir)
+        found = hashlib.sha256()
+        for file in files:
+            for part in _header_and_first_bytes(file):
+                found.update(part)
+        for folder in {file.parent for file in files}:
+            for path in (folder / "config.json", folder / "generation_config.json"):
+                found.update(path.read_bytes() if path.is_file() else b"")
+    except (UserError, OSError, ValueError):
+        return None
+    return found.hexdigest() if files else None
+
+
 def checkpoint_name(model: str) -> str:
     """What a checkpoint is called wherever it lies: the last part of its path or id, and for a
     folder of the hub's cache (`models--ORG--NAME/snapshots/HASH`) that of its id."""
@@ -77,6 +101,17 @@ def _first_rows(files: Sequence[Path], names: Sequence[str]) -> list[bytes]:
                 rows = tensor[:ROWS].contiguous().view(torch.uint8).numpy().tobytes()
                 found[name] = f"{tensor.get_dtype()} {tensor.get_shape()}".encode() + rows
     return [found[name] for name in names] if len(found) == len(names) else []
+
+
+def _header_and_first_bytes(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        yield (header := data.read(length))
+        tensors = json.loads(header)
+        for name in sorted(tensors.keys() - {"__metadata__"}):
+            start, end = tensors[name]["data_offsets"]
+            data.seek(8 + length + start)
+            yield data.read(min(end - start, FIRST_BYTES))
 
 
 def _local_files(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fingerprint of a checkpoint's weights: the same wherever and in however many files they lie,
-another for other weights, and none where it cannot be computed."""
+another for other weights, and none where it cannot be computed. And a digest of all of it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_models import make_dense
 from vllm_nvium import weights
-from vllm_nvium.weights import TENSOR, checkpoint_name, fingerprint
+from vllm_nvium.weights import TENSOR, checkpoint_name, digest, fingerprint
 
 LAYERS = 4
 
@@ -55,6 +56,30 @@ def test_other_weights_have_another(known: str, tmp_path: Path) -> None:
         assert changed(tmp_path, name, nudged) not in (None, known)
     make_dense(tmp_path / "half", dtype=torch.bfloat16)
     assert fingerprint(str(tmp_path / "half"), LAYERS) not in (None, known)
+
+
+def test_a_digest_is_of_all_tensors_and_configurations(tmp_path: Path) -> None:
+    """A fingerprint does not tell N-vium checkpoints of one parent apart: this does."""
+    make_dense(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    two = tmp_path / "two"
+    known = digest(str(tmp_path / "one"))
+    assert known is not None and digest(str(two)) == known
+    file = two / "model.safetensors"
+    before, state = file.read_bytes(), load_file(file)
+    for name, tensor in state.items():
+        nudged = tensor.clone()
+        nudged.view(-1)[0] += 1e-3
+        save_file(state | {name: nudged}, file)
+        assert digest(str(two)) not in (None, known), name
+    file.write_bytes(before)
+    assert digest(str(two)) == known
+    (two / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert digest(str(two)) not in (None, known)
+    file.write_bytes(before[:7])
+    assert digest(str(two)) is None
+    assert digest("no/model") is None
+    assert digest(str(tmp_path / "nothing here")) is None
 
 
 def test_none_where_nothing_can_be_told(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.batch.journal import WEIGHTS
 from vllm_nvium.engine.feature import running
 from vllm_nvium.environment import with_libraries
 from vllm_nvium.errors import UserError, first_line
+from vllm_nvium.weights import digest
 
 # Flags that decide how fast a job runs, and not what it says; a job may go on with others.
 SPEED_ONLY = frozenset(
@@ -146,6 +148,7 @@ def engine_of(args: argparse.Namespace, defaults: argparse.Namespace) -> Engine:
         frontend=vars(args)
         | {"served_model_name": args.served_model_name or [given_flags["model"]]},
         about={"--model": given_flags["model"]}
+        | {WEIGHTS: digest(asked.model, asked.revision, asked.download_dir)}
         | {f"--{key.replace('_', '-')}": _plain(value) for key, value in sorted(given.items())},
         is_cpu=is_cpu,
         max_num_seqs=256 if config is None else config.scheduler_config.max_num_seqs,

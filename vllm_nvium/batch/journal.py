@@ -18,6 +18,8 @@ from vllm_nvium.files import read_record, write_atomically
 
 MANIFEST, LOCK, SPOOL, SHARDS = "manifest.json", "lock", "input.jsonl", "rows-*.jsonl"
 NOT_DONE = -1
+# A value of a job that is not known everywhere: the model may lie on other machines only.
+WEIGHTS = "weights of --model (a digest)"
 
 
 def folder_of(output: Path) -> Path:
@@ -120,12 +122,20 @@ def _read(manifest: Path) -> dict[str, Any]:
 
 def _check_same(theirs: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) -> None:
     for name in [*mine, *theirs]:
-        if theirs.get(name) != mine.get(name):
+        is_known = name != WEIGHTS or None not in (theirs.get(name), mine.get(name))
+        if theirs.get(name) == mine.get(name) or not is_known:
+            continue
+        if name == WEIGHTS:
             raise UserError(
-                f"OUTPUT belongs to another job: {name} is {shown(mine.get(name, 'not given'))}, "
-                f"and {folder} was begun with {shown(theirs.get(name, 'none'))}; give the same "
-                "command to go on, or another OUTPUT."
+                "OUTPUT belongs to another job: the weights or configurations of --model are "
+                f"others than those that {folder} was begun with; put these back to go on, or "
+                "give another OUTPUT."
             )
+        raise UserError(
+            f"OUTPUT belongs to another job: {name} is {shown(mine.get(name, 'not given'))}, "
+            f"and {folder} was begun with {shown(theirs.get(name, 'none'))}; give the same "
+            "command to go on, or another OUTPUT."
+        )
 
 
 class Journal:

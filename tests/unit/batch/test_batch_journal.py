@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from vllm_nvium.batch.inputs import parquet_to_lines
-from vllm_nvium.batch.journal import Journal, claim, folder_of, has_results, on_disk, remove
+from vllm_nvium.batch.journal import (
+    WEIGHTS,
+    Journal,
+    claim,
+    folder_of,
+    has_results,
+    on_disk,
+    remove,
+)
 from vllm_nvium.batch.results import answered, encoded, failed, tokens_of, write_output
 from vllm_nvium.errors import UserError
 
@@ -90,6 +98,18 @@ def test_other_jobs_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     journal, lock = begin(output)
     assert journal.done == 1
     end(journal, lock)
+
+
+def test_weights_are_compared_where_they_are_known(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    journal, lock = begin(output, {**ABOUT, WEIGHTS: "one"})
+    journal.add([(0, result(0))])
+    end(journal, lock)
+    with pytest.raises(UserError, match="the weights or configurations of --model are others"):
+        begin(output, {**ABOUT, WEIGHTS: "two"})
+    for known in ("one", None):
+        end(*begin(output, {**ABOUT, WEIGHTS: known}))
+    end(*begin(output))  # a job of an earlier version
 
 
 def test_a_job_without_results_may_become_another(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ pytest.importorskip("ray")
 
 from vllm_nvium.batch.engine import SECRET, SPEED_ONLY, _with_absolute_paths, engine_of
 from vllm_nvium.batch.job import rows_per_block
+from vllm_nvium.batch.journal import WEIGHTS
 from vllm_nvium.cli import batch, main
 from vllm_nvium.errors import UserError
+from vllm_nvium.weights import digest
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,7 @@ def test_an_engine_is_what_was_given_and_nothing_else(
     }
     assert engine.about == {
         "--model": str(nvium_checkpoint),
+        WEIGHTS: digest(str(nvium_checkpoint)),
         "--dtype": "float32",
         "--nvium-sampling": "mixture",
     }
