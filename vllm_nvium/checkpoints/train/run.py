@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,11 @@ def train(options: TrainOptions) -> Path:
             is as it was before.
     """
     check(options)
+    if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        raise UserError(
+            f"WORLD_SIZE is {processes}, and training runs in one process on one device: start it "
+            "without torchrun."
+        )
     require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     out = Path(options.out).expanduser()
     with claim(out, options):

@@ -288,6 +288,10 @@ def training_arguments(out: Path, steps: int, options: TrainOptions) -> Training
         "use_cpu": not torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(**(fields | options.trainer))
+        arguments = TrainingArguments(**(fields | options.trainer))
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer: {first_line(error)}.") from error
+    # Trainer would spread passes over all visible GPUs with DataParallel, which cannot gather what
+    # the reference model returns.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
