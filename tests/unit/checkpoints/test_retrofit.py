@@ -20,7 +20,6 @@ from vllm_nvium.checkpoints.train.retrofit import (
 )
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
-
 Tensors = dict[str, torch.Tensor]
 
 
