@@ -2,12 +2,15 @@
 """What a run asks of transformers' Trainer, and of the machine, before its first step."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from vllm_nvium.checkpoints.train import run
 from vllm_nvium.checkpoints.train.options import TrainOptions
-from vllm_nvium.checkpoints.train.run import train
+from vllm_nvium.checkpoints.train.retrofit import open_start
 from vllm_nvium.checkpoints.train.trainer import training_arguments
 from vllm_nvium.errors import UserError
 
@@ -28,5 +31,30 @@ def test_one_device_where_there_are_several(
 def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE is 2, and training runs in one process"):
-        train(NEEDED.model_copy(update={"out": str(tmp_path / "run")}))
+        run.train(NEEDED.model_copy(update={"out": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
+
+
+def test_parent_and_linear_start_are_where_training_is(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that every machine has beside its CPU."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + i % 250}" for i in range(400)))
+    where: dict[str, Any] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, model, *more, **named: where.update({name: model.device.type})
+
+    arguments = SimpleNamespace(max_steps=1, device=torch.device("meta"))
+    monkeypatch.setattr(run, "training_arguments", lambda *_: arguments)
+    monkeypatch.setattr(run, "_losses", note("parent"))
+    monkeypatch.setattr(run, "_fit_exits", note("linear start"))
+    monkeypatch.setattr(run, "_trained_model", lambda _, start, steps: start.model)
+    monkeypatch.setattr(run, "NviumTrainer", lambda **_: None)
+    options = TrainOptions(
+        model=str(dense_checkpoint), text=[str(text)], validation=[str(text)], block_size=16
+    )
+    start = open_start(options, tmp_path)
+    run._trainer(options, tmp_path, start, is_resumed=False)
+    assert where == {"parent": "meta", "linear start": "meta"}

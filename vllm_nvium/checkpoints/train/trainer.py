@@ -250,12 +250,13 @@ def interval(given: int, steps: int) -> int:
     return given or max(1, math.ceil(0.05 * steps))
 
 
-def autocast_of(options: TrainOptions) -> Callable[[], contextlib.AbstractContextManager]:
+def autocast_of(
+    options: TrainOptions, device: torch.device
+) -> Callable[[], contextlib.AbstractContextManager]:
     """Makes contexts that compute in `--dtype`."""
     if options.dtype == "float32":
         return contextlib.nullcontext
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return partial(torch.autocast, device, dtype=torch.bfloat16)
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16)
 
 
 def training_arguments(out: Path, steps: int, options: TrainOptions) -> TrainingArguments:
