@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run asks of transformers' Trainer, and of the machine, before its first step."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from vllm_nvium.checkpoints.train import run
+from vllm_nvium.checkpoints.train.controller import BetaController
 from vllm_nvium.checkpoints.train.options import TrainOptions
 from vllm_nvium.checkpoints.train.retrofit import open_start
-from vllm_nvium.checkpoints.train.trainer import training_arguments
+from vllm_nvium.checkpoints.train.trainer import NviumTrainer, training_arguments
 from vllm_nvium.errors import UserError
 
 NEEDED = TrainOptions(model="m", out="run", text=["a.txt"], validation=["b.txt"])
@@ -58,3 +61,31 @@ def test_parent_and_linear_start_are_where_training_is(
     start = open_start(options, tmp_path)
     run._trainer(options, tmp_path, start, is_resumed=False)
     assert where == {"parent": "meta", "linear start": "meta"}
+
+
+class OneWeight(NviumTrainer):
+    """Anything that trains."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        return model.weight.sum() * inputs["input_ids"].float().mean()
+
+
+def test_save_every_may_change_at_a_resume(tmp_path: Path) -> None:
+    def train(save_every: int, resume: str | None) -> set[str]:
+        options = NEEDED.model_copy(update={"save_every": save_every, "batch_size": 1})
+        model = torch.nn.Linear(1, 1)
+        OneWeight(
+            model=model,
+            args=training_arguments(tmp_path, 6, options),
+            train_dataset=Dataset.from_dict({"input_ids": [[1]] * 6}).with_format("torch"),
+            plain=model,
+            is_dense=True,
+            warm_up_steps=0,
+            head_loss_steps=0,
+            controller=BetaController(0.0),
+            autocast=nullcontext,
+        ).train(resume_from_checkpoint=resume)
+        return {path.name for path in tmp_path.glob("checkpoint-*")}
+
+    assert train(3, None) == {"checkpoint-3", "checkpoint-6"}
+    assert train(5, str(tmp_path / "checkpoint-3")) == {"checkpoint-5", "checkpoint-6"}

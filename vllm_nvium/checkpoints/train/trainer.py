@@ -105,6 +105,7 @@ class NviumTrainer(Trainer):
         self.warm_up_steps, self.head_loss_steps = warm_up_steps, head_loss_steps
         self.controller, self.autocast = controller, autocast
         self.terms: dict[str, float] = {}
+        self.add_callback(_SavesAsAsked())
 
     def compute_loss(
         self,
@@ -148,6 +149,15 @@ class NviumTrainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         found = self.model.load_state_dict(state, strict=False)
         assert not found.unexpected_keys, found.unexpected_keys
+
+
+class _SavesAsAsked(TrainerCallback):
+    """Lets `--save-every` change when a run goes on: Trainer takes back what its state holds."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.save_steps = int(args.save_steps)
 
 
 @dataclass(eq=False)
