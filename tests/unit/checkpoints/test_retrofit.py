@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves behind that did not start from a dense model."""
+"""What a run starts from, and what it leaves behind that did not start from a dense model."""
 
 import json
 from pathlib import Path
@@ -33,6 +33,17 @@ def finished(folder: Path, trains: bool = True, **options: Any) -> tuple[Tensors
         tensor += float(trains)
     finish(start, trained, given, folder / "run", {})
     return state, load_file(folder / "run" / "model" / "model.safetensors")
+
+
+def test_routers_start_by_the_seed(dense_checkpoint: Path, tmp_path: Path) -> None:
+    name = "exits.0.router.blocks.0.fc1.weight"
+
+    def drawn(seed: int, folder: Path) -> torch.Tensor:
+        options = TrainOptions(model=str(dense_checkpoint), exit_layers=[2], seed=seed)
+        return open_start(options, folder).model.state_dict()[name]
+
+    first, again, other = (drawn(seed, tmp_path / f"{i}") for i, seed in enumerate((0, 0, 1)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def dtypes(folder: Path) -> tuple[str, str]:

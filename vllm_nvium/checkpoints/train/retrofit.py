@@ -104,6 +104,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
             exits = DenseOptions(
                 exit_layers=options.exit_layers or None,
                 adapter_size=options.adapter_size or None,
+                seed=options.seed,
             )
             convert(options.model, converted, exits)
         folder, has_parent = converted, True
