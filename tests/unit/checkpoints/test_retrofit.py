@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from tiny_models import SIZES, dense_config, make_nvium, save_tokenizer
 from vllm_nvium.checkpoints.convert.exits import OWN
-from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.checkpoints.train.retrofit import (
     choose_trainable,
     finish,
     open_start,
     trainable_state,
 )
+from vllm_nvium.errors import UserError
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 
 Tensors = dict[str, torch.Tensor]
@@ -44,6 +45,17 @@ def test_routers_start_by_the_seed(dense_checkpoint: Path, tmp_path: Path) -> No
 
     first, again, other = (drawn(seed, tmp_path / f"{i}") for i, seed in enumerate((0, 0, 1)))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("exit_layers", [1]), ("adapter_size", 8)], ids=["exits", "adapters"]
+)
+def test_exits_that_a_start_has_already(
+    field: str, value: Any, nvium_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = TrainOptions(model=str(nvium_checkpoint), **{field: value})
+    with pytest.raises(UserError, match=f"^{flag_of(field)} is .* has its exits already"):
+        open_start(options, tmp_path)
 
 
 def dtypes(folder: Path) -> tuple[str, str]:

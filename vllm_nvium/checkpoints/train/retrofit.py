@@ -35,7 +35,7 @@ from vllm_nvium.checkpoints.inputs import (
     open_parent,
     refusing,
 )
-from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import staged_folder
 from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
@@ -84,11 +84,12 @@ def open_start(options: TrainOptions, out: Path) -> Start:
         return _from_scratch(options)
     folder = Path(options.model).expanduser()
     if _model_type(folder) == NviumConfig.model_type:
-        if options.exit_layers:
-            raise UserError(
-                f"--exit-layers is {options.exit_layers}, and {options.model} has its exits "
-                "already: leave it out."
-            )
+        for name in ("exit_layers", "adapter_size"):
+            if value := getattr(options, name):
+                raise UserError(
+                    f"{flag_of(name)} is {value}, and {options.model} has its exits already: leave "
+                    "it out."
+                )
         config = open_model(folder)
         if options.dense:
             check_parent(options.dense, config, open_parent(options.dense), options.block_size)
