@@ -16,7 +16,7 @@ from vllm_nvium.checkpoints import IGNORED
 from vllm_nvium.checkpoints.text import load_blocks
 from vllm_nvium.checkpoints.train import distill
 from vllm_nvium.checkpoints.train.distill import schedule, self_distill
-from vllm_nvium.checkpoints.train.prompts import read_prompts
+from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
 from vllm_nvium.errors import UserError
 
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10"]
@@ -266,12 +266,16 @@ def test_prompt_files(tmp_path: Path) -> None:
     }
     for name, row in rows.items():
         (tmp_path / name).write_text(json.dumps(row) + "\n")
-        assert read_prompts([str(tmp_path / name)]) == ["a"]
+        assert read_prompts([str(tmp_path / name)]) == [(f"{tmp_path / name}, line 1", "a")]
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "messages.json").write_text(json.dumps([{"messages": talk}]))
     (tmp_path / "lines.txt").write_text("a\n\nb c\n")
     both = [str(tmp_path / "messages.json"), str(tmp_path / "lines.txt")]
-    assert read_prompts(both) == [talk[:1], "a", "b c"]
+    assert read_prompts(both) == [
+        (f"{tmp_path / 'messages.json'}, element 0", talk[:1]),
+        (f"{tmp_path / 'lines.txt'}, line 1", "a"),
+        (f"{tmp_path / 'lines.txt'}, line 3", "b c"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -279,6 +283,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}', r"line 1 has no prompt .* only text"),
         ("a.jsonl", '{"turns": [], "prompt": 3}', "line 1 has no prompt"),
+        ("a.jsonl", '{"messages": ["a"]}', "line 1 has 'a' among its messages"),
         ("a.jsonl", "3", "line 1 is 3, and an object of fields is needed"),
         ("a.jsonl", "", "has no prompts"),
         ("a.txt", "\n", "has no prompts"),
@@ -288,6 +293,18 @@ def test_refused_prompt_files(tmp_path: Path, name: str, text: str, sentence: st
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=sentence):
         read_prompts([str(tmp_path / name)])
+
+
+def test_a_template_that_refuses_a_row(dense_checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(dense_checkpoint)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0].content }}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    rows = [("a, line 1", "w5"), ("a, line 2", [{"role": "system", "content": "w5"}])]
+    with pytest.raises(UserError, match=r"^a, line 2 holds .* \(System role not supported\)"):
+        prompt_ids(tmp_path, rows, 1, 512)
 
 
 def test_prompts_are_rendered(dense_checkpoint: Path, tmp_path: Path, batch: Batch) -> None:

@@ -85,6 +85,7 @@ def test_a_file_alone(tmp_path: Path) -> None:
         (["--learning-rate", "0"], "--learning-rate is '0': input should be greater than 0"),
         (["--seed", "-1"], "--seed is '-1': input should be greater than or equal to 0"),
         (["--seed", str(2**32)], "--seed is '4294967296': input should be less than or"),
+        (["--prompts", "p.txt"], "--prompts is ['p.txt'], but nothing is sampled"),
         (["--hazard-warm-up", "2"], "--hazard-warm-up is '2': input should be less than or"),
     ],
 )

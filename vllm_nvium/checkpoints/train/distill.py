@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.text import check_disk_space
-from vllm_nvium.checkpoints.train.prompts import prompt_ids, read_prompts
+from vllm_nvium.checkpoints.train.prompts import Located, prompt_ids, read_prompts
 from vllm_nvium.console import say
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import read_record, write_atomically
@@ -74,7 +74,8 @@ def self_distill(
     counts = {"tokens": tokens, "max_new_tokens": max_new_tokens, "replicas": replicas}
     _check_arguments(out, counts)
     context = _context(parent)
-    given = [*(prompts or ()), *read_prompts(prompt_files)]
+    given: list[Located] = [(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts or ())]
+    given += read_prompts(prompt_files)
     ids = prompt_ids(parent, given, max_new_tokens, context)
     # What the samples depend on.
     header = {

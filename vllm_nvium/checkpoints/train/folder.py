@@ -4,6 +4,7 @@ the run was refused.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -12,11 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium.checkpoints.documents import find_files
+from vllm_nvium.checkpoints.inputs import refusing
 from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import read_record, write_atomically
 
 RECORD = "run.json"
+# In the record: source -> `digest`. Runs that were started before there was one have none.
+DIGESTS = "text_digests"
 SELF_DISTILLED = "self_distilled.jsonl"
 
 
@@ -55,11 +60,13 @@ def _begin(out: Path, options: TrainOptions) -> None:
                 "it, or another folder."
             )
         _check_same(out, wanted)
+        _check_text(out, options)
         return
     if options.resume:
         raise UserError(f"--resume needs a run in --out, and {str(out)!r} holds none.")
     if out.exists() and (not out.is_dir() or any(_not_sampled(out))):
         raise UserError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
+    wanted[DIGESTS] = {source: digest(source) for source in options.text}
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(record, lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
@@ -106,6 +113,35 @@ def _check_same(out: Path, wanted: dict[str, Any]) -> None:
             raise UserError(
                 f"{flag_of(name)} is {value!r}, and the run in {out} was started with "
                 f"{found.get(name)!r}: use that, or another --out."
+            )
+
+
+def digest(source: str) -> str | None:
+    """Tells texts of one name apart: SHA-256 of a source's files, each by its own; of a dataset,
+    what the `datasets` library calls the version that it would load, or None if it cannot say."""
+    files = find_files(source)
+    if files is None:
+        import datasets
+
+        name, _, config = source.partition(":")
+        with suppress(Exception):  # it says so itself, where the text is read
+            return str(datasets.load_dataset_builder(name, config or None).hash)
+        return None
+    whole = hashlib.sha256()
+    for path in files:
+        with refusing(f"{str(path)!r} cannot be read"), path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _check_text(out: Path, options: TrainOptions) -> None:
+    """Refuses to go on with a run on text that is another by now."""
+    for source, before in read_record(out / RECORD).get(DIGESTS, {}).items():
+        now = digest(source)
+        if before and now and before != now:
+            raise UserError(
+                f"--text is {source!r}, which has changed since the run in {out} was started: "
+                "give what it was, or another --out."
             )
 
 

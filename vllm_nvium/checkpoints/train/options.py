@@ -202,6 +202,11 @@ def check(options: TrainOptions) -> None:
             f"--distill-replicas is {options.distill_replicas}, but nothing is sampled: add "
             "--self-distill, or leave it out."
         )
+    if options.prompts and not options.self_distill:
+        raise UserError(
+            f"--prompts is {options.prompts}, but nothing is sampled: add --self-distill, or leave "
+            "it out."
+        )
     if options.method == "scratch":
         _check_scratch(options)
     elif options.tokenizer:

@@ -5,17 +5,25 @@ weights are trained, and afterwards the folder of trained exits and the finished
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.core_model_loading import revert_weight_conversion
 
 from vllm_nvium.checkpoints.convert import convert, open_source
-from vllm_nvium.checkpoints.convert.checkpoint import copy_companions
+from vllm_nvium.checkpoints.convert.checkpoint import (
+    Source,
+    TensorPlan,
+    open_folder,
+    source_dtype,
+    write_checkpoint,
+)
 from vllm_nvium.checkpoints.convert.dense import CERTAIN
 from vllm_nvium.checkpoints.convert.exits import OWN, fingerprint, write_exits
 from vllm_nvium.checkpoints.convert.options import DenseOptions
@@ -27,9 +35,10 @@ from vllm_nvium.checkpoints.inputs import (
     open_parent,
     refusing,
 )
-from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import staged_folder
+from vllm_nvium.model_executor.models.checkpoint_layout import expected_shapes
 from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
 from vllm_nvium.model_executor.models.nvium_reference import (
     NviumForCausalLM,
@@ -75,11 +84,12 @@ def open_start(options: TrainOptions, out: Path) -> Start:
         return _from_scratch(options)
     folder = Path(options.model).expanduser()
     if _model_type(folder) == NviumConfig.model_type:
-        if options.exit_layers:
-            raise UserError(
-                f"--exit-layers is {options.exit_layers}, and {options.model} has its exits "
-                "already: leave it out."
-            )
+        for name in ("exit_layers", "adapter_size"):
+            if value := getattr(options, name):
+                raise UserError(
+                    f"{flag_of(name)} is {value}, and {options.model} has its exits already: leave "
+                    "it out."
+                )
         config = open_model(folder)
         if options.dense:
             check_parent(options.dense, config, open_parent(options.dense), options.block_size)
@@ -95,6 +105,7 @@ def open_start(options: TrainOptions, out: Path) -> Start:
             exits = DenseOptions(
                 exit_layers=options.exit_layers or None,
                 adapter_size=options.adapter_size or None,
+                seed=options.seed,
             )
             convert(options.model, converted, exits)
         folder, has_parent = converted, True
@@ -156,8 +167,8 @@ def planned_bytes(start: Start, options: TrainOptions) -> int:
         elif options.method == "lora" and ".layers." in name and parameter.ndim == 2:
             trained += options.lora_rank * sum(parameter.shape)
     finished = 2 * sum(parameter.numel() for parameter in start.model.parameters())
-    if start.has_parent and start.folder is not None:
-        # Written in the parent's own dtype, as the start was.
+    if start.folder is not None:
+        # Written in the start's own dtype.
         finished = sum(file.stat().st_size for file in start.folder.glob("*.safetensors"))
     return 3 * 12 * trained + finished
 
@@ -196,15 +207,15 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def exit_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of `convert/exits.py` for a state of `--method exits` or `lora`, in bfloat16."""
+def trained_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of `convert/exits.py` for a state of `--method exits` or `lora`."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         plain = name.removeprefix(LORA_PREFIX)
         for ours, theirs in (("A", ".lora_A.default.weight"), ("B", ".lora_B.default.weight")):
             if plain.endswith(theirs):
                 plain = f"lora.{plain.removesuffix(theirs)}.weight.{ours}"
-        tensors[plain] = tensor.to(torch.bfloat16)
+        tensors[plain] = tensor.cpu()
     return tensors
 
 
@@ -213,33 +224,53 @@ def finish(
 ) -> None:
     """Writes `out/exits` (when there is something smaller than the model) and `out/model`.
 
-    The checkpoint is made from parent and exits by the converter, so what is served is what
-    `vllm-nvium convert PARENT OUT --exits FOLDER` gives.
+    The checkpoint of a dense start is made from parent and exits by the converter, so what is
+    served is what `vllm-nvium convert PARENT OUT --exits FOLDER` gives. That of another start has
+    the start's dtype, and its weights wherever none were trained. From scratch it is bfloat16.
     """
     model_folder = out / "model"
+    if start.folder is None:
+        model = start.model.to(torch.bfloat16)
+        model.config.get_text_config().dtype = torch.bfloat16
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        with staged_folder(model_folder, True, size) as stage:
+            model.save_pretrained(stage)
+            start.tokenizer.save_pretrained(stage)
+        return
+    state = trainable_state(trained)
     if start.has_parent and options.method in ("exits", "lora"):
-        assert isinstance(start.model, NviumForCausalLM)
-        tensors = exit_tensors(trainable_state(trained))
+        tensors = {name: t.to(torch.bfloat16) for name, t in trained_tensors(state).items()}
         source = open_source(options.model)
         record = {
             "parent": Path(options.model).name,
             "parent_fingerprint": fingerprint(source),
             **record,
         }
-        size = sum(tensor.numel() * 2 for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         with staged_folder(out / "exits", True, size) as stage:
             write_exits(stage, start.model.config, tensors, LORA_SCALE, record)
         convert(options.model, model_folder, exits=out / "exits", force=True)
         return
-    model = start.model
-    if options.method == "lora":
-        model = trained.merge_and_unload()  # type: ignore[operator]
-    size = sum(parameter.numel() * 2 for parameter in model.parameters())
-    with staged_folder(model_folder, True, size, [start.folder] if start.folder else []) as stage:
-        state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-        model.config.dtype = torch.bfloat16
-        model.save_pretrained(stage, state_dict=state)
-        if start.folder is not None:
-            copy_companions(start.folder, stage)
+    if options.method == "full":
+        state = revert_weight_conversion(start.model, state)  # names as in a folder
+    source = open_folder(start.folder, options.model)
+    config = start.model.config
+    plan = _plan(source, expected_shapes(config), trained_tensors(state))
+    write_checkpoint(model_folder, source, config, plan, source_dtype(source, "auto"), force=True)
+
+
+def _plan(source: Source, names: Iterable[str], trained: Mapping[str, torch.Tensor]) -> TensorPlan:
+    """How to make each tensor of an N-vium model from those of its start."""
+
+    def merged(name: str) -> torch.Tensor:
+        down, up = trained[f"lora.{name}.A"], trained[f"lora.{name}.B"]
+        return source.load(name).float() + LORA_SCALE * (up @ down)
+
+    tensors: TensorPlan = {}
+    for name in names:
+        if name in trained:
+            # Experts may be views of one tensor, which safetensors does not take.
+            tensors[name] = trained[name].clone
         else:
-            start.tokenizer.save_pretrained(stage)
+            tensors[name] = partial(merged if f"lora.{name}.A" in trained else source.load, name)
+    return tensors

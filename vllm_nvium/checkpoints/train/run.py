@@ -3,11 +3,13 @@
 
 import json
 import math
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import set_seed
 
 from vllm_nvium.checkpoints import require
@@ -56,6 +58,11 @@ def train(options: TrainOptions) -> Path:
             is as it was before.
     """
     check(options)
+    if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        raise UserError(
+            f"WORLD_SIZE is {processes}, and training runs in one process on one device: start it "
+            "without torchrun."
+        )
     require("accelerate", "datasets", *(["peft"] if options.method == "lora" else []))
     out = Path(options.out).expanduser()
     with claim(out, options):
@@ -97,8 +104,9 @@ def _calibration(options: TrainOptions, out: Path, start: Start) -> dict[str, An
     if steering_of(options, start) != "parent" or not tokens:
         return {}
     texts = _validation_blocks(options, start.tokenizer, tokens)
-    parent = _parent_losses(options, out, start, texts)
-    with autocast_of(options)():
+    device = start.model.device
+    parent = _parent_losses(options, out, start, texts, device)
+    with autocast_of(options, device)():
         found = calibrate(start.model, texts, parent, options.tolerance, options.batch_size)
     return {"calibration": {"tokens": tokens, **found}}
 
@@ -128,7 +136,9 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
     arguments = training_arguments(out, steps, options)
     parent = None
     if start.has_parent or steering == "parent":
-        parent = _parent_losses(options, out, start, validation)
+        parent = _parent_losses(options, out, start, validation, arguments.device)
+    # After the parent was there, so that a GPU need not hold both.
+    start.model.to(arguments.device)
     if start.has_parent and options.fit_tokens and not is_resumed:
         _fit_exits(options, start.model, blocks)
     trained = _trained_model(options, start, steps)
@@ -158,7 +168,7 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
             warm_up_steps=warm_up_steps,
             head_loss_steps=round(options.head_loss_share * steps),
             controller=controller,
-            autocast=autocast_of(options),
+            autocast=autocast_of(options, arguments.device),
         )
 
 
@@ -217,19 +227,24 @@ def _steps(options: TrainOptions, blocks: int) -> int:
 def _losses(
     options: TrainOptions, model: Any, texts: "dict[str, Dataset]", is_dense: bool
 ) -> Losses:
-    with autocast_of(options)():
+    with autocast_of(options, model.device)():
         return losses_of(model, texts, options.batch_size, is_dense)
 
 
 def _parent_losses(
-    options: TrainOptions, out: Path, start: Start, texts: "dict[str, Dataset]"
+    options: TrainOptions,
+    out: Path,
+    start: Start,
+    texts: "dict[str, Dataset]",
+    device: torch.device,
 ) -> Losses:
     """With all hazards at zero a start is its dense parent: the mixture is the final head, whose
     adapter is the identity. It is opened again, because the model in training may have changed."""
     if start.has_parent:
-        return _losses(options, open_start(options, out).model, texts, is_dense=False)
-    dense = load_model(options.dense, "--dense", options.dtype)
-    return _losses(options, dense, texts, is_dense=True)
+        model = open_start(options, out).model
+    else:
+        model = load_model(options.dense, "--dense", options.dtype)
+    return _losses(options, model.to(device), texts, is_dense=not start.has_parent)
 
 
 def _fit_exits(options: TrainOptions, model: Any, blocks: "Dataset") -> None:

@@ -105,6 +105,7 @@ class NviumTrainer(Trainer):
         self.warm_up_steps, self.head_loss_steps = warm_up_steps, head_loss_steps
         self.controller, self.autocast = controller, autocast
         self.terms: dict[str, float] = {}
+        self.add_callback(_SavesAsAsked())
 
     def compute_loss(
         self,
@@ -148,6 +149,15 @@ class NviumTrainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         found = self.model.load_state_dict(state, strict=False)
         assert not found.unexpected_keys, found.unexpected_keys
+
+
+class _SavesAsAsked(TrainerCallback):
+    """Lets `--save-every` change when a run goes on: Trainer takes back what its state holds."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.save_steps = int(args.save_steps)
 
 
 @dataclass(eq=False)
@@ -250,12 +260,13 @@ def interval(given: int, steps: int) -> int:
     return given or max(1, math.ceil(0.05 * steps))
 
 
-def autocast_of(options: TrainOptions) -> Callable[[], contextlib.AbstractContextManager]:
+def autocast_of(
+    options: TrainOptions, device: torch.device
+) -> Callable[[], contextlib.AbstractContextManager]:
     """Makes contexts that compute in `--dtype`."""
     if options.dtype == "float32":
         return contextlib.nullcontext
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return partial(torch.autocast, device, dtype=torch.bfloat16)
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16)
 
 
 def training_arguments(out: Path, steps: int, options: TrainOptions) -> TrainingArguments:
@@ -288,6 +299,10 @@ def training_arguments(out: Path, steps: int, options: TrainOptions) -> Training
         "use_cpu": not torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(**(fields | options.trainer))
+        arguments = TrainingArguments(**(fields | options.trainer))
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer: {first_line(error)}.") from error
+    # Trainer would spread passes over all visible GPUs with DataParallel, which cannot gather what
+    # the reference model returns.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

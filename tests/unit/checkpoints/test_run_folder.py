@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run: what a run that goes on must agree with."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+from vllm_nvium.checkpoints.train.folder import DIGESTS, claim
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.errors import UserError
+
+
+def begin(text: str, out: Path) -> TrainOptions:
+    """Starts a run and returns the options that go on with it."""
+    options = TrainOptions(out=str(out), text=[text])
+    with claim(out, options):
+        pass
+    return options.model_copy(update={"resume": True})
+
+
+def test_a_run_goes_on_with_its_own_text_only(tmp_path: Path) -> None:
+    out, folder = tmp_path / "run", tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+    resumed = begin(str(folder), out)
+    with claim(out, resumed):
+        pass
+    (folder / "b.txt").write_text("tow")
+    with (
+        pytest.raises(UserError, match="--text is .*, which has changed since"),
+        claim(out, resumed),
+    ):
+        pass
+    # As runs of before the text was noted.
+    record = json.loads((out / "run.json").read_text())
+    del record[DIGESTS]
+    (out / "run.json").write_text(json.dumps(record))
+    with claim(out, resumed):
+        pass
+
+
+def test_datasets_are_told_apart_by_their_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def builder(name: str, config: str | None) -> SimpleNamespace:
+        asked.append((name, config))
+        return SimpleNamespace(hash=version)
+
+    version = "first"
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    resumed = begin("owner/name:config", tmp_path / "run")
+    assert asked == [("owner/name", "config")]
+    with claim(tmp_path / "run", resumed):
+        pass
+    version = "second"
+    with pytest.raises(UserError, match="has changed since"), claim(tmp_path / "run", resumed):
+        pass
+    # The hub cannot be asked.
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
+    with claim(tmp_path / "run", resumed):
+        pass
