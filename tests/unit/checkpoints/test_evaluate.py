@@ -45,6 +45,9 @@ from vllm_nvium.checkpoints.evaluate.results import (
     compare,
     to_json,
 )
+from vllm_nvium.checkpoints.inputs import load_model
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.retrofit import open_start
 from vllm_nvium.cli.eval import parse_texts
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
@@ -209,6 +212,19 @@ def test_dense_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     found = evaluate_dense(dense, blocks, 3)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert torch.equal(dense_top_tokens(dense, blocks, 3), logits.argmax(-1))
+
+
+@torch.no_grad()
+def test_attention_is_capped(tmp_path: Path) -> None:
+    """Of a parent, and of a twin from scratch: transformers' own choice leaves the cap out."""
+    capped = {"query_pre_attn_scalar": 1, "attn_logit_softcapping": 0.1}
+    dense, blocks = make_dense(tmp_path, "gemma2", **capped), blocks_of(2, 20)
+    model = load_model(str(tmp_path), "--dense", "float32")
+    torch.testing.assert_close(model(blocks.to(model.device)).logits.cpu(), dense(blocks).logits)
+    options = TrainOptions(model=str(tmp_path), method="scratch", tokenizer=str(tmp_path))
+    twin = open_start(options, tmp_path / "run").model
+    twin.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(twin.eval()(blocks).logits, dense(blocks).logits)
 
 
 def test_constant_hazards_by_hand(tmp_path: Path) -> None:

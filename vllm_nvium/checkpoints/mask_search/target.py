@@ -78,7 +78,7 @@ def load_text(request: SearchRequest, config: Any) -> torch.Tensor:
     return found[:]["input_ids"]
 
 
-def make_score(request: SearchRequest, config: Any, blocks: torch.Tensor) -> Score:
+def make_score(request: SearchRequest, blocks: torch.Tensor) -> Score:
     """The function that scores masks on the text."""
     if request.objective == "speed":
         half = request.block_size // 2
@@ -90,10 +90,7 @@ def make_score(request: SearchRequest, config: Any, blocks: torch.Tensor) -> Sco
             dtype=request.dtype,
         )
         return lambda skipped: measure_speed(run, skipped)
-    # Other kinds of attention leave out the cap on Gemma 2's attention logits, which vLLM applies.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    attention = {"attn_implementation": "eager"} if capped else {}
-    model = load_model(request.target, "TARGET", request.dtype, **attention)
+    model = load_model(request.target, "TARGET", request.dtype)
     with progress("Full model", 1, "pass") as bar:
         score = TeacherForcing(model, blocks, request.objective, request.alpha, request.beta)
         bar.update()
