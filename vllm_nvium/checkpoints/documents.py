@@ -40,17 +40,25 @@ Content = str | np.ndarray
 
 
 def documents_of(
-    source: str, tokenizer: Any, text_field: str | None, split: str, largest: int
+    source: str,
+    tokenizer: Any,
+    text_field: str | None,
+    split: str,
+    largest: int,
+    vocab_size: int,
 ) -> list[Content]:
     """Every document of one source, in the order of its files and rows; text of more than `largest`
     bytes in pieces of at most that.
 
     Raises:
-        UserError: there is no such source, or no text in it.
+        UserError: there is no such source, no text in it, or a row has token ids that are not
+            below `vocab_size`.
     """
     found: list[Content] = []
     for where, row in entries(source, split):
-        content = row if isinstance(row, str) else _content(row, where, tokenizer, text_field)
+        content = (
+            row if isinstance(row, str) else _content(row, where, tokenizer, text_field, vocab_size)
+        )
         if isinstance(content, np.ndarray):
             found += [content] if len(content) else []
         else:
@@ -176,7 +184,9 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, A
         yield f"{source}, row {number}", row
 
 
-def _content(row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str | None) -> Content:
+def _content(
+    row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str | None, vocab_size: int
+) -> Content:
     """The document in a row."""
     found = row.get(text_field) if text_field is not None else _find(row)
     if isinstance(found, str):
@@ -186,7 +196,7 @@ def _content(row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str
     if isinstance(found, list) and all(isinstance(entry, Mapping) for entry in found):
         return _render(found, tokenizer, where)
     if isinstance(found, list) and all(isinstance(entry, int) for entry in found):
-        return _checked_ids(found, tokenizer, where)
+        return _checked_ids(found, vocab_size, where)
     wanted = text_field or (
         "text, content, prompt and response, question and answer, messages, input_ids"
     )
@@ -224,11 +234,11 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> Rendered:
     return Rendered(ended if ended.endswith(tokenizer.eos_token) else text)
 
 
-def _checked_ids(ids: list[int], tokenizer: Any, where: str) -> np.ndarray:
-    if not 0 <= min(ids) <= max(ids) < len(tokenizer):
+def _checked_ids(ids: list[int], vocab_size: int, where: str) -> np.ndarray:
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UserError(
-            f"{where} has token ids from {min(ids)} to {max(ids)} and the tokenizer has "
-            f"{len(tokenizer)} tokens: it was written with another tokenizer."
+            f"{where} has token ids from {min(ids)} to {max(ids)}, and the vocabulary has "
+            f"{vocab_size} tokens: it was written with another tokenizer."
         )
     return np.asarray(ids, np.int32)
 

@@ -73,7 +73,12 @@ def load_text(request: SearchRequest, config: Any) -> torch.Tensor:
     check_tokenizer(tokenizer, config.vocab_size)
     # Not --seed: another seed tries other masks on the same text.
     found = load_blocks(
-        request.data, tokenizer, request.block_size, max_tokens=request.tokens, seed=0
+        request.data,
+        tokenizer,
+        request.block_size,
+        vocab_size=config.vocab_size,
+        max_tokens=request.tokens,
+        seed=0,
     )
     return found[:]["input_ids"]
 
