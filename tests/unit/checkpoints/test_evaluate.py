@@ -113,6 +113,21 @@ def test_bytes_by_hand() -> None:
     assert expected_bytes(torch.tensor([0.25, 0.75]), [100, 200]) == 175.0
 
 
+def test_a_token_reads_the_experts_it_is_sent_to(tmp_path: Path) -> None:
+    """Two of six in three layers of four (three matrices each of 48 by 64), and all of the router's
+    six rows."""
+    dense = make_dense(tmp_path, "qwen3_moe")
+    config = NviumConfig(text_config=dense.config, exit_layers=[2], exit_adapter_size=0)
+    unread = 4 * 3 * 48 * 64  # of a layer
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    read = parameters - 256 * 64 - 3 * unread
+    assert backbone_bytes(config, itemsize=4) == 4 * read
+    assert evaluate_dense(dense, blocks_of(1, 8)).bytes_per_token == 4 * read
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in dense.model.layers[:2]]
+    leaving = sum(layers) - unread + 64 + 256 * 64
+    assert exit_bytes(config, [True], [True, True], itemsize=1)[0] == leaving
+
+
 def test_tied_embeddings_are_read_once_per_token() -> None:
     tied = copy.deepcopy(TINY_SHAPE)
     tied.tie_word_embeddings = True
