@@ -90,7 +90,9 @@ def check_twin(history: Path, options: TrainOptions) -> None:
     if not record.is_file():
         return  # another program wrote the history: only the user knows how
     found = read_record(record)
-    for name in ("tokenizer", "validation", "validation_tokens", "block_size"):
+    # Only a run from scratch can be given a tokenizer: any other has its model's.
+    named = ("tokenizer",) if options.method == "scratch" else ()
+    for name in (*named, "validation", "validation_tokens", "block_size"):
         mine, theirs = getattr(options, name), found.get(name)
         if mine != theirs:
             raise UserError(
