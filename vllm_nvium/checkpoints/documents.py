@@ -116,7 +116,7 @@ def find_files(source: str) -> list[Path] | None:
             return files
         raise UserError(f"No file matches {source!r}: give a file, a folder or another glob.")
     is_file_name = path.suffix in TEXT_SUFFIXES | RECORD_SUFFIXES
-    if is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
+    if is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+|:[\w.-]*:\w+)?", source):
         raise UserError(
             f"{source!r} does not exist: give a file, a folder, a glob or the name of a dataset."
         )
@@ -169,16 +169,19 @@ def _checked(row: Any, where: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Of a dataset of the `datasets` library, named `name` or `name:config`."""
+    """Of a dataset of the `datasets` library, named `name`, `name:config` or `name:config:split`
+    (`name::split`)."""
     import datasets
 
-    name, _, config = source.partition(":")
+    name, config, own_split = [*source.split(":"), "", ""][:3]
+    split = own_split or split
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # noqa: BLE001 - the library's errors share no base class
         raise UserError(
             f"{source!r} is no file or folder, and the datasets library cannot load its split "
-            f"{split!r} ({first_line(error)}): give a file, a folder, a glob or a dataset's name."
+            f"{split!r} ({first_line(error)}): give a file, a folder, a glob or a dataset "
+            "as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."
         ) from error
     for number, row in enumerate(rows):
         yield f"{source}, row {number}", row

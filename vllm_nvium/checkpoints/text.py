@@ -52,10 +52,10 @@ def load_blocks(
 
     Args:
         sources: each a file, a folder, a glob or, if nothing local has that name, a name of the
-            `datasets` library (`name` or `name:config`). A text file is one document, whatever its
-            lines. In `.json` and `.jsonl` files and datasets every row is one: its `text`, its
-            `content`, `prompt` and `response`, `question` and `answer` (with a blank line
-            between), `messages` in the tokenizer's chat template, or `input_ids`.
+            `datasets` library (`name`, `name:config` or `name:config:split`). A text file is one
+            document, whatever its lines. In `.json` and `.jsonl` files and datasets every row is
+            one: its `text`, its `content`, `prompt` and `response`, `question` and `answer` (with a
+            blank line between), `messages` in the tokenizer's chat template, or `input_ids`.
         tokenizer: a `transformers` tokenizer with an eos token.
         block_size: tokens in a block.
         vocab_size: of the model that reads the blocks (default: the tokenizer's). Either may have
@@ -64,7 +64,7 @@ def load_blocks(
         max_tokens: no more than this many tokens in all; sources share it by their sizes.
         seed: of the order of documents.
         text_field: the field to take instead; text, a list of messages or of token ids.
-        split: of sources from the `datasets` library.
+        split: of sources from the `datasets` library that name none.
         labels: add a column `labels`, which is `input_ids` with -100 at the first token of every
             document that comes after one without eos at its end: it cannot be predicted.
 

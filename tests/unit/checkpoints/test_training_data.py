@@ -5,6 +5,7 @@ same blocks, `max_tokens` takes from every source its share, and what cannot be 
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,6 +27,8 @@ from vllm_nvium.checkpoints.text import (
     load_blocks,
     pack,
 )
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.run import _validation_blocks
 from vllm_nvium.errors import UserError
 
 VOCABULARY = 256
@@ -220,6 +223,12 @@ def test_dataset_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(stream(blocks)) == [EOS, EOS, 3, 4]
     load_blocks(["name"], tokenizer, 4)
     assert asked == [("owner/name", "part", "test"), ("name", None, "train")]
+    asked.clear()
+    config = SimpleNamespace(vocab_size=VOCABULARY)
+    start: Any = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=config))
+    options = TrainOptions(validation=["name", "name:part:test", "name::test"], block_size=4)
+    _validation_blocks(options, start, 12)
+    assert asked == [("name", None, "validation"), ("name", "part", "test"), ("name", None, "test")]
 
 
 # --- long documents and max_tokens ----------------------------------------------------------------

@@ -54,7 +54,9 @@ class TrainOptions(Options):
         [], "training text: files, folders, .jsonl, or names of the datasets library"
     )
     validation: Words = option(
-        [], "never trained on; the mixture is held at the parent's loss on each of them"
+        [],
+        "never trained on; the mixture is held at the parent's loss on each of them; of a data set "
+        "its validation split, or the one named by NAME:CONFIG:SPLIT",
     )
     method: Literal["exits", "lora", "full", "scratch"] = option(
         "exits",

@@ -206,6 +206,7 @@ def _validation_blocks(options: TrainOptions, start: Start, tokens: int) -> "dic
             vocab_size=start.model.config.vocab_size,
             max_tokens=share,
             seed=0,
+            split="validation",
             labels=True,
         )
         for source in options.validation
