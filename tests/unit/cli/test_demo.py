@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tiny_models import make_dense
+from vllm_nvium.cli.demo import checkpoint
 from vllm_nvium.cli.demo.checkpoint import Models
 from vllm_nvium.cli.demo.engine import pieces
 from vllm_nvium.cli.demo.report import (
@@ -102,6 +104,22 @@ def test_runs_that_apply() -> None:
     assert [run.temperature for run in runs_of(MODELS, 0.5, None)] == [0.5] * 3
     (alone,) = runs_of(Models("m", Path("nvium"), None), None, "mixture")
     assert alone.additional_config == {"nvium_sampling": "mixture"}
+
+
+def test_a_model_that_changed_is_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(checkpoint.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "convert", lambda *_: [])
+    model = tmp_path / "model"
+    make_dense(model)
+    first = checkpoint.prepare(str(model)).nvium
+    (model / "log").write_text("no part of the model")
+    assert checkpoint.prepare(str(model)).nvium == first
+    os.utime(model / "model.safetensors", (0, 0))  # written again: as large, and other numbers
+    second = checkpoint.prepare(str(model)).nvium
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert len({first, second, checkpoint.prepare(str(model)).nvium}) == 3
 
 
 def test_a_character_of_several_tokens_is_the_last_ones() -> None:

@@ -18,7 +18,7 @@ import vllm_nvium
 from vllm_nvium.checkpoints.convert import convert, is_hub_id, open_source
 from vllm_nvium.console import say
 from vllm_nvium.errors import UserError
-from vllm_nvium.files import write_atomically
+from vllm_nvium.files import HUB_FILES, write_atomically
 from vllm_nvium.version import __version__
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ def extract(archive: Path, out: Path) -> None:
 
 
 def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) -> Path:
-    """The N-vium checkpoint of a dense model, made once per choice of exits and hazards."""
+    """The N-vium checkpoint of a dense model, made once per choice of exits and hazards, and again
+    when the model's files change."""
     from vllm_nvium.checkpoints.convert.dense import evenly_spaced, parent_config
     from vllm_nvium.checkpoints.convert.options import DenseOptions
 
@@ -199,14 +200,22 @@ def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) 
     if hazards:
         name += "-hazards-" + "-".join(map(str, hazards))
     if dense.parent != cache_folder():
-        # Two folders of the same name are two models.
-        name += "-" + hashlib.sha256(str(dense.resolve()).encode()).hexdigest()[:8]
+        name += f"-{_state_of(dense)}"
 
     def make(out: Path) -> None:
         say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
         say(*convert(dense, out, options.model_copy(update={"exit_layers": chosen})))
 
     return made_once(name, make)
+
+
+def _state_of(model: Path) -> str:
+    """Tells apart two models of the same name, and a model from what is in its place later: a
+    digest of where it is and of its files' names, sizes and times."""
+    files = [file for pattern in HUB_FILES for file in model.glob(pattern)] or [model]
+    found = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
+    sizes = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return hashlib.sha256(repr((str(model.resolve()), sizes)).encode()).hexdigest()[:8]
 
 
 def with_trained_exits(dense: Path) -> Path:
