@@ -55,8 +55,8 @@ class TrainOptions(Options):
     )
     validation: Words = option(
         [],
-        "never trained on; the mixture is held at the parent's loss on each of them; of a data set "
-        "its validation split, or the one named by NAME:CONFIG:SPLIT",
+        "not trained on (of data sets the validation split, or NAME:CONFIG:SPLIT); the parent's "
+        "loss on each is held",
     )
     method: Literal["exits", "lora", "full", "scratch"] = option(
         "exits",
