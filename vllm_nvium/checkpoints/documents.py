@@ -40,17 +40,25 @@ Content = str | np.ndarray
 
 
 def documents_of(
-    source: str, tokenizer: Any, text_field: str | None, split: str, largest: int
+    source: str,
+    tokenizer: Any,
+    text_field: str | None,
+    split: str,
+    largest: int,
+    vocab_size: int,
 ) -> list[Content]:
     """Every document of one source, in the order of its files and rows; text of more than `largest`
     bytes in pieces of at most that.
 
     Raises:
-        UserError: there is no such source, or no text in it.
+        UserError: there is no such source, no text in it, or a row has token ids that are not
+            below `vocab_size`.
     """
     found: list[Content] = []
     for where, row in entries(source, split):
-        content = row if isinstance(row, str) else _content(row, where, tokenizer, text_field)
+        content = (
+            row if isinstance(row, str) else _content(row, where, tokenizer, text_field, vocab_size)
+        )
         if isinstance(content, np.ndarray):
             found += [content] if len(content) else []
         else:
@@ -108,7 +116,7 @@ def find_files(source: str) -> list[Path] | None:
             return files
         raise UserError(f"No file matches {source!r}: give a file, a folder or another glob.")
     is_file_name = path.suffix in TEXT_SUFFIXES | RECORD_SUFFIXES
-    if is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source):
+    if is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+|:[\w.-]*:\w+)?", source):
         raise UserError(
             f"{source!r} does not exist: give a file, a folder, a glob or the name of a dataset."
         )
@@ -160,23 +168,34 @@ def _checked(row: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     return where, row
 
 
+def name_of_dataset(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a dataset that is given as `name`, `name:config` or
+    `name:config:split` (`name::split`)."""
+    name, config, split = [*source.split(":"), "", ""][:3]
+    return name, config or None, split
+
+
 def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Of a dataset of the `datasets` library, named `name` or `name:config`."""
+    """Of a dataset of the `datasets` library; `split` where it names none."""
     import datasets
 
-    name, _, config = source.partition(":")
+    name, config, own_split = name_of_dataset(source)
+    split = own_split or split
     try:
-        rows = datasets.load_dataset(name, config or None, split=split)
+        rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # noqa: BLE001 - the library's errors share no base class
         raise UserError(
             f"{source!r} is no file or folder, and the datasets library cannot load its split "
-            f"{split!r} ({first_line(error)}): give a file, a folder, a glob or a dataset's name."
+            f"{split!r} ({first_line(error)}): give a file, a folder, a glob or a dataset "
+            "as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."
         ) from error
     for number, row in enumerate(rows):
         yield f"{source}, row {number}", row
 
 
-def _content(row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str | None) -> Content:
+def _content(
+    row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str | None, vocab_size: int
+) -> Content:
     """The document in a row."""
     found = row.get(text_field) if text_field is not None else _find(row)
     if isinstance(found, str):
@@ -186,7 +205,7 @@ def _content(row: Mapping[str, Any], where: str, tokenizer: Any, text_field: str
     if isinstance(found, list) and all(isinstance(entry, Mapping) for entry in found):
         return _render(found, tokenizer, where)
     if isinstance(found, list) and all(isinstance(entry, int) for entry in found):
-        return _checked_ids(found, tokenizer, where)
+        return _checked_ids(found, vocab_size, where)
     wanted = text_field or (
         "text, content, prompt and response, question and answer, messages, input_ids"
     )
@@ -224,11 +243,11 @@ def _render(messages: list[Any], tokenizer: Any, where: str) -> Rendered:
     return Rendered(ended if ended.endswith(tokenizer.eos_token) else text)
 
 
-def _checked_ids(ids: list[int], tokenizer: Any, where: str) -> np.ndarray:
-    if not 0 <= min(ids) <= max(ids) < len(tokenizer):
+def _checked_ids(ids: list[int], vocab_size: int, where: str) -> np.ndarray:
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UserError(
-            f"{where} has token ids from {min(ids)} to {max(ids)} and the tokenizer has "
-            f"{len(tokenizer)} tokens: it was written with another tokenizer."
+            f"{where} has token ids from {min(ids)} to {max(ids)}, and the vocabulary has "
+            f"{vocab_size} tokens: it was written with another tokenizer."
         )
     return np.asarray(ids, np.int32)
 

@@ -122,21 +122,28 @@ def check_tokenizers_agree(dense: str, tokenizer: Any, sample: str = TOKENIZER_S
         )
 
 
-def load_model(name: str, flag: str, dtype: str, **how: Any) -> Any:
+def attention_for(config: Any) -> dict[str, str]:
+    """The argument of transformers that makes a model apply the cap on its attention logits (Gemma
+    2), as vLLM does: other kinds of attention leave it out."""
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def load_model(name: str, flag: str, dtype: str) -> Any:
     """A causal language model with all of its weights, in evaluation mode, on the GPU if there is
     one; refuses one whose weights cannot be loaded, or are not all there.
 
     Args:
         dtype: a name of PyTorch's, as `--dtype` takes it.
-        how: more arguments of `from_pretrained`.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    attention = attention_for(load_config(name, flag))
     try:
         with refusing(f"{flag} is {name!r}, whose weights cannot be loaded"):
             model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=getattr(torch, dtype), output_loading_info=True, **how
+                name, dtype=getattr(torch, dtype), output_loading_info=True, **attention
             )
             model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except UserError as error:

@@ -34,6 +34,7 @@ def load_blocks(
     tokenizer: Any,
     block_size: int,
     *,
+    vocab_size: int | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
     text_field: str | None = None,
@@ -51,16 +52,19 @@ def load_blocks(
 
     Args:
         sources: each a file, a folder, a glob or, if nothing local has that name, a name of the
-            `datasets` library (`name` or `name:config`). A text file is one document, whatever its
-            lines. In `.json` and `.jsonl` files and datasets every row is one: its `text`, its
-            `content`, `prompt` and `response`, `question` and `answer` (with a blank line
-            between), `messages` in the tokenizer's chat template, or `input_ids`.
+            `datasets` library (`name`, `name:config` or `name:config:split`). A text file is one
+            document, whatever its lines. In `.json` and `.jsonl` files and datasets every row is
+            one: its `text`, its `content`, `prompt` and `response`, `question` and `answer` (with a
+            blank line between), `messages` in the tokenizer's chat template, or `input_ids`.
         tokenizer: a `transformers` tokenizer with an eos token.
         block_size: tokens in a block.
+        vocab_size: of the model that reads the blocks (default: the tokenizer's). Either may have
+            more tokens than the other: models are padded, and a tokenizer has tokens that a model
+            for text alone never sees.
         max_tokens: no more than this many tokens in all; sources share it by their sizes.
         seed: of the order of documents.
         text_field: the field to take instead; text, a list of messages or of token ids.
-        split: of sources from the `datasets` library.
+        split: of sources from the `datasets` library that name none.
         labels: add a column `labels`, which is `input_ids` with -100 at the first token of every
             document that comes after one without eos at its end: it cannot be predicted.
 
@@ -69,14 +73,15 @@ def load_blocks(
         is not full is left out.
 
     Raises:
-        UserError: nothing usable is there.
+        UserError: nothing usable is there, or a token that the model has not.
     """
     from datasets import Dataset
 
     _check_arguments(sources, tokenizer, block_size, max_tokens)
     largest = _largest_piece(len(sources), block_size, max_tokens)
-    groups = [documents_of(name, tokenizer, text_field, split, largest) for name in sources]
-    documents = list(_tokenised(_interleave(groups, seed), tokenizer, max_tokens))
+    known = len(tokenizer) if vocab_size is None else vocab_size
+    groups = [documents_of(name, tokenizer, text_field, split, largest, known) for name in sources]
+    documents = list(_tokenised(_interleave(groups, seed), tokenizer, known, max_tokens))
     blocks, targets = pack(documents, block_size, tokenizer.eos_token_id)
     if not len(blocks):
         raise UserError(
@@ -90,14 +95,9 @@ def load_blocks(
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer that was not made for a model with this vocabulary: it has ids that the
-    model has not, or leaves over a tenth of the model's unused."""
+    """Refuse a tokenizer that was not made for a model with this vocabulary: it leaves over a tenth
+    of the model's unused. That no token is beyond the model's, `load_blocks` sees to."""
     size = len(tokenizer)
-    if size > vocab_size:
-        raise UserError(
-            f"The tokenizer has ids up to {size - 1} and the model's vocab_size is {vocab_size}: "
-            "use the tokenizer that the model was trained with."
-        )
     if size < LEAST_VOCABULARY_USE * vocab_size:
         raise UserError(
             f"The tokenizer has {size} tokens and the model's vocab_size is {vocab_size}, so they "
@@ -192,7 +192,7 @@ def _size(document: Content) -> int:
 
 
 def _tokenised(
-    documents: Sequence[Content], tokenizer: Any, max_tokens: int | None
+    documents: Sequence[Content], tokenizer: Any, vocab_size: int, max_tokens: int | None
 ) -> Iterator[np.ndarray]:
     """The first documents that together have `max_tokens`, or all: [T_i] int32."""
     from datasets.utils import tqdm
@@ -200,6 +200,12 @@ def _tokenised(
     at_once, tokens = (TOKENISED_AT_ONCE if max_tokens is None else 1), 0
     for first in tqdm(range(0, len(documents), at_once), desc="Tokenising"):
         for ids in encode(documents[first : first + at_once], tokenizer):
+            if (largest := int(ids.max())) >= vocab_size:
+                raise UserError(
+                    f"The text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id "
+                    f"{largest} and the model's vocab_size is {vocab_size}: use the tokenizer that "
+                    "the model was trained with, or text without that token."
+                )
             yield ids
             tokens += len(ids)
         if max_tokens is not None and tokens >= max_tokens:

@@ -210,6 +210,16 @@ def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == 1
 
 
+def test_files_of_other_tokenizers_come_along(tmp_path: Path) -> None:
+    names = {"tekken.json", "tokenizer.model.v3", "qwen.tiktoken", "spiece.model"}
+    for folder in (source := tmp_path / "source", out := tmp_path / "out"):
+        folder.mkdir()
+    for name in (*names, "config.json", "model.safetensors"):
+        (source / name).touch()
+    checkpoint.copy_companions(source, out)
+    assert {path.name for path in out.iterdir()} == names
+
+
 def test_exits_are_evenly_spaced() -> None:
     assert evenly_spaced(3, 24) == [6, 12, 18]
     assert evenly_spaced(3, 30) == [7, 15, 22]

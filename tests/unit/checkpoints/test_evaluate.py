@@ -45,6 +45,9 @@ from vllm_nvium.checkpoints.evaluate.results import (
     compare,
     to_json,
 )
+from vllm_nvium.checkpoints.inputs import load_model
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.retrofit import open_start
 from vllm_nvium.cli.eval import parse_texts
 from vllm_nvium.errors import UserError
 from vllm_nvium.files import write_atomically
@@ -108,6 +111,21 @@ def test_bytes_by_hand() -> None:
     ]
     assert backbone_bytes(TINY_SHAPE, itemsize=2) == 2 * (2 * 168 + 4 + 40)
     assert expected_bytes(torch.tensor([0.25, 0.75]), [100, 200]) == 175.0
+
+
+def test_a_token_reads_the_experts_it_is_sent_to(tmp_path: Path) -> None:
+    """Two of six in three layers of four (three matrices each of 48 by 64), and all of the router's
+    six rows."""
+    dense = make_dense(tmp_path, "qwen3_moe")
+    config = NviumConfig(text_config=dense.config, exit_layers=[2], exit_adapter_size=0)
+    unread = 4 * 3 * 48 * 64  # of a layer
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    read = parameters - 256 * 64 - 3 * unread
+    assert backbone_bytes(config, itemsize=4) == 4 * read
+    assert evaluate_dense(dense, blocks_of(1, 8)).bytes_per_token == 4 * read
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in dense.model.layers[:2]]
+    leaving = sum(layers) - unread + 64 + 256 * 64
+    assert exit_bytes(config, [True], [True, True], itemsize=1)[0] == leaving
 
 
 def test_tied_embeddings_are_read_once_per_token() -> None:
@@ -209,6 +227,19 @@ def test_dense_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     found = evaluate_dense(dense, blocks, 3)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert torch.equal(dense_top_tokens(dense, blocks, 3), logits.argmax(-1))
+
+
+@torch.no_grad()
+def test_attention_is_capped(tmp_path: Path) -> None:
+    """Of a parent, and of a twin from scratch: transformers' own choice leaves the cap out."""
+    capped = {"query_pre_attn_scalar": 1, "attn_logit_softcapping": 0.1}
+    dense, blocks = make_dense(tmp_path, "gemma2", **capped), blocks_of(2, 20)
+    model = load_model(str(tmp_path), "--dense", "float32")
+    torch.testing.assert_close(model(blocks.to(model.device)).logits.cpu(), dense(blocks).logits)
+    options = TrainOptions(model=str(tmp_path), method="scratch", tokenizer=str(tmp_path))
+    twin = open_start(options, tmp_path / "run").model
+    twin.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(twin.eval()(blocks).logits, dense(blocks).logits)
 
 
 def test_constant_hazards_by_hand(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ same blocks, `max_tokens` takes from every source its share, and what cannot be 
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,6 +27,8 @@ from vllm_nvium.checkpoints.text import (
     load_blocks,
     pack,
 )
+from vllm_nvium.checkpoints.train.options import TrainOptions
+from vllm_nvium.checkpoints.train.run import _validation_blocks
 from vllm_nvium.errors import UserError
 
 VOCABULARY = 256
@@ -190,7 +193,8 @@ def test_kinds_of_rows(
 
 def test_pairs_are_joined_with_a_blank_line(tokenizer: Any, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
-    assert documents_of(source, tokenizer, None, "train", LARGEST_PIECE) == ["a\n\nb"]
+    found = documents_of(source, tokenizer, None, "train", LARGEST_PIECE, VOCABULARY)
+    assert found == ["a\n\nb"]
 
 
 def test_byte_order_mark(tokenizer: Any, tmp_path: Path) -> None:
@@ -219,6 +223,12 @@ def test_dataset_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(stream(blocks)) == [EOS, EOS, 3, 4]
     load_blocks(["name"], tokenizer, 4)
     assert asked == [("owner/name", "part", "test"), ("name", None, "train")]
+    asked.clear()
+    config = SimpleNamespace(vocab_size=VOCABULARY)
+    start: Any = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=config))
+    options = TrainOptions(validation=["name", "name:part:test", "name::test"], block_size=4)
+    _validation_blocks(options, start, 12)
+    assert asked == [("name", None, "validation"), ("name", "part", "test"), ("name", None, "test")]
 
 
 # --- long documents and max_tokens ----------------------------------------------------------------
@@ -240,7 +250,7 @@ def test_huge_file_is_cut_at_lines(tokenizer: Any, tmp_path: Path) -> None:
     line = words(range(3, 100)) + "\n"
     path = tmp_path / "huge.txt"
     path.write_text(line * 600)  # 228 KB
-    texts = documents_of(str(path), tokenizer, None, "train", LARGEST_PIECE)
+    texts = documents_of(str(path), tokenizer, None, "train", LARGEST_PIECE, VOCABULARY)
     assert all(len(text) <= LARGEST_PIECE for text in texts)
     assert "".join(texts) == line * 600
     assert all(text.endswith("\n") for text in texts)
@@ -319,7 +329,7 @@ def test_max_tokens_beyond_what_there_is(tokenizer: Any, tmp_path: Path) -> None
         ("list.jsonl", "{}, line 1 is 3, and an object of fields is needed"),
         ("broken.jsonl", "{}, line 2 is not JSON"),
         ("broken.json", "{} is not JSON"),
-        ("others.jsonl", "{}, line 1 has token ids from 3 to 256 and the tokenizer has 256"),
+        ("others.jsonl", "{}, line 1 has token ids from 3 to 256, and the vocabulary has 256"),
         ("short.txt", "'{}' gave 2 tokens in 1 documents, and one block needs 8"),
     ],
 )
@@ -381,10 +391,23 @@ def test_refused_tokenizers(tmp_path: Path) -> None:
 def test_tokenizer_must_fit_the_model(tokenizer: Any) -> None:
     check_tokenizer(tokenizer, VOCABULARY)
     check_tokenizer(tokenizer, VOCABULARY + 20)
-    with pytest.raises(UserError, match="ids up to 255 and the model's vocab_size is 255"):
-        check_tokenizer(tokenizer, VOCABULARY - 1)
+    # Gemma 3: the tokenizer has a token of pictures that a model for text alone has not.
+    check_tokenizer(tokenizer, VOCABULARY - 1)
     with pytest.raises(UserError, match="256 tokens and the model's vocab_size is 512"):
         check_tokenizer(tokenizer, 2 * VOCABULARY)
+
+
+def test_tokens_must_be_the_models(tokenizer: Any, tmp_path: Path) -> None:
+    """Those that occur: a tokenizer may know more, and padding ids of a model may be sampled."""
+    (tmp_path / "a.txt").write_text("w3 w254")
+    source = str(tmp_path / "a.txt")
+    assert stream(load_blocks([source], tokenizer, 3, vocab_size=255)) == [3, 254, EOS]
+    with pytest.raises(UserError, match="the token 'w254' of id 254 and .* vocab_size is 254: use"):
+        load_blocks([source], tokenizer, 3, vocab_size=254)
+    sampled = write_rows(tmp_path / "b.jsonl", [{"input_ids": [3, 259]}])
+    assert stream(load_blocks([sampled], tokenizer, 2, vocab_size=260)) == [3, 259]
+    with pytest.raises(UserError, match="ids from 3 to 259, and the vocabulary has 259 tokens"):
+        load_blocks([sampled], tokenizer, 2, vocab_size=259)
 
 
 def test_disk_space(tmp_path: Path) -> None:

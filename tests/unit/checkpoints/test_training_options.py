@@ -3,10 +3,12 @@
 defaults, and a value of the wrong kind is refused in one sentence wherever it stands."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 
+from vllm_nvium.checkpoints.train.folder import RECORD, check_twin
 from vllm_nvium.checkpoints.train.options import TrainOptions, check
 from vllm_nvium.cli import main
 from vllm_nvium.cli.train import add_arguments, options_of
@@ -94,6 +96,19 @@ def test_refused_flags(words: list[str], sentence: str, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert error.startswith("vllm-nvium train: error: ") and error.count("\n") == 1
     assert sentence in error
+
+
+def test_a_twin_is_measured_as_the_run_is(tmp_path: Path) -> None:
+    """A run that goes on with a trained model names no tokenizer, and its twin's had to."""
+    history, given = tmp_path / "history.jsonl", {"validation": ["a.txt"]}
+    twin = TrainOptions(method="scratch", tokenizer="words", **given)
+    (tmp_path / RECORD).write_text(json.dumps(twin.record()))
+    check_twin(history, twin)
+    check_twin(history, TrainOptions(method="full", **given))
+    with pytest.raises(UserError, match="--tokenizer is 'other', and the twin"):
+        check_twin(history, TrainOptions(method="scratch", tokenizer="other", **given))
+    with pytest.raises(UserError, match="--block-size is 16, and the twin"):
+        check_twin(history, TrainOptions(method="full", block_size=16, **given))
 
 
 @pytest.mark.parametrize("name", ["model", "out", "text", "validation"])

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tiny_models import make_dense
+from vllm_nvium.cli.demo import checkpoint
 from vllm_nvium.cli.demo.checkpoint import Models
 from vllm_nvium.cli.demo.engine import pieces
 from vllm_nvium.cli.demo.report import (
@@ -28,7 +30,7 @@ from vllm_nvium.cli.demo.server import HOST, check_port, curl_line, serve
 from vllm_nvium.errors import UserError
 from vllm_nvium.via_sd.session import DRAFTER, FULL, SLIM
 
-MODELS = Models("m", Path("nvium"), "dense")
+MODELS = Models("m", Path("nvium"), "dense", "LlamaForCausalLM")
 
 
 def answer(sources: list[int], ids: list[int] | None = None, passes: int = 0) -> Answer:
@@ -102,6 +104,31 @@ def test_runs_that_apply() -> None:
     assert [run.temperature for run in runs_of(MODELS, 0.5, None)] == [0.5] * 3
     (alone,) = runs_of(Models("m", Path("nvium"), None), None, "mixture")
     assert alone.additional_config == {"nvium_sampling": "mixture"}
+
+
+def test_experts_run_without_via_sd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(checkpoint.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "convert", lambda *_: [])
+    make_dense(tmp_path / "model", "qwen3_moe")
+    models = checkpoint.prepare(str(tmp_path / "model"))
+    assert models.architecture == "Qwen3MoeForCausalLM"
+    assert [run.kind for run in runs_of(models, None, None)] == ["plain", "nvium"]
+
+
+def test_a_model_that_changed_is_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(checkpoint.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "convert", lambda *_: [])
+    model = tmp_path / "model"
+    make_dense(model)
+    first = checkpoint.prepare(str(model)).nvium
+    (model / "log").write_text("no part of the model")
+    assert checkpoint.prepare(str(model)).nvium == first
+    os.utime(model / "model.safetensors", (0, 0))  # written again: as large, and other numbers
+    second = checkpoint.prepare(str(model)).nvium
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert len({first, second, checkpoint.prepare(str(model)).nvium}) == 3
 
 
 def test_a_character_of_several_tokens_is_the_last_ones() -> None:

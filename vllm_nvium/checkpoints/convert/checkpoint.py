@@ -38,6 +38,7 @@ COMPANIONS = (
     "chat_template*",
     "*.tiktoken",
     "spiece.model",
+    "tekken.json",
 )
 
 # Name in the N-vium checkpoint -> how to make that tensor. Nothing is read before it is needed.

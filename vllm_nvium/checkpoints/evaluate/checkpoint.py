@@ -94,6 +94,7 @@ def _open_texts(request: Request) -> dict[str, torch.Tensor]:
             sources,
             tokenizer,
             request.block_size,
+            vocab_size=config.vocab_size,
             max_tokens=request.max_tokens,
             text_field=request.text_field,
             split=request.split,

@@ -8,6 +8,7 @@ its hazard, `pi_k` its weight, V vocabulary, H hidden size. Losses are in nats p
 """
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ from vllm_nvium.model_executor.nvium.policy import first_exit, leaves
 
 if TYPE_CHECKING:
     from vllm_nvium.model_executor.models.configuration_nvium import NviumConfig
+
+# In the names of tensors: one of a layer's experts.
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def greedy_exits(margins: torch.Tensor, greedy_margin: float) -> torch.Tensor:
@@ -81,8 +85,9 @@ def exit_bytes(
         bytes_N = sum_i |layer_i| + sum_{j < N} (|norm_j| + |router_j|) + |norm| + |adapter_N|
                   + |W_out|
 
-    Catching up with positions that left early reads nothing more: they ride along in passes that
-    read those weights anyway.
+    Of a layer's experts, those are counted that one token is sent to. Catching up with positions
+    that left early reads nothing more (but their experts, which are not counted): they ride along
+    in passes that read those weights anyway.
 
     Args:
         constant_routers: `[N-1]`, exits whose hazard is the same for every token; such a router is
@@ -179,9 +184,15 @@ def top_tokens(hidden: torch.Tensor, unembedding: torch.Tensor, chunk: int = CHU
 
 
 def _weight_sizes(config: "NviumConfig") -> dict[str, int]:
-    """Number of weights in every tensor of a checkpoint. Counted from the configuration, because
-    the modules of a model in training may be wrapped, or hold more than will be saved."""
-    return {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
+    """Number of weights in every tensor of a checkpoint, without the experts of a layer that a
+    token is not sent to (all have one shape). Counted from the configuration, because the modules
+    of a model in training may be wrapped, or hold more than will be saved."""
+    experts = getattr(config.parent, "num_experts_per_tok", 0)
+    return {
+        name: math.prod(shape)
+        for name, shape in expected_shapes(config).items()
+        if not (number := EXPERT.search(name)) or int(number[1]) < experts
+    }
 
 
 def _total(sizes: Mapping[str, int], prefix: str) -> int:

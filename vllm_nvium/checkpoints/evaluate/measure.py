@@ -202,8 +202,14 @@ def _exit_use(
 
 
 def _dense_bytes(model: "PreTrainedModel") -> int:
-    """All layers, the norm and the unembedding; of the embeddings one row is read."""
-    weights = sum(parameter.numel() for parameter in model.base_model.parameters())
+    """All layers (of their experts, those that a token is sent to), the norm and the unembedding;
+    of the embeddings one row is read."""
+    weights, config = 0, model.config
+    for name, parameter in model.base_model.named_parameters():
+        if ".experts." in name:  # [experts, ...]
+            weights += config.num_experts_per_tok * parameter[0].numel()
+        else:
+            weights += parameter.numel()
     weights -= model.get_input_embeddings().weight.numel()
     weights += model.get_output_embeddings().weight.numel()
     return weights * next(model.parameters()).element_size()

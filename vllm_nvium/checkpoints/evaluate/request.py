@@ -30,4 +30,4 @@ class Request(Options):
     batch_size: int = option(1, "blocks of a pass", "B", ge=1)
     dtype: Literal["float32", "bfloat16"] = option("float32", "of both models")
     text_field: str | None = option(None, "field of JSON lines and data sets", "FIELD")
-    split: str = option("train", "of data sets")
+    split: str = option("train", "of data sets that are not given as NAME:CONFIG:SPLIT")

@@ -55,7 +55,7 @@ def find_mask(request: SearchRequest) -> MaskFile:
     # The record of another search is refused before the model is loaded, and a new record is begun
     # after it, so that a model that cannot be loaded leaves nothing behind.
     resumed = resume_study(request.record, recorded, (WEIGHTS,)) if request.resume else None
-    score = make_score(request, config, blocks)
+    score = make_score(request, blocks)
     study = resumed or begin_study(request.record, recorded, request.maximise)
     try:
         with progress("Searching", scores_left(study, settings), "mask") as bar:

@@ -73,12 +73,17 @@ def load_text(request: SearchRequest, config: Any) -> torch.Tensor:
     check_tokenizer(tokenizer, config.vocab_size)
     # Not --seed: another seed tries other masks on the same text.
     found = load_blocks(
-        request.data, tokenizer, request.block_size, max_tokens=request.tokens, seed=0
+        request.data,
+        tokenizer,
+        request.block_size,
+        vocab_size=config.vocab_size,
+        max_tokens=request.tokens,
+        seed=0,
     )
     return found[:]["input_ids"]
 
 
-def make_score(request: SearchRequest, config: Any, blocks: torch.Tensor) -> Score:
+def make_score(request: SearchRequest, blocks: torch.Tensor) -> Score:
     """The function that scores masks on the text."""
     if request.objective == "speed":
         half = request.block_size // 2
@@ -90,10 +95,7 @@ def make_score(request: SearchRequest, config: Any, blocks: torch.Tensor) -> Sco
             dtype=request.dtype,
         )
         return lambda skipped: measure_speed(run, skipped)
-    # Other kinds of attention leave out the cap on Gemma 2's attention logits, which vLLM applies.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    attention = {"attn_implementation": "eager"} if capped else {}
-    model = load_model(request.target, "TARGET", request.dtype, **attention)
+    model = load_model(request.target, "TARGET", request.dtype)
     with progress("Full model", 1, "pass") as bar:
         score = TeacherForcing(model, blocks, request.objective, request.alpha, request.beta)
         bar.update()

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_nvium.checkpoints.documents import find_files
+from vllm_nvium.checkpoints.documents import find_files, name_of_dataset
 from vllm_nvium.checkpoints.inputs import refusing
 from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
 from vllm_nvium.errors import UserError
@@ -97,7 +97,9 @@ def check_twin(history: Path, options: TrainOptions) -> None:
     if not record.is_file():
         return  # another program wrote the history: only the user knows how
     found = read_record(record)
-    for name in ("tokenizer", "validation", "validation_tokens", "block_size"):
+    # Only a run from scratch can be given a tokenizer: any other has its model's.
+    named = ("tokenizer",) if options.method == "scratch" else ()
+    for name in (*named, "validation", "validation_tokens", "block_size"):
         mine, theirs = getattr(options, name), found.get(name)
         if mine != theirs:
             raise UserError(
@@ -123,9 +125,9 @@ def digest(source: str) -> str | None:
     if files is None:
         import datasets
 
-        name, _, config = source.partition(":")
+        name, config, _ = name_of_dataset(source)
         with suppress(Exception):  # it says so itself, where the text is read
-            return str(datasets.load_dataset_builder(name, config or None).hash)
+            return str(datasets.load_dataset_builder(name, config).hash)
         return None
     whole = hashlib.sha256()
     for path in files:

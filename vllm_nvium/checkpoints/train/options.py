@@ -54,7 +54,9 @@ class TrainOptions(Options):
         [], "training text: files, folders, .jsonl, or names of the datasets library"
     )
     validation: Words = option(
-        [], "never trained on; the mixture is held at the parent's loss on each of them"
+        [],
+        "not trained on (of data sets the validation split, or NAME:CONFIG:SPLIT); the parent's "
+        "loss on each is held",
     )
     method: Literal["exits", "lora", "full", "scratch"] = option(
         "exits",

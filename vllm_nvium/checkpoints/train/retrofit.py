@@ -28,6 +28,7 @@ from vllm_nvium.checkpoints.convert.dense import CERTAIN
 from vllm_nvium.checkpoints.convert.exits import OWN, fingerprint, write_exits
 from vllm_nvium.checkpoints.convert.options import DenseOptions
 from vllm_nvium.checkpoints.inputs import (
+    attention_for,
     check_parent,
     check_tokenizers_agree,
     load_tokenizer,
@@ -123,7 +124,9 @@ def _from_scratch(options: TrainOptions) -> Start:
         config = AutoConfig.for_model(**json.loads(path.read_text()))
     set_seed(options.seed)
     with refusing(f"MODEL is {options.model!r}, which transformers makes no language model of"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, **attention_for(config)
+        )
     is_dense = not isinstance(config, NviumConfig)
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     return Start(model, tokenizer, is_dense, False, None)

@@ -103,7 +103,7 @@ def _calibration(options: TrainOptions, out: Path, start: Start) -> dict[str, An
     tokens = options.calibration_tokens
     if steering_of(options, start) != "parent" or not tokens:
         return {}
-    texts = _validation_blocks(options, start.tokenizer, tokens)
+    texts = _validation_blocks(options, start, tokens)
     device = start.model.device
     parent = _parent_losses(options, out, start, texts, device)
     with autocast_of(options, device)():
@@ -130,7 +130,7 @@ def _trainer(options: TrainOptions, out: Path, start: Start, is_resumed: bool) -
     """Everything that can be refused, then what is measured and fitted before the first step."""
     steering = steering_of(options, start)
     # Before anything is sampled: text that cannot be read should not cost an hour.
-    validation = _validation_blocks(options, start.tokenizer, options.validation_tokens)
+    validation = _validation_blocks(options, start, options.validation_tokens)
     blocks = _training_blocks(options, start, out)
     steps = _steps(options, len(blocks))
     arguments = training_arguments(out, steps, options)
@@ -195,6 +195,7 @@ def _training_blocks(options: TrainOptions, start: Start, out: Path) -> "Dataset
         texts,
         start.tokenizer,
         options.block_size,
+        vocab_size=start.model.config.vocab_size,
         max_tokens=options.max_text_tokens or None,
         seed=options.seed,
         # Where one sampled text ends unfinished, what follows says nothing about it.
@@ -202,13 +203,22 @@ def _training_blocks(options: TrainOptions, start: Start, out: Path) -> "Dataset
     )
 
 
-def _validation_blocks(options: TrainOptions, tokenizer: Any, tokens: int) -> "dict[str, Dataset]":
+def _validation_blocks(options: TrainOptions, start: Start, tokens: int) -> "dict[str, Dataset]":
     """Blocks of every validation text, by its name on the command line; so many tokens in all."""
     size = options.block_size
     share = max(size, tokens // len(options.validation))
     # Another seed trains on other text, but is measured on the same.
     return {
-        source: load_blocks([source], tokenizer, size, max_tokens=share, seed=0, labels=True)
+        source: load_blocks(
+            [source],
+            start.tokenizer,
+            size,
+            vocab_size=start.model.config.vocab_size,
+            max_tokens=share,
+            seed=0,
+            split="validation",
+            labels=True,
+        )
         for source in options.validation
     }
 

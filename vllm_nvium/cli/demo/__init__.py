@@ -115,6 +115,8 @@ def compare(models: Models, args: argparse.Namespace, eager: bool, started: floa
     coloured = shows_colours(os.environ)
     prompts = list(args.prompt or PROMPTS)
     runs = runs_of(models, args.temperature, args.sampling)
+    if models.dense is not None and all(each.kind != "via_sd" for each in runs):
+        say(f"No run with --via-sd: its slim verifier does not take a {models.architecture}.")
     results = []
     for number, each in enumerate(runs, 1):
         say("", f"[{number}/{len(runs)}] {each.title}", "Starting the engine ...")

