@@ -184,7 +184,7 @@ class Recorder(Counter):
         self.reset_times(times)
         self.sums = {}
 
-    def plan(self, request_ids: Any, num_decoding: int = 0) -> DraftPlan:
+    def plan(self, request_ids: Any, num_decoding: int = 0, most: Any = None) -> DraftPlan:
         self._step += 1
         return self.fixed
 

@@ -25,8 +25,10 @@ class PlansOfFirstRank:
     def __init__(self, own: Planner | FixedRounds) -> None:
         self.own = own
 
-    def plan(self, request_ids: Sequence[str], num_decoding: int = 0) -> DraftPlan:
-        return told_by_first_rank(self.own.plan(request_ids, num_decoding))
+    def plan(
+        self, request_ids: Sequence[str], num_decoding: int = 0, most: int | None = None
+    ) -> DraftPlan:
+        return told_by_first_rank(self.own.plan(request_ids, num_decoding, most))
 
     def another_round(self, *args: Any, **kwargs: Any) -> bool:
         return told_by_first_rank(self.own.another_round(*args, **kwargs))

@@ -193,9 +193,8 @@ vllm._custom_ops scaled_int8_quant cutlass_scaled_mm
 vllm.config.attention:AttentionConfig hisparse_config
     what needs Model Runner V2 is refused
     ! vLLM would refuse a runner that the user never chose
-vllm.config.parallel:ParallelConfig local_world_size data_parallel_size_local
-        tensor_parallel_size
-    processes of one machine share the memory that copies need; a rank has a part of every weight
+vllm.config.parallel:ParallelConfig local_world_size tensor_parallel_size
+    ranks of one machine share the memory that copies need; each has a part of every weight
     ! copies that do not fit would end a start without a word
 vllm.model_executor.kernels.linear.base:Params weight_scale
     what the weights of a target in eight bits stand for

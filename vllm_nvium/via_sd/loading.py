@@ -165,9 +165,9 @@ def _check_memory(copies: Copies, runner: Any) -> None:
     assert copies.layer is not None
     needed, weights = copies.num_bytes, copies.num_bytes_copied
     if runner.device.type == "cpu":
-        # Ranks and data-parallel engines of one machine have one memory.
-        parallel = runner.vllm_config.parallel_config
-        sharing = parallel.local_world_size * max(parallel.data_parallel_size_local, 1)
+        # Ranks of one machine have one memory. (So have data-parallel engines, but vLLM tells each
+        # that it is alone.)
+        sharing = runner.vllm_config.parallel_config.local_world_size
         needed, weights = needed * sharing, weights * sharing
         free = _free_memory_of_host()
     else:

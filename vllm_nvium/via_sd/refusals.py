@@ -171,15 +171,19 @@ def check_architecture(model_config: Any) -> None:
 
 
 def check_graphs(vllm_config: Any) -> None:
-    """Where vLLM captures graphs of whole windows, one of them has to be among the sizes: it says
-    so in a worker, late, and of options that nobody gave."""
+    """Where vLLM is to capture graphs of whole windows, one of them has to be among the sizes: it
+    says so in a worker, late, and of options that nobody gave. (With an attention backend that has
+    no such graphs it would make piecewise ones instead, which can be asked for.)"""
     compilation, rows = vllm_config.compilation_config, 1 + vllm_config.num_speculative_tokens
     mode, largest = compilation.cudagraph_mode, compilation.max_cudagraph_capture_size
     if mode is None or mode.decode_mode().name != "FULL" or largest is None:
         return
-    if compilation.cudagraph_capture_sizes and largest < rows:
-        raise UserError(
-            f"--max-cudagraph-capture-size (or the largest of --cudagraph-capture-sizes) is "
-            f"{largest}, but --via-sd-window {rows - 1} has graphs of {rows} tokens; give at least "
-            "that, a smaller window, or cudagraph_mode PIECEWISE in --compilation-config."
-        )
+    if not compilation.cudagraph_capture_sizes or largest >= rows:
+        return
+    flag = "--max-cudagraph-capture-size (or the largest of --cudagraph-capture-sizes)"
+    if (tokens := vllm_config.scheduler_config.max_num_batched_tokens) < rows:
+        flag, largest = "--max-num-batched-tokens", tokens
+    raise UserError(
+        f"{flag} is {largest}, but --via-sd-window {rows - 1} has graphs of {rows} tokens; give at "
+        "least that, a smaller window, or cudagraph_mode PIECEWISE in --compilation-config."
+    )

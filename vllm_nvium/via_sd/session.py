@@ -150,7 +150,7 @@ class Session(TokenNotes):
         # The scheduler cuts what has no room, and it would look as if the drafter had not had it.
         most = self.options.window if self.room is None else self.room // len(request_ids)
         decoding = len(view.request_ids) - int(sum(view.unfinished))
-        plan = self.planner.plan(request_ids, decoding) if most else DraftPlan(0, 0)
+        plan = self.planner.plan(request_ids, decoding, most) if most else DraftPlan(0, 0)
         self.plan = DraftPlan(min(plan.num_draft_tokens, most), plan.rounds)
         self.asked = dict.fromkeys(request_ids, self.plan.num_draft_tokens)
         return request_ids, self.plan.num_draft_tokens
@@ -230,8 +230,7 @@ class Session(TokenNotes):
             the windows of requests that may use the tier; those that got a round hold the drafts
             for the next step.
         """
-        windows = self.open_windows(view)
-        if not windows:
+        if not (windows := self.open_windows(view)):
             return windows
         drafts = Drafts([tokens[window.request] for window in windows])
         for window in windows:
@@ -323,12 +322,14 @@ class Session(TokenNotes):
                 )
             )
         if windows and self.room is not None:
-            rows = {window.request for window in windows}
-            others = [name for i, name in enumerate(view.request_ids) if i not in rows]
-            room = self.room - sum(self.asked.get(name, 0) for name in others)
+            names = {view.request_ids[window.request] for window in windows}
+            others = sum(count for name, count in self.asked.items() if name not in names)
+            most = (self.room - others) // len(windows)
+            if most < 2:  # one draft each goes to the full model without a slim pass
+                return []
             for window in windows:
-                window.limit = min(window.limit, room // len(windows))
-        return [window for window in windows if window.limit > 0]
+                window.limit = min(window.limit, most)
+        return windows
 
     def check(
         self, view: StepView, windows: list[Window], drafts: Drafts

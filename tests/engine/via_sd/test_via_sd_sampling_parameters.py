@@ -38,7 +38,8 @@ LETTERS = {letter: 3 + ord(letter) - 32 for letter in map(chr, range(32, 127))}
 COMMON: dict[str, Any] = {"num_gpu_blocks_override": 100, "max_num_seqs": 8}
 # On CPU plain vLLM fails where the prompt of a seeded request is computed in chunks.
 PLAIN: dict[str, Any] = COMMON | {"max_num_batched_tokens": 1024}
-TIERED = {"mask": "2", "window": 8, "rounds": 2}
+WINDOW = 8
+TIERED = {"mask": "2", "window": WINDOW, "rounds": 2}
 # What ends a thought; a token that begins one is in every prompt of a request with a budget.
 REASONING = {"reasoning_start_str": "<", "reasoning_end_str": ">."}
 
@@ -293,6 +294,7 @@ def test_one_request_with_a_penalty_costs_others_nothing(
         return apply(logits, prompts, *rest)
 
     monkeypatch.setattr(row_metadata, "apply_all_penalties", measured)
+    monkeypatch.setattr(row_metadata, "PENALISED_AT_ONCE", 2)
     fields = {"seed": 3, "ignore_eos": True}
     long = Arrival(0, PROMPT * 4, SamplingParams(max_tokens=60, **fields))
     other = Arrival(0, list(PROMPT), SamplingParams(max_tokens=40, min_tokens=20, **fields))
@@ -302,11 +304,10 @@ def test_one_request_with_a_penalty_costs_others_nothing(
     for mine, one in zip(found, (long, other, penalised), strict=True):
         check_same(mine, answers(engines.plain, [replace(one, step=0)])[0])
     assert sizes
-    window = TIERED["window"] + 1
     for rows, width, outputs in sizes:
-        assert rows <= window
+        assert rows <= 2
         assert width == len(PROMPT)
-        assert outputs <= rows * (20 + window)
+        assert outputs <= rows * (20 + WINDOW)
 
 
 # --- logits processors of users -------------------------------------------------------------------

@@ -25,15 +25,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_cached_files", lambda _: 3 * GIB)
 
 
-def check(needed: int, **parallel: int) -> None:
+def check(needed: int, ranks: int = 1) -> None:
     copies: Any = SimpleNamespace(
         layer=SimpleNamespace(kernel="FBGEMM"),
         kind="int8",
         num_bytes=needed,
         num_bytes_copied=4 * needed,
     )
-    sizes = {"local_world_size": 1, "data_parallel_size_local": 1, **parallel}
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**sizes))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(local_world_size=ranks))
     loading._check_memory(copies, SimpleNamespace(device=torch.device("cpu"), vllm_config=config))
 
 
@@ -47,12 +46,10 @@ def test_a_container_has_what_its_limit_leaves(
         check(8 * GIB)
 
 
-def test_processes_of_one_machine_share_its_memory(machine: None) -> None:
-    check(50 * GIB, local_world_size=2)
+def test_ranks_of_one_machine_share_its_memory(machine: None) -> None:
+    check(50 * GIB, ranks=2)
     with pytest.raises(UserError, match=r"copies need 102.00 GiB"):
-        check(51 * GIB, data_parallel_size_local=2)
-    with pytest.raises(UserError, match=r"copies need 104.00 GiB"):
-        check(26 * GIB, local_world_size=2, data_parallel_size_local=2)
+        check(51 * GIB, ranks=2)
 
 
 @pytest.mark.parametrize("of", ["memory.stat", "memory/memory.stat"])

@@ -5,6 +5,7 @@ simulated engine."""
 import itertools
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -33,6 +34,7 @@ from vllm_nvium.via_sd.planner.model import (
     AcceptanceRates,
     BackgroundLoad,
     DraftPlan,
+    Forecast,
     PassTimeCurve,
     StepTimes,
     forecast_plain,
@@ -897,6 +899,31 @@ def test_bounds(max_drafts: int, max_window: int) -> None:
         plan = planner.plan(engine.names)
         assert plan.num_draft_tokens <= max_drafts and plan.rounds <= max_window
         engine.step(planner, plan)
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_a_crowd_is_planned_for_by_the_room_that_it_has(room: int) -> None:
+    """As if no window could be longer; and as before once there is room again."""
+    engine, planner = make_engine(MIXED, 0.1, 0.4), Planner(MAX_DRAFTS, MAX_WINDOW)
+    engine.run(planner, 200)
+    small = deepcopy(planner)
+    small.max_window = room
+
+    def settled(of: Planner, most: int | None = None) -> tuple[DraftPlan, Forecast]:
+        for _ in range(3 * REFRESH_STEPS):
+            plan = of.plan(engine.names, most=most)
+        found = of.forecast(engine.names)
+        assert found is not None
+        return plan, found
+
+    plan, found = settled(planner, room)
+    assert plan.num_draft_tokens <= room and (room > 1 or plan.rounds == 0)
+    as_if = settled(small)
+    assert plan == as_if[0]
+    np.testing.assert_array_equal(found.rates, as_if[1].rates)
+    assert not found.tokens[room + 1 :].any()
+    assert found.tokens[:, 1:].any() == (room > 1)
+    assert settled(planner)[1].tokens[room + 1 :].any()
 
 
 @pytest.mark.slow

@@ -85,8 +85,10 @@ class Planner(Estimates):
         self._situation: Situation | None = None
         # Requests that decode without drafts.
         self._num_others = 0
-        # Requests with drafts, and others, that the plan was made for.
+        # Requests with drafts, and others, that the plan was made for, and the tokens of a request
+        # that a step had room for: now, and then.
         self._planned_for = (0, 0)
+        self._room = self._window = max_window
         self._last_choice = self._next_choice = 0
         # The trial that runs, its steps so far, and `_num_verified` when it began.
         self._trial: TrialLength | None = None
@@ -104,15 +106,19 @@ class Planner(Estimates):
 
     # --- decisions ------------------------------------------------------------------------------
 
-    def plan(self, request_ids: Sequence[str], num_decoding: int = 0) -> DraftPlan:
+    def plan(
+        self, request_ids: Sequence[str], num_decoding: int = 0, most: int | None = None
+    ) -> DraftPlan:
         """The plan of the next step. Called once per step.
 
         Args:
             request_ids: requests that decode and may have drafts. Without any the last plan stays.
             num_decoding: all requests that decode, with or without drafts.
+            most: tokens of each that a step verifies, where that may be less than a whole window.
         """
         if not request_ids:
             return self._plan
+        self._room = self.max_window if most is None else min(most, self.max_window)
         self._num_others = max(num_decoding - len(request_ids), 0)
         self._step += 1
         if self._trial is not None:
@@ -163,8 +169,10 @@ class Planner(Estimates):
         for i, (request_id, length) in enumerate(zip(request_ids, window_lengths, strict=True)):
             survives, accepted, mean_length, hit_rate = self._round_gains[request_id]
             survival = survives**length if survivals is None else survivals[i]
-            drafted += min(num_drafts, self.max_window - 1 - length) * hit_rate
-            room = min(self.max_window - length, mean_length)
+            # A window may have more room by now than when the plan was made.
+            left = max(self._window - length, 1)
+            drafted += min(num_drafts, left - 1) * hit_rate
+            room = min(left, mean_length)
             gained += accepted * room / mean_length * survival
             added += room
             rows += 1 + length
@@ -210,14 +218,16 @@ class Planner(Estimates):
         counts = zip((num_requests, self._num_others), self._planned_for, strict=True)
         changed, size = sum(abs(now - then) for now, then in counts), sum(self._planned_for)
         is_old = 2 * (self._step - self._last_choice) >= REFRESH_STEPS
-        return changed * 2 >= max(size, 1) or (is_old and changed * 8 > size)
+        has_other_room = abs(self._room - self._window) * 8 > self._window
+        return changed * 2 >= max(size, 1) or (is_old and (changed * 8 > size or has_other_room))
 
     def _possible_kinds(self, request_ids: Sequence[str]) -> list[str]:
         if self.max_draft_tokens == 0:
             return [NONE]
         num_decoding = len(request_ids) + self._num_others
         is_too_large = self.max_batch is not None and num_decoding > self.max_batch
-        if self.max_rounds == 0 or is_too_large or not any(map(self.has_tier, request_ids)):
+        has_tier = self.max_rounds > 0 and self._window > 1 and any(map(self.has_tier, request_ids))
+        if is_too_large or not has_tier:
             return [NONE, PLAIN]
         return [NONE, PLAIN, TIERED]
 
@@ -236,14 +246,16 @@ class Planner(Estimates):
         return REFRESH_STEPS * min(-(-cells // MAX_CELLS), MAX_STRETCH)
 
     def _forecast(self, situation: Situation, kinds: Sequence[str]) -> Forecast:
-        return forecast_plans(
+        found = forecast_plans(
             situation.rates,
             situation.times,
-            self.max_window,
+            self._window,
             self.max_rounds,
             situation.background,
             with_tier=TIERED in kinds,
         )
+        found.tokens[self._window + 1 :] = 0.0  # drafts that a step has no room for
+        return found
 
     def _add_round_gains(self, request_ids: Sequence[str]) -> None:
         missing = [name for name in request_ids if name not in self._round_gains]
@@ -262,6 +274,7 @@ class Planner(Estimates):
         """Sets the plan of the next steps, or begins a trial."""
         self._planned_for, self._last_choice = (len(request_ids), self._num_others), self._step
         self._next_choice = self._step + self._refresh_steps(len(request_ids))
+        self._window = max(self._room, 1)
         self._round_gains.clear()
         kinds = self._possible_kinds(request_ids)
         self._situation = self._situation_of(request_ids)
@@ -290,7 +303,7 @@ class Planner(Estimates):
 
     def _first_plan(self, kind: str) -> DraftPlan:
         first = FIRST_PLANS[kind]
-        num_drafts = min(first.num_draft_tokens, self.max_draft_tokens)
+        num_drafts = min(first.num_draft_tokens, self.max_draft_tokens, self._window)
         return DraftPlan(num_drafts, min(first.rounds, self.max_rounds))
 
     def _use_best(self, forecast: Forecast, best: dict[str, DraftPlan]) -> None:

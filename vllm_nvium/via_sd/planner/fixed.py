@@ -14,7 +14,9 @@ class FixedRounds:
     def __init__(self, num_draft_tokens: int, rounds: int, max_batch: int | None = None) -> None:
         self.fixed, self.max_batch = DraftPlan(num_draft_tokens, rounds), max_batch
 
-    def plan(self, request_ids: Sequence[str], num_decoding: int = 0) -> DraftPlan:
+    def plan(
+        self, request_ids: Sequence[str], num_decoding: int = 0, most: int | None = None
+    ) -> DraftPlan:
         count = max(num_decoding, len(request_ids))
         if self.max_batch is not None and count > self.max_batch:
             return DraftPlan(self.fixed.num_draft_tokens, 0)
