@@ -7,6 +7,7 @@ import ast
 import builtins
 import hashlib
 import importlib
+import io
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ OBJECTS: tuple[Any, ...] = (
     torch.Tensor, torch.nn.Module, torch.nn.functional, torch.cuda, torch.Generator, torch.device,
     torch.dtype, torch.cpu, torch.compiler, torch.library, CustomOpDef, np.ndarray,
     np.random.Generator, ast.ImportFrom, Path, os.path, argparse.ArgumentParser, hashlib.sha256(),
+    io.BytesIO,
 )  # fmt: skip
 
 

@@ -257,7 +257,7 @@ def test_a_text_of_the_papers_rule_is_the_same_beside_others(
     never preempted, and its windows are not cut where a step has no room for all."""
     served: Served = request.getfixturevalue(drafter)
     engine = served.engine
-    monkeypatch.setattr(engine.scheduler, "_fit_drafts", lambda waiting: None)
+    monkeypatch.setattr(engine.scheduler, "_fit_drafts", lambda waiting: 1024)
     engine.set_rounds(3, 2, WINDOW)
     preemptions, differ = engine.preemptions, 0
     for seed in range(6):
