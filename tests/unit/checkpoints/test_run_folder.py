@@ -2,13 +2,15 @@
 """The record of a run: what a run that goes on must agree with."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 
-from vllm_nvium.checkpoints.train.folder import DIGESTS, claim
+from tiny_models import make_dense
+from vllm_nvium.checkpoints.train.folder import DIGESTS, check_model, claim
 from vllm_nvium.checkpoints.train.options import TrainOptions
 from vllm_nvium.errors import UserError
 
@@ -43,6 +45,27 @@ def test_a_run_goes_on_with_its_own_text_only(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_run_writes_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(UserError, match="--out is .*, which is in .*, a folder of --text"):
+        begin(str(tmp_path), tmp_path / "runs" / "first")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_with_its_own_model_only(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """And does not write what it trained beside the weights of another."""
+    out, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(dense_checkpoint, model)
+    options = TrainOptions(out=str(out), model=str(model), resume=True)
+    with claim(out, options.model_copy(update={"resume": False})):
+        check_model(out, options)
+        make_dense(model, seed=5)
+        with pytest.raises(UserError, match="^MODEL is .*, whose weights have changed since"):
+            check_model(out, options)
+    with pytest.raises(UserError, match="whose weights have changed since"), claim(out, options):
+        pass
+
+
 def test_datasets_are_told_apart_by_their_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +82,10 @@ def test_datasets_are_told_apart_by_their_version(
     with claim(tmp_path / "run", resumed):
         pass
     version = "second"
-    with pytest.raises(UserError, match="has changed since"), claim(tmp_path / "run", resumed):
+    with (
+        pytest.raises(UserError, match="has changed since .* HF_HUB_OFFLINE=1 goes on"),
+        claim(tmp_path / "run", resumed),
+    ):
         pass
     # The hub cannot be asked.
     monkeypatch.setattr(datasets, "load_dataset_builder", None)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium import weights
 from vllm_nvium.checkpoints.documents import find_files, name_of_dataset
 from vllm_nvium.checkpoints.inputs import refusing
 from vllm_nvium.checkpoints.train.options import TrainOptions, flag_of
@@ -20,8 +21,9 @@ from vllm_nvium.errors import UserError
 from vllm_nvium.files import read_record, write_atomically
 
 RECORD = "run.json"
-# In the record: source -> `digest`. Runs that were started before there was one have none.
-DIGESTS = "text_digests"
+# In the record: source -> `digest`, and that of a start's weights. Runs that were started before
+# there were any have none.
+DIGESTS, MODEL_DIGEST = "text_digests", "model_digest"
 SELF_DISTILLED = "self_distilled.jsonl"
 
 
@@ -60,13 +62,21 @@ def _begin(out: Path, options: TrainOptions) -> None:
                 "it, or another folder."
             )
         _check_same(out, wanted)
-        _check_text(out, options)
+        _check_text(out)
+        check_model(out, options)
         return
     if options.resume:
         raise UserError(f"--resume needs a run in --out, and {str(out)!r} holds none.")
     if out.exists() and (not out.is_dir() or any(_not_sampled(out))):
         raise UserError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
+    for source in options.text:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"--out is {str(out)!r}, which is in {source!r}, a folder of --text, and what a "
+                "run writes is no text: give a folder elsewhere."
+            )
     wanted[DIGESTS] = {source: digest(source) for source in options.text}
+    wanted[MODEL_DIGEST] = _digest_of_model(options)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(record, lambda path: path.write_text(json.dumps(wanted, indent=2) + "\n"))
@@ -136,15 +146,37 @@ def digest(source: str) -> str | None:
     return whole.hexdigest()
 
 
-def _check_text(out: Path, options: TrainOptions) -> None:
+def _check_text(out: Path) -> None:
     """Refuses to go on with a run on text that is another by now."""
     for source, before in read_record(out / RECORD).get(DIGESTS, {}).items():
         now = digest(source)
         if before and now and before != now:
+            remedy = (
+                "HF_HUB_OFFLINE=1 goes on with the version that this machine has"
+                if find_files(source) is None
+                else "give what it was"
+            )
             raise UserError(
                 f"--text is {source!r}, which has changed since the run in {out} was started: "
-                "give what it was, or another --out."
+                f"{remedy}, or another --out."
             )
+
+
+def check_model(out: Path, options: TrainOptions) -> None:
+    """Refuses to go on with a run, or to finish it, on weights that are others by now: those that
+    were not trained are read again at the end."""
+    before, now = read_record(out / RECORD).get(MODEL_DIGEST), _digest_of_model(options)
+    if before and before != now:
+        raise UserError(
+            f"MODEL is {options.model!r}, whose weights have changed since the run in {out} was "
+            "started: put back what it was and give --resume, or another --out."
+        )
+
+
+def _digest_of_model(options: TrainOptions) -> str | None:
+    """Of a folder. What an id of the hub stands for, nobody changes in the middle of a run."""
+    folder = Path(options.model).expanduser()
+    return weights.digest(str(folder)) if folder.is_dir() else None
 
 
 def _not_sampled(out: Path) -> list[Path]:

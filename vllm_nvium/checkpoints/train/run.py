@@ -19,7 +19,7 @@ from vllm_nvium.checkpoints.text import check_disk_space, check_tokenizer, load_
 from vllm_nvium.checkpoints.train.calibration import calibrate
 from vllm_nvium.checkpoints.train.controller import BetaController, steering_of
 from vllm_nvium.checkpoints.train.distill import self_distill
-from vllm_nvium.checkpoints.train.folder import SELF_DISTILLED, claim, unclaim
+from vllm_nvium.checkpoints.train.folder import SELF_DISTILLED, check_model, claim, unclaim
 from vllm_nvium.checkpoints.train.linear_start import start_linear
 from vllm_nvium.checkpoints.train.options import TrainOptions, check
 from vllm_nvium.checkpoints.train.retrofit import (
@@ -94,6 +94,7 @@ def _train(options: TrainOptions, out: Path) -> Path:
     left_out = ("model", "out", "dense")
     used = {name: value for name, value in options.record().items() if name not in left_out}
     record = {"options": used, "steps": steps, **_calibration(options, out, start)}
+    check_model(out, options)
     finish(start, trainer.model, options, out, record)
     return out / "model"
 
@@ -105,7 +106,9 @@ def _calibration(options: TrainOptions, out: Path, start: Start) -> dict[str, An
         return {}
     texts = _validation_blocks(options, start, tokens)
     device = start.model.device
+    start.model.to("cpu")  # so that a GPU need not hold both
     parent = _parent_losses(options, out, start, texts, device)
+    start.model.to(device)
     with autocast_of(options, device)():
         found = calibrate(start.model, texts, parent, options.tolerance, options.batch_size)
     return {"calibration": {"tokens": tokens, **found}}
