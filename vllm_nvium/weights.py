@@ -71,10 +71,10 @@ def digest(model: str, revision: str | None = None, cache_dir: str | None = None
         for file in files:
             for part in _header_and_ends(file):
                 found.update(part)
-        for folder in {file.parent for file in files}:
+        for folder in sorted({file.parent for file in files}):
             for path in (folder / "config.json", folder / "generation_config.json"):
                 found.update(path.read_bytes() if path.is_file() else b"")
-    except (UserError, SafetensorError, OSError):
+    except (UserError, SafetensorError, OSError, ValueError):
         return None
     return found.hexdigest() if files else None
 
@@ -108,8 +108,8 @@ def _header_and_ends(file: Path) -> Iterator[bytes]:
     """Of a safetensors file: its header, then the first and last bytes of every tensor."""
     with safe_open(file, framework="pt"):  # raises an error of its own where it is none
         pass
-    # Unbuffered: on network file systems a buffer is a thousand times what is read here.
-    with file.open("rb", buffering=0) as data:
+    # On network file systems the usual buffer is a thousand times what is read here.
+    with file.open("rb", buffering=END_BYTES) as data:
         length = int.from_bytes(data.read(8), "little")
         yield (header := data.read(length))
         tensors = json.loads(header)

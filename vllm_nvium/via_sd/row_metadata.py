@@ -252,26 +252,25 @@ class _PenaltiesOfRows:
         self, batch: Any, of_row: Sequence[int], outputs: Sequence[list[int]], rows: Sequence[int]
     ) -> None:
         metadata, requests = batch.sampling_metadata, [of_row[row] for row in rows]
-        index = torch.tensor(requests, device=batch.device)
         longest = max(int(batch.num_prompt_tokens[each]) for each in requests)
         self.rows = torch.tensor(rows, device=batch.device)
-        self.prompts = metadata.prompt_token_ids[:, :longest][index]
-        self.penalties = [
-            values[index]
-            for values in (
-                metadata.presence_penalties,
-                metadata.frequency_penalties,
-                metadata.repetition_penalties,
-            )
-        ]
+        self.requests = torch.tensor(requests, device=batch.device)
         self.outputs = [outputs[row] for row in rows]
+        # By request.
+        self.prompts = metadata.prompt_token_ids[:, :longest]
+        self.penalties = (
+            metadata.presence_penalties,
+            metadata.frequency_penalties,
+            metadata.repetition_penalties,
+        )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         for first in range(0, len(self.outputs), PENALISED_AT_ONCE):
             part = slice(first, first + PENALISED_AT_ONCE)
-            rows, penalties = self.rows[part], [values[part] for values in self.penalties]
+            rows, requests = self.rows[part], self.requests[part]
+            penalties = [values[requests] for values in self.penalties]
             logits[rows] = apply_all_penalties(
-                logits[rows], self.prompts[part], *penalties, self.outputs[part]
+                logits[rows], self.prompts[requests], *penalties, self.outputs[part]
             )
         return logits
 

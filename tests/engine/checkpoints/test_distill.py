@@ -206,9 +206,17 @@ def test_samples_of_another_model_are_refused(
 ) -> None:
     out = self_distill(dense_checkpoint, tmp_path / "a.jsonl", 10, **OPTIONS)
     header = distill._header_of(out)
-    header.write_text(header.read_text().replace(str(dense_checkpoint.resolve()), "/other"))
+    written = header.read_text()
+    header.write_text(written.replace(str(dense_checkpoint.resolve()), "/other"))
     with pytest.raises(UserError, match="was sampled with parent = /other"):
         self_distill(dense_checkpoint, out, 10, **OPTIONS)
+    # Of other weights under the same name, and by an earlier version, which wrote no digest.
+    digest = json.loads(written)[distill.WEIGHTS]
+    header.write_text(written.replace(digest, "0" * 64))
+    with pytest.raises(UserError, match="was sampled with weights_digest = 000"):
+        self_distill(dense_checkpoint, out, 10, **OPTIONS)
+    header.write_text(written.replace(f'"{digest}"', "null"))
+    self_distill(dense_checkpoint, out, 10, **OPTIONS)
 
 
 def test_file_without_header_is_refused(

@@ -45,11 +45,16 @@ def test_a_run_goes_on_with_its_own_text_only(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_run_writes_is_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["~", "~/**/*.txt"])
+def test_what_a_run_writes_is_no_text(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("one")
-    with pytest.raises(UserError, match="--out is .*, which is in .*, a folder of --text"):
-        begin(str(tmp_path), tmp_path / "runs" / "first")
+    with pytest.raises(UserError, match="--out is .*, where --text .* would find what the run"):
+        begin(text, tmp_path / "runs" / "first")
     assert not (tmp_path / "runs").exists()
+    begin("~/*.txt", tmp_path / "runs" / "first")
 
 
 def test_a_run_goes_on_with_its_own_model_only(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -60,9 +65,18 @@ def test_a_run_goes_on_with_its_own_model_only(dense_checkpoint: Path, tmp_path:
     with claim(out, options.model_copy(update={"resume": False})):
         check_model(out, options)
         make_dense(model, seed=5)
-        with pytest.raises(UserError, match="^MODEL is .*, whose weights have changed since"):
+        with pytest.raises(UserError, match="^MODEL is .*, whose weights or configurations have"):
             check_model(out, options)
-    with pytest.raises(UserError, match="whose weights have changed since"), claim(out, options):
+    with pytest.raises(UserError, match="have changed since"), claim(out, options):
+        pass
+    shutil.rmtree(model)
+    with pytest.raises(UserError, match="cannot be read any more"), claim(out, options):
+        pass
+    # All weights are trained, and what they began as is in the run's own folder.
+    record = json.loads((out / "run.json").read_text()) | {"method": "full"}
+    (out / "run.json").write_text(json.dumps(record))
+    (out / "start").mkdir()
+    with claim(out, options.model_copy(update={"method": "full"})):
         pass
 
 

@@ -16,6 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from vllm_nvium import weights
 from vllm_nvium.checkpoints import require
 from vllm_nvium.checkpoints.text import check_disk_space
 from vllm_nvium.checkpoints.train.prompts import Located, prompt_ids, read_prompts
@@ -29,6 +30,8 @@ BYTES_PER_TOKEN = 8  # of JSON text, with the prompts
 # an engine, which takes longer than some samples too many.
 SPARE = 1.05
 FEWEST_SAMPLES = 8
+# In the header; samples of earlier versions have none.
+WEIGHTS = "weights_digest"
 
 
 def self_distill(
@@ -81,6 +84,7 @@ def self_distill(
     header = {
         "parent": str(parent.resolve()),
         "config_sha256": hashlib.sha256((parent / "config.json").read_bytes()).hexdigest(),
+        WEIGHTS: weights.digest(str(parent)),
         "tokens": tokens,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
@@ -152,6 +156,8 @@ def _check_header(out: Path, header: Mapping[str, Any]) -> bool:
         return True
     found = read_record(file)
     for name, value in header.items():
+        if name == WEIGHTS and found.get(name) is None:
+            continue
         if found.get(name) != value:
             raise UserError(
                 f"{out} was sampled with {name} = {found.get(name)}, and {value} is asked for now: "

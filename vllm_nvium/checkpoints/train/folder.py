@@ -70,10 +70,10 @@ def _begin(out: Path, options: TrainOptions) -> None:
     if out.exists() and (not out.is_dir() or any(_not_sampled(out))):
         raise UserError(f"--out is {str(out)!r}, and it must be a new or an empty folder.")
     for source in options.text:
-        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        if _would_read(source, out):
             raise UserError(
-                f"--out is {str(out)!r}, which is in {source!r}, a folder of --text, and what a "
-                "run writes is no text: give a folder elsewhere."
+                f"--out is {str(out)!r}, where --text {source!r} would find what the run writes, "
+                "and that is no text: give a folder elsewhere."
             )
     wanted[DIGESTS] = {source: digest(source) for source in options.text}
     wanted[MODEL_DIGEST] = _digest_of_model(options)
@@ -165,18 +165,36 @@ def _check_text(out: Path) -> None:
 def check_model(out: Path, options: TrainOptions) -> None:
     """Refuses to go on with a run, or to finish it, on weights that are others by now: those that
     were not trained are read again at the end."""
+    # Where all are trained, what began with a dense model reads a conversion that is the run's own.
+    is_read_no_more = options.method == "full" and (out / "start").exists()
     before, now = read_record(out / RECORD).get(MODEL_DIGEST), _digest_of_model(options)
-    if before and before != now:
-        raise UserError(
-            f"MODEL is {options.model!r}, whose weights have changed since the run in {out} was "
-            "started: put back what it was and give --resume, or another --out."
-        )
+    if not before or before == now or is_read_no_more:
+        return
+    what = "weights or configurations have changed" if now else "weights cannot be read any more"
+    raise UserError(
+        f"MODEL is {options.model!r}, whose {what} since the run in {out} was started: put back "
+        "what was there and give --resume, or another --out."
+    )
 
 
 def _digest_of_model(options: TrainOptions) -> str | None:
-    """Of a folder. What an id of the hub stands for, nobody changes in the middle of a run."""
+    """Of a folder with weights that are read. What an id of the hub stands for, nobody changes in
+    the middle of a run."""
     folder = Path(options.model).expanduser()
-    return weights.digest(str(folder)) if folder.is_dir() else None
+    if options.method == "scratch" or not folder.is_dir():
+        return None
+    return weights.digest(str(folder))
+
+
+def _would_read(source: str, out: Path) -> bool:
+    """Whether a folder or a glob of text reaches into a run's folder."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        above, deep, _ = source.partition("**")
+        if not deep:
+            return False
+        folder = Path(above).expanduser()
+    return out.resolve().is_relative_to(folder.resolve())
 
 
 def _not_sampled(out: Path) -> list[Path]:

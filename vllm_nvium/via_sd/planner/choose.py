@@ -3,6 +3,7 @@
 to learn about it (`trials.py`), so that a slim tier that does not pay costs little.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,9 +87,10 @@ class Planner(Estimates):
         # Requests that decode without drafts.
         self._num_others = 0
         # Requests with drafts, and others, that the plan was made for, and the tokens of a request
-        # that a step had room for: now, and then.
-        self._planned_for = (0, 0)
-        self._room = self._window = max_window
+        # that steps had room for.
+        self._planned_for, self._window = (0, 0), max_window
+        # Those of the last steps: where one has little room, such as for a prompt, it passes.
+        self._rooms: deque[int] = deque(maxlen=REFRESH_STEPS // 2)
         self._last_choice = self._next_choice = 0
         # The trial that runs, its steps so far, and `_num_verified` when it began.
         self._trial: TrialLength | None = None
@@ -118,7 +120,7 @@ class Planner(Estimates):
         """
         if not request_ids:
             return self._plan
-        self._room = self.max_window if most is None else min(most, self.max_window)
+        self._rooms.append(self.max_window if most is None else min(most, self.max_window))
         self._num_others = max(num_decoding - len(request_ids), 0)
         self._step += 1
         if self._trial is not None:
@@ -218,8 +220,7 @@ class Planner(Estimates):
         counts = zip((num_requests, self._num_others), self._planned_for, strict=True)
         changed, size = sum(abs(now - then) for now, then in counts), sum(self._planned_for)
         is_old = 2 * (self._step - self._last_choice) >= REFRESH_STEPS
-        has_other_room = abs(self._room - self._window) * 8 > self._window
-        return changed * 2 >= max(size, 1) or (is_old and (changed * 8 > size or has_other_room))
+        return changed * 2 >= max(size, 1) or (is_old and changed * 8 > size)
 
     def _possible_kinds(self, request_ids: Sequence[str]) -> list[str]:
         if self.max_draft_tokens == 0:
@@ -274,7 +275,7 @@ class Planner(Estimates):
         """Sets the plan of the next steps, or begins a trial."""
         self._planned_for, self._last_choice = (len(request_ids), self._num_others), self._step
         self._next_choice = self._step + self._refresh_steps(len(request_ids))
-        self._window = max(self._room, 1)
+        self._window = max(*self._rooms, 1)
         self._round_gains.clear()
         kinds = self._possible_kinds(request_ids)
         self._situation = self._situation_of(request_ids)
@@ -371,6 +372,7 @@ class Planner(Estimates):
     def _end_trial(self, forecast: Forecast | None) -> None:
         """Takes from the budget what the trial has lost, by what it taught, if it was the budget
         that allowed it."""
-        if self._trial is TRIAL and forecast is not None:
+        # One that steps have no room for by now has no forecast.
+        if self._trial is TRIAL and forecast is not None and forecast.tokens[self._plan.cell]:
             self._budget_seconds -= lost_seconds(forecast, self._plan, self._trial_steps)
         self._trial = None
