@@ -157,7 +157,6 @@ class Copies:
         @functools.wraps(load_weights)
         def load_and_notice(*args: Any, **kwargs: Any) -> Any:
             self._are_old = True
-            self._new.clear()
             return load_weights(*args, **kwargs)
 
         model.load_weights = load_and_notice
